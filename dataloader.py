@@ -1,0 +1,121 @@
+"""Token shards on disk -> batches: which tokens, in which order, for which rank.
+
+Training reads windows of T + 1 tokens with stride T. In each epoch the shards are permuted, and within a shard its
+windows, by generators seeded with (seed, epoch). The epochs' orders, one after the other, are cut into global batches:
+batch k is the same windows whatever the number of ranks or the micro-batch size, and a function of k alone.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from shards import Shards
+
+
+class WindowOrder:
+    """The endless order of training windows: number i -> (shard, first token)."""
+
+    def __init__(self, lengths: list[int], T: int, seed: int):
+        self.T = T
+        self.seed = seed
+        self.counts = np.array([max(0, (length - 1) // T) for length in lengths])  # windows in each shard
+        self.per_epoch = int(self.counts.sum())
+        self._shards = lru_cache(2)(self._permute_shards)
+        self._windows = lru_cache(2)(self._permute_windows)
+
+    def _permute_shards(self, epoch: int):
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
+        return order, np.cumsum(self.counts[order])
+
+    def _permute_windows(self, epoch: int, shard: int):
+        return np.random.default_rng((self.seed, epoch, shard)).permutation(self.counts[shard])
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        epoch, i = divmod(i, self.per_epoch)
+        order, ends = self._shards(epoch)
+        place = int(np.searchsorted(ends, i, side="right"))
+        shard = int(order[place])
+        window = self._windows(epoch, shard)[i - (ends[place] - self.counts[shard])]
+        return shard, int(window) * self.T
+
+
+class TrainLoader:
+    """Micro-batches of this rank, read ahead by a thread.
+
+    A global batch is total_batch_size tokens. Iterating from step k yields, per step, `accumulation` pairs (x, y) of
+    shape (B, T) int64, y one token ahead of x. Raises ValueError if the sizes do not divide or the shards hold fewer
+    tokens than one batch.
+    """
+
+    def __init__(self, shards: Shards, B: int, T: int, total_batch_size: int, seed: int, rank: int = 0, world_size=1):
+        per_micro_step = B * T * world_size
+        if min(B, T, total_batch_size) < 1 or total_batch_size % per_micro_step:
+            raise ValueError(
+                f"total_batch_size {total_batch_size} is not divisible by B * T * processes = {B} * {T} * {world_size}"
+                f" = {per_micro_step}: change B or total_batch_size"
+            )
+        self.shards, self.B, self.T = shards, B, T
+        self.rank, self.world_size = rank, world_size
+        self.accumulation = total_batch_size // per_micro_step
+        self.windows_per_batch = total_batch_size // T
+        self.order = WindowOrder(shards.lengths, T, seed)
+        if self.order.per_epoch < self.windows_per_batch:
+            raise ValueError(
+                f"the training shards hold {shards.num_tokens} tokens ({self.order.per_epoch} windows of {T}), fewer "
+                f"than one batch of {total_batch_size}: lower total_batch_size or shard more text"
+            )
+
+    def steps_in(self, num_epochs: int) -> int:
+        """Whole batches in so many passes over the shards."""
+        return num_epochs * self.order.per_epoch // self.windows_per_batch
+
+    def micro_batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's part of a global batch, read now."""
+        first = step * self.windows_per_batch + (micro_step * self.world_size + self.rank) * self.B
+        rows = np.empty((self.B, self.T + 1), dtype=np.int64)
+        for row in range(self.B):
+            shard, start = self.order[first + row]
+            rows[row] = self.shards.read(shard, start, start + self.T + 1)
+        tokens = torch.from_numpy(rows)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def iterate(self, start_step: int, max_steps: int, device: torch.device) -> Iterator[list[tuple]]:
+        """Per step from start_step to max_steps, the list of its micro-batches on the device.
+
+        The thread keeps the next steps ready in (pinned) memory.
+        """
+        ready = queue.Queue(maxsize=2)
+        stopped = threading.Event()
+
+        def put(item):
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    pass
+
+        def read_ahead():
+            try:
+                for step in range(start_step, max_steps):
+                    batch = [self.micro_batch(step, micro_step) for micro_step in range(self.accumulation)]
+                    if device.type == "cuda":
+                        batch = [(x.pin_memory(), y.pin_memory()) for x, y in batch]
+                    put(batch)
+                    if stopped.is_set():
+                        return
+            except Exception as error:  # raised where the batch is asked for
+                put(error)
+
+        threading.Thread(target=read_ahead, daemon=True).start()
+        try:
+            for _ in range(start_step, max_steps):
+                batch = ready.get()
+                if isinstance(batch, Exception):
+                    raise batch
+                yield [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batch]
+        finally:
+            stopped.set()

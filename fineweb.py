@@ -1,0 +1,368 @@
+"""Text -> token shards: FineWeb-Edu by default, streamed, tokenized with GPT-2's BPE, 100M tokens a shard.
+
+    python fineweb.py                                                # FineWeb-Edu sample-10BT, 20 GB of shards
+    python fineweb.py --source fineweb --subset sample-100BT
+    python fineweb.py --source text --data_files tiny-shakespeare.txt --out_dir datasets/shakespeare
+    python fineweb.py --source parquet --data_files "corpus/*.parquet"
+    python fineweb.py --source pydoc --train_tokenizer 4096          # Python's own documentation, no network
+
+Every document is preceded by the end-of-text token and runs on into the next shard where one is full. The first shard
+is for validation; of a text that does not fill two shards, its first tenth is. Stopped at any moment and run again, it
+goes on where the first unfinished shard begins; run on a finished folder, it verifies the checksums.
+"""
+
+import ast
+import glob
+import hashlib
+import multiprocessing
+import os
+import shutil
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import tiktoken
+
+from console import Progress, cli, say
+from files import write_text
+from shards import START, ShardWriter
+from tokenizer import load_tokenizer, tokenizer_to_text, train_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
+
+HUB = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),
+    "fineweb": ("HuggingFaceFW/fineweb", "fineweb", "fineweb"),
+}  # source -> repository, folder, prefix of the shards
+HUB_TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
+BATCH_DOCUMENTS = 64  # that a worker gets at a time
+MAX_RETRIES = 8  # of a dropped connection, in a row
+
+
+@dataclass
+class Config:
+    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "fineweb-edu"  # of the text
+    subset: str = "sample-10BT"  # of fineweb-edu or fineweb
+    data_files: tuple[str, ...] = ()  # files, globs or URLs: parquet, json (a "text" per line), text (a document each)
+    out_dir: str = ""  # folder of the shards; empty = datasets/edu_fineweb10B and its like, by source and subset
+    shard_size: int = 100_000_000  # tokens per shard
+    tokenizer: str = "gpt2"  # gpt2, or a vocab.tiktoken file
+    train_tokenizer: int = 0  # learn a vocabulary of this size from the source and use it instead; 0 = do not
+    train_tokenizer_chars: int = 1_000_000_000  # of the source's text to learn it from, at most
+    num_workers: int = 0  # tokenizer processes; 0 = one per CPU core
+
+    def __post_init__(self):
+        if not self.out_dir:
+            size = self.subset.removeprefix("sample-").removesuffix("T")
+            self.out_dir = f"datasets/{HUB[self.source][1]}{size}" if self.source in HUB else f"datasets/{self.source}"
+        self.num_workers = self.num_workers or os.cpu_count() or 1
+
+
+def main(config: Config):
+    if config.shard_size < 2 or config.num_workers < 1:
+        raise ValueError("shard_size must be at least 2, num_workers at least 1")
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    source = Source(config)
+    enc = choose_tokenizer(config, source, out_dir)
+    writer = ShardWriter(out_dir, source.prefix, config.shard_size, manifest_header(config, source, enc, out_dir))
+    if writer.manifest["complete"]:
+        return summarize(writer)
+    check_disk(source, writer)
+    start = writer.next_position()
+    if writer.manifest["shards"]:
+        say(f"going on at document {start['document']:,} after {len(writer.manifest['shards'])} finished shards")
+
+    began, first = time.monotonic(), writer.num_tokens
+    total = source.estimate_tokens(enc.n_vocab)
+    with Progress(total=total, initial=first, unit="tok", unit_scale=True, desc="tokenizing") as bar:
+        for position, tokens, lengths in encode(source.batches(start), enc, config.num_workers):
+            writer.add(position, tokens, lengths)
+            bar.set_description(f"shard {len(writer.manifest['shards'])}", refresh=False)
+            bar.update(len(tokens))
+        writer.finish()
+        bar.total = bar.n = writer.num_tokens
+    seconds = time.monotonic() - began
+    summarize(writer, f", {(writer.num_tokens - first) / seconds:,.0f} tokens/s")
+
+
+def summarize(writer: ShardWriter, speed: str = ""):
+    documents, empty = writer.manifest["documents"], writer.manifest["empty_documents"]
+    shards = len(writer.manifest["shards"])
+    say(f"{writer.folder}: {writer.num_tokens:,} tokens of {documents:,} documents in {shards} shards{speed}")
+    if empty:
+        say(f"{empty:,} empty documents were left out")
+
+
+def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoken.Encoding:
+    """The tokenizer to shard with: a named one, or one learned from the source and kept as out_dir/vocab.tiktoken."""
+    if not config.train_tokenizer:
+        return load_tokenizer(config.tokenizer)
+    path = out_dir / "vocab.tiktoken"
+    if path.exists():
+        enc = load_tokenizer(path)
+        if enc.n_vocab == config.train_tokenizer:
+            say(f"using {path}, learned before")
+            return enc
+        raise ValueError(f"{path} has {enc.n_vocab} tokens, not {config.train_tokenizer}: choose another out_dir")
+
+    def texts() -> Iterator[str]:
+        chars = 0
+        with Progress(unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
+            for _, texts in source.batches(START):
+                for text in filter(None, texts.to_pylist()):
+                    yield text
+                    chars += len(text)
+                bar.update(chars - bar.n)
+                if chars >= config.train_tokenizer_chars:
+                    return
+
+    enc, _ = train_tokenizer(texts(), config.train_tokenizer)
+    write_text(path, tokenizer_to_text(enc))
+    say(f"learned {enc.n_vocab} tokens: {path}")
+    return enc
+
+
+def manifest_header(config: Config, source: "Source", enc: tiktoken.Encoding, out_dir: Path) -> dict:
+    """What determines the bytes of the shards; two runs that differ in it can't share a folder."""
+    text = tokenizer_to_text(enc)
+    name = "gpt2" if text == "gpt2" else "vocab.tiktoken"
+    if name != "gpt2" and not (out_dir / name).exists():
+        write_text(out_dir / name, text)  # so that the folder can be read by itself
+    return dict(
+        source=config.source,
+        subset=config.subset if config.source in HUB else None,
+        data_files=[Path(f).name if os.path.exists(f) else f for f in source.files],
+        tokenizer=name,
+        tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        vocab_size=enc.n_vocab,
+        end_of_text=enc.eot_token,
+        dtype="uint16" if enc.n_vocab <= 65536 else "uint32",
+        shard_size=config.shard_size,
+    )
+
+
+class Source:
+    """The documents, in order, as a `datasets` stream that can be entered at any position."""
+
+    def __init__(self, config: Config):
+        self.kind, self.subset = config.source, config.subset
+        self.prefix = HUB[self.kind][2] if self.kind in HUB else self.kind
+        self.files = [name for pattern in config.data_files for name in expand(pattern)]
+        self.remote = self.kind in HUB or any("://" in name for name in self.files)
+        if self.kind in ("parquet", "json", "text") and not self.files:
+            raise ValueError(f"source {self.kind} needs files: --data_files GLOB")
+
+    def open(self):
+        import datasets  # late: it takes seconds, and worker processes import this file too
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        if self.kind == "pydoc":
+            return datasets.IterableDataset.from_generator(pydoc_documents)
+        path, options = self.kind, {}
+        if self.kind in HUB:
+            path, options["name"] = HUB[self.kind][0], self.subset
+        else:
+            options["data_files"] = self.files
+        if self.kind == "text":
+            options |= dict(sample_by="document", keep_linebreaks=True)
+        elif self.kind != "json":
+            options["columns"] = ["text"]  # the others are neither downloaded nor decoded
+        return datasets.load_dataset(path, split="train", streaming=True, **options)
+
+    def batches(self, start: dict) -> Iterator[tuple[dict, "pyarrow.StringArray"]]:
+        """Arrays of BATCH_DOCUMENTS consecutive texts, each with its position.
+
+        A dropped connection is tried again, from the last position, unless nothing could be read at all.
+        """
+        position, failures, began = start, 0, False
+        while True:
+            try:
+                for here, texts, following in self._read(position):
+                    yield here, texts
+                    position, failures, began = following, 0, True
+                return
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self._not_utf8()} is not UTF-8 text: {error}") from error
+            except Exception as error:
+                if not is_connection_error(error) or not self.remote:
+                    raise readable(error, self) from error
+                failures += 1
+                if not began or failures > MAX_RETRIES:
+                    raise OSError(f"{self.kind} can't be reached, run again to go on: {error}") from error
+                say(f"connection lost at document {position['document']:,}, trying again ({type(error).__name__})")
+                time.sleep(min(60, 2**failures))
+
+    def _read(self, position: dict) -> Iterator[tuple[dict, "pyarrow.StringArray", dict]]:
+        dataset = self.open().with_format("arrow")
+        if position["state"] is not None:
+            dataset.load_state_dict(position["state"])
+        for table in dataset.iter(batch_size=BATCH_DOCUMENTS):
+            if "text" not in table.column_names:
+                raise ValueError(f"the documents have no field 'text', only {', '.join(table.column_names)}")
+            texts = table["text"].combine_chunks()[position["skip"] :]
+            following = dict(document=position["document"] + len(texts), token=0, state=dataset.state_dict(), skip=0)
+            yield position, texts, following
+            position = following
+
+    def estimate_tokens(self, vocab_size: int) -> int | None:
+        """About how many tokens there are, None if there is no telling before they are read."""
+        if self.kind in HUB:
+            return int(HUB_TOKENS[self.subset]) if self.subset in HUB_TOKENS else None
+        if self.remote:
+            return None
+        return int(self._text_bytes() / (4 if vocab_size > 20_000 else 3))
+
+    def _text_bytes(self) -> int:
+        if self.kind == "pydoc":
+            return sum(map(len, pydoc_texts()))
+        if self.kind != "parquet":
+            return sum(os.path.getsize(name) for name in self.files)
+        import pyarrow.parquet as pq
+
+        total = 0
+        for name in self.files:
+            try:
+                metadata = pq.read_metadata(name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{name} is damaged or no parquet file: {error}") from error
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                columns = map(group.column, range(group.num_columns))
+                total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+        return total
+
+    def _not_utf8(self) -> str:
+        for name in self.files:
+            try:
+                Path(name).read_text("utf-8")
+            except (OSError, UnicodeDecodeError):
+                return name
+        return "a file"
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a glob stands for, sorted; a URL stands for itself."""
+    if "://" in pattern:
+        return [pattern]
+    names = sorted(name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name))
+    if not names:
+        raise FileNotFoundError(f"no file matches {pattern}")
+    return [os.path.abspath(name) for name in names]
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether the network is to blame; the HTTP libraries under `datasets` do not share a base class."""
+    chain = [error, error.__cause__, error.__context__]
+    library = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
+    return any(isinstance(e, OSError) or type(e).__module__.split(".")[0] in library for e in chain if e is not None)
+
+
+def readable(error: Exception, source: Source) -> Exception:
+    """A library's error about the data as one that says what to look at."""
+    if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith(("datasets", "pyarrow")):
+        cause = error.__cause__ or error
+        return ValueError(f"the text of source {source.kind} can't be read: {cause}")
+    return error
+
+
+def init_worker(enc: tiktoken.Encoding):
+    global encoding
+    encoding = enc
+    # A parent that was killed can't end its workers: each waits for that by itself.
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encode_batch(texts: "pyarrow.StringArray") -> tuple[np.ndarray, list[int]]:
+    """Tokens of the documents, end-of-text before each, and the number for each; an empty document has none."""
+    end_of_text = np.array([encoding.eot_token], dtype=np.uint32)
+    parts, lengths = [], []
+    for text in texts.to_pylist():
+        lengths.append(0)
+        if text:
+            tokens = encoding.encode_to_numpy(text, disallowed_special=())  # <|endoftext|> in a text is only text
+            parts += [end_of_text, tokens]
+            lengths[-1] = len(tokens) + 1
+    dtype = np.uint16 if encoding.n_vocab <= 65536 else np.uint32
+    return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype), lengths
+
+
+def encode(batches, enc: tiktoken.Encoding, num_workers: int) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
+    """Tokenize batches in worker processes, in order, a few batches ahead: memory does not grow with the source."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=init_worker, initargs=(enc,))
+    for _ in range(num_workers):
+        pool.submit(int)  # the workers start while the source is being opened
+    pending = deque()
+    try:
+        for position, texts in batches:
+            pending.append((position, pool.submit(encode_batch, texts)))
+            if len(pending) > 3 * num_workers:
+                position, future = pending.popleft()
+                yield position, *future.result()
+        while pending:
+            position, future = pending.popleft()
+            yield position, *future.result()
+    except BrokenProcessPool as error:
+        raise OSError("a tokenizer process was killed (out of memory?): run again to go on") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_disk(source: Source, writer: ShardWriter):
+    """Say how much disk the shards will need, and refuse if it is not there."""
+    tokens = source.estimate_tokens(writer.manifest["vocab_size"])
+    free = shutil.disk_usage(writer.folder).free
+    if tokens is None:
+        return say(f"disk needed: 2 bytes per token, how many is not known beforehand; free: {free / 1e9:.1f} GB")
+    need = max(0, tokens - writer.num_tokens) * np.dtype(writer.manifest["dtype"]).itemsize
+    say(f"disk needed: about {need / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
+    if need > free:
+        raise OSError(f"{writer.folder} has {free / 1e9:.1f} GB free, the shards need {need / 1e9:.1f} GB: make room")
+
+
+def pydoc_documents() -> Iterator[dict]:
+    yield from ({"text": text} for text in pydoc_texts())
+
+
+@lru_cache
+def pydoc_texts() -> list[str]:
+    """The documentation inside every Python: the help topics, and each standard module's docstrings, by name.
+
+    Modules are parsed, never imported. About 2 MB.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    topics = {}
+    if (path := library / "pydoc_data" / "topics.py").exists():
+        assignment = next(n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.Assign))
+        topics = ast.literal_eval(assignment.value)
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "__pycache__"}
+    modules = [p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts)]
+    names = [(str(p.relative_to(library).as_posix()), p) for p in modules] + [(topic, None) for topic in topics]
+    names = sorted(names, key=lambda item: item[0])
+    return list(filter(None, (docstrings(path) if path else topics[name].strip() for name, path in names)))
+
+
+def docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(filter(None, found))
+
+
+if __name__ == "__main__":
+    cli(Config, main, __doc__)

@@ -1,0 +1,318 @@
+"""Shards -> a pretrained GPT-2. The defaults are the full run: 124M parameters, 19,073 steps of 524,288 tokens.
+
+    python train_gpt2.py                                            # one GPU, or whatever there is
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # eight GPUs
+    python train_gpt2.py --resume                                   # go on from the newest checkpoint of log/
+    python train_gpt2.py --data_dir datasets/pydoc --n_layer 4 --n_head 4 --n_embd 128 --B 8 --T 128 \\
+        --total_batch_size 4096 --max_steps 200 --warmup_steps 20   # a small one
+
+"step" counts the optimizer steps taken so far: the validation loss of step 100 is that of the model after 100 steps,
+the training loss of step 100 that of the batch from which the 101st is made. SIGTERM and Ctrl-C finish the step, write
+a checkpoint and exit.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import runtime
+from console import Progress, cli
+from dataloader import TrainLoader
+from files import write_text
+from model import GPT, GPTConfig
+from runlog import RunLog
+from runtime import Runtime, StopSignal
+from scoring import stream_loss
+from shards import manifest_checksum, open_shards, read_manifest
+from tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_text
+from training import learning_rate, make_optimizer, train_step
+
+
+@dataclass
+class Config:
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
+    log_dir: str = "log"  # run folder: logs and checkpoints
+    # batch
+    B: int = 64  # micro-batch: sequences per process and forward pass; lower it when memory runs out
+    T: int = 1024  # sequence length in tokens
+    total_batch_size: int = 524288  # tokens per optimizer step, over all processes and micro-steps
+    # length: by steps or by epochs
+    max_steps: int | None = None  # optimizer steps; None = 19073, which is 10B tokens, unless num_epochs is given
+    num_epochs: int | None = None  # passes over the training shards, instead of max_steps
+    # optimizer
+    warmup_steps: int = 715  # of linear warmup
+    max_lr: float = 6e-4  # learning rate after warmup
+    min_lr: float = 6e-5  # learning rate at the last step, down a cosine
+    weight_decay: float = 0.1  # of tensors of two dimensions and more
+    beta1: float = 0.9  # AdamW's decay of the gradient's mean
+    beta2: float = 0.95  # AdamW's decay of its square
+    eps: float = 1e-8  # AdamW's epsilon
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+    # model
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # width
+    block_size: int = 1024  # longest context that the model can read; T may be shorter
+    vocab_size: int | None = None  # rows of the embedding; None = the tokenizer's, padded to a multiple of 128: 50304
+    norm: Literal["pre", "post"] = "pre"  # LayerNorm before the sublayers (GPT-2), or after (the first Transformer)
+    dropout: float = 0.0  # share of activations dropped
+    init_from: str | None = None  # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
+    # run
+    resume: bool = False  # go on from the newest good checkpoint in log_dir, or start afresh where there is none
+    seed: int = 1337  # of weights, data order and samples
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
+    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
+    deterministic: bool = False  # only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
+    # now and then, in steps; 0 = never
+    val_every: int = 100  # validation loss
+    val_tokens: int = 10485760  # tokens of the validation shard to take it on
+    sample_every: int = 250  # print samples
+    sample_prompt: str = "Hello, I'm a language model,"  # how they begin
+    checkpoint_every: int = 5000  # milestones, which are kept
+    rolling_every: int = (
+        250  # checkpoints to resume from, of which the last two are kept; none if checkpoint_every is 0
+    )
+    wandb: bool = False  # log to Weights & Biases, too
+
+    def __post_init__(self):
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise ValueError("give max_steps or num_epochs, not both")
+        for name in ("val_every", "sample_every", "checkpoint_every", "rolling_every", "warmup_steps", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+        for name in ("B", "T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+
+def main(config: Config):
+    rt = runtime.start(config.device, config.dtype)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    log_dir = Path(config.log_dir)
+    if rt.is_main:
+        prepare_folder(log_dir, config.resume)
+    rt.barrier()
+
+    # data
+    train_shards = open_shards(config.data_dir, "train")
+    val_shards = open_shards(config.data_dir, "val") if config.val_every else None
+    loader = TrainLoader(train_shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size)
+    max_steps = loader.steps_in(config.num_epochs) if config.num_epochs else config.max_steps or 19073
+    enc = shards_tokenizer(config.data_dir)
+
+    # model, optimizer, and where an earlier run left them
+    resumed, path = checkpoint.load_newest(log_dir, rt.print) if config.resume else (None, None)
+    fixed = fixed_settings(config)
+    if resumed:
+        check_agreement(resumed, fixed, path)
+    torch.manual_seed(config.seed)
+    raw_model = make_model(config, enc, resumed, path).to(rt.device)
+    optimizer = make_optimizer(raw_model, config.max_lr, config.weight_decay, (config.beta1, config.beta2), config.eps)
+    start_step = 0
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        start_step = resumed["step"]
+        rt.print(f"resuming from {path}, step {start_step}")
+        del resumed
+    compiled = config.compile == "on" or (config.compile == "auto" and rt.device.type == "cuda")
+    model = torch.compile(raw_model) if compiled else raw_model  # for evaluation; shares its weights with raw_model
+    train_model = model
+    if rt.world_size > 1:
+        devices = [rt.device] if rt.device.type == "cuda" else None
+        train_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    log = RunLog(log_dir, start_step, rt, config.wandb)
+    if rt.is_main:
+        write_config(config, max_steps, rt)
+    rt.print(
+        f"{raw_model.num_params():,} parameters, {rt.device} x {rt.world_size}, {str(rt.dtype)[6:]}"
+        f"{', compiled' if compiled else ''}; {train_shards.num_tokens:,} training tokens; steps of "
+        f"{loader.accumulation} x {config.B} x {config.T} x {rt.world_size} tokens"
+    )
+
+    def evaluate(step: int):
+        if config.val_every and (step % config.val_every == 0 or step == max_steps):
+            tokens = val_shards.read(0, 0, min(config.val_tokens + 1, val_shards.lengths[0]))
+            loss = stream_loss(model, tokens, config.B, config.T, rt)
+            log.write(step, val=loss)
+            rt.print(f"step {step} | val {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
+        if config.sample_every and step and (step % config.sample_every == 0 or step == max_steps) and rt.is_main:
+            log.write(step, samples=draw_samples(raw_model, enc, config, rt))
+
+    def save(name: str, step: int) -> Path:
+        path = log_dir / name
+        if rt.is_main:
+            state = dict(
+                model=raw_model.state_dict(), config=raw_model.config_dict(), tokenizer=tokenizer_to_text(enc),
+                step=step, optimizer=optimizer.state_dict(), run=fixed,
+            )  # fmt: skip
+            checkpoint.save(path, state)
+            checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep=0 if name == "model_final.pt" else 2)
+        return path
+
+    stop = StopSignal()
+    flops = raw_model.flops_per_token(config.T)
+    step, began = start_step, time.perf_counter()
+    with Progress(total=max_steps, initial=start_step, desc="pretraining", unit="step") as bar:
+        evaluate(step)
+        for batch in loader.iterate(start_step, max_steps, rt.device):
+            t0 = time.perf_counter()
+            rt.seed(config.seed, step)  # dropout is a function of the step, so that a resumed run draws the same
+            lr = learning_rate(step, max_steps, config.warmup_steps, config.max_lr, config.min_lr)
+            loss, grad_norm = train_step(train_model, optimizer, batch, lr, config.grad_clip, rt)
+            # One reduction: the mean loss, and whether any rank was asked to stop.
+            loss, asked = (rt.sum(torch.stack([loss.double(), loss.new_tensor(stop.number).double()]))).tolist()
+            loss, grad_norm = loss / rt.world_size, float(grad_norm)
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                good = checkpoint.candidates(log_dir)
+                raise ValueError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the last good "
+                    f"checkpoint is {good[0] if good else 'none'}; lower max_lr or lengthen the warmup"
+                )
+            seconds = time.perf_counter() - t0
+            rate = config.total_batch_size / seconds
+            peak = rt.peak_flops()
+            mfu = flops * rate / (peak * rt.world_size) if peak else None
+            log.write(
+                step, loss=loss, lr=lr, grad_norm=grad_norm, ms=1000 * seconds, tokens_per_sec=rate, mfu=mfu,
+                memory=rt.peak_memory(),
+            )  # fmt: skip
+            step += 1
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+            bar.update()
+            if asked:
+                break
+            milestone = config.checkpoint_every and step % config.checkpoint_every == 0
+            rolling = config.checkpoint_every and config.rolling_every and step % config.rolling_every == 0
+            if (milestone or rolling) and step < max_steps:
+                save(f"model_{step:05d}.pt", step)
+            evaluate(step)
+
+    if step < max_steps:
+        path = save(f"model_{step:05d}.pt", step)
+        rt.print(f"stopped after step {step}, saved {path}; --resume goes on from there")
+        runtime.leave(128 + (stop.number or 15))
+    final = save("model_final.pt", step) if step > start_step else log_dir / "model_final.pt"
+    seconds = time.perf_counter() - began
+    tokens = (step - start_step) * config.total_batch_size
+    vals = log.values("val") if rt.is_main else []
+    best = f"; validation loss {vals[-1][1]:.4f}, best {min(v for _, v in vals):.4f}" if vals else ""
+    rt.print(
+        f"done: {step:,} steps, {step * config.total_batch_size:,} tokens; this run {tokens:,} in {seconds:,.0f} s, "
+        f"{tokens / seconds:,.0f} tokens/s{best}\n"
+        f"model: {final}   logs: {log_dir}/log.txt, {log_dir}/metrics.jsonl   pictures: python plot.py {log_dir}"
+    )
+    runtime.leave(0)
+
+
+def prepare_folder(log_dir: Path, resume: bool):
+    """Make the run folder. Raises ValueError if it holds a run that is not to be resumed."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    held = [p.name for p in sorted(log_dir.iterdir()) if p.name in ("log.txt", "config.json") or p.match("model_*.pt")]
+    if held and not resume:
+        raise ValueError(f"{log_dir} already holds a run ({held[0]}): --resume it, or choose another --log_dir")
+    for leftover in log_dir.glob("*.tmp"):
+        leftover.unlink()
+    write_text(log_dir / "config.json.probe", "")  # not writable? better now than at the first checkpoint
+    (log_dir / "config.json.probe").unlink()
+
+
+def shards_tokenizer(data_dir: str):
+    """The tokenizer that the shards were made with; GPT-2's where no manifest says otherwise."""
+    manifest = read_manifest(data_dir)
+    name = manifest["tokenizer"] if manifest else "gpt2"
+    return load_tokenizer(name if name == "gpt2" else Path(data_dir) / name)
+
+
+def fixed_settings(config: Config) -> dict:
+    """What a resumed run must share with the run that it goes on from: it decides which tokens come when."""
+    keys = ("seed", "T", "total_batch_size")
+    return {key: getattr(config, key) for key in keys} | dict(data=manifest_checksum(config.data_dir))
+
+
+def check_agreement(resumed: dict, fixed: dict, path: Path):
+    for key, value in fixed.items():
+        was = resumed.get("run", {}).get(key, value)
+        if was != value:
+            raise ValueError(f"{path} is from a run with {key}={was}, not {value}: resume with the same, or start anew")
+
+
+def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> GPT:
+    if resumed or config.init_from:
+        if resumed:
+            model, its_enc = checkpoint.build_model(resumed, path, config.dropout), resumed["tokenizer"]
+            its_enc, path = tokenizer_from_text(its_enc), path
+        else:
+            (model, its_enc), path = checkpoint.load_model(config.init_from, config.dropout), config.init_from
+        if tokenizer_to_text(its_enc) != tokenizer_to_text(enc):
+            raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {path}")
+    else:
+        rows = config.vocab_size or 0
+        if rows and rows < enc.n_vocab:
+            raise ValueError(f"vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
+        model = GPT(
+            GPTConfig(
+                block_size=config.block_size,
+                vocab_size=enc.n_vocab,
+                padded_vocab_size=rows,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                norm=config.norm,
+                dropout=config.dropout,
+            )  # fmt: skip
+        )
+    if model.config.block_size < config.T:
+        raise ValueError(f"T {config.T} is above the model's block_size {model.config.block_size}")
+    return model
+
+
+def draw_samples(model: GPT, enc, config: Config, rt: Runtime) -> list[str]:
+    prompt = enc.encode_ordinary(config.sample_prompt)
+    room = model.config.block_size - len(prompt)
+    if room < 1:
+        raise ValueError(f"sample_prompt has {len(prompt)} tokens, the context {model.config.block_size}")
+    with rt.autocast():
+        outputs = model.generate([prompt] * 4, min(32, room), stop_token=enc.eot_token, top_k=50, seed=config.seed)
+    samples = [config.sample_prompt + enc.decode(output) for output in outputs]
+    for sample in samples:
+        rt.print(f"> {sample}")
+    return samples
+
+
+def write_config(config: Config, max_steps: int, rt: Runtime):
+    """Everything that one needs to know of a run, in its config.json."""
+    manifest = read_manifest(config.data_dir) or {}
+    described = dict(
+        constants=asdict(config) | dict(max_steps=max_steps),
+        command=[sys.executable, *sys.argv],
+        commit=commit(),
+        versions=dict(python=platform.python_version(), torch=torch.__version__),
+        device=torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.processor() or "cpu",
+        world_size=rt.world_size,
+        dtype=str(rt.dtype),
+        data=dict(source=manifest.get("source"), manifest_sha256=manifest_checksum(config.data_dir)),
+    )
+    write_text(Path(config.log_dir) / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def commit() -> str | None:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    cli(Config, main, __doc__)

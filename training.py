@@ -1,0 +1,49 @@
+"""One optimizer step, the hot path: parameter groups, AdamW, the schedule, and accumulate - clip - step."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from runtime import Runtime
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
+    """AdamW (Loshchilov & Hutter 2019) that decays tensors of two dimensions and more: matrices and embeddings,
+    not biases and LayerNorms. Fused into one kernel over all tensors."""
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def learning_rate(step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
+    """Linear warmup from max_lr / warmup_steps, then a cosine from max_lr down to min_lr at max_steps."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[tuple], lr: float, grad_clip: float, rt: Runtime
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step on a global batch, of which `batch` lists this rank's micro-batches (x, y).
+
+    Returns this rank's mean loss in nats and the norm of the whole batch's gradient before clipping, both still on
+    the device. Gradients are averaged over the ranks once, on the last micro-step. grad_clip 0 clips nothing.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), device=rt.device)
+    for n, (x, y) in enumerate(batch):
+        if rt.world_size > 1:
+            model.require_backward_grad_sync = n == len(batch) - 1
+        with rt.autocast():
+            loss = model(x, y) / len(batch)
+        loss.backward()
+        loss_sum += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, grad_norm
