@@ -12,6 +12,7 @@ One file of tensors and plain values, readable with torch.load(..., weights_only
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import tiktoken
@@ -39,13 +40,15 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch itself does not compare checksums
+            raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint of ours: it holds more than tensors and plain values, and loading it could run "
             "code"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is truncated, corrupt or no checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "tokenizer", "step"} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of ours: it lacks model, config, tokenizer or step")

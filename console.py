@@ -3,10 +3,14 @@
 Every stage is started by `cli(Config, main, __doc__)`. Nothing here needs torch, so that `--help` is quick.
 """
 
+import io
 import os
+import re
 import signal
 import sys
+import time
 import traceback
+from contextlib import redirect_stderr
 
 from tqdm import tqdm
 
@@ -44,11 +48,8 @@ def cli(config_class, main, doc: str):
 
     ValueError and OSError are what our own checks raise; set TRACEBACK=1 to see where.
     """
-    import tyro  # late: the worker processes of a stage import this file too
-
-    config = tyro.cli(config_class, description=doc, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        main(config)
+        main(parse(config_class, doc))
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError) as error:
@@ -65,12 +66,36 @@ def cli(config_class, main, doc: str):
         fail(str(error))
 
 
+def parse(config_class, doc: str):
+    """The Config that the command line asks for. A wrong flag ends as one line, too, with exit code 2."""
+    import tyro  # late: the worker processes of a stage import this file too
+
+    doc = re.sub(r"(?m)^    (?=\S)", "  $ ", doc)  # or tyro runs the commands together
+    screen = io.StringIO()
+    try:
+        with redirect_stderr(screen):
+            return tyro.cli(config_class, description=doc, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        # tyro draws a box in colors: a title, what is wrong, a rule, and advice.
+        text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+        lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
+        lines = ["" if set(line) == {"-"} else line for line in lines][1:]
+        wrong = " ".join(lines[: lines.index("")])
+        similar = next((line.split()[0] for line in lines if line.startswith("--")), None)
+        hint = f" (perhaps {similar}?)" if "Unrecognized" in wrong and similar else ""
+        fail(f"{wrong}{hint}; see --help", 2)
+
+
 def fail(message: str, code: int = 1):
     """End this process with one line. Under torchrun at once, without a clean-up that would wait for other ranks."""
     if os.environ.get("TRACEBACK") and sys.exc_info()[0]:
         traceback.print_exc()
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = f"rank {os.environ['RANK']}: " if distributed else ""
+    if distributed and os.environ["RANK"] != "0":
+        time.sleep(2)  # what rank 0 says too need not be said again: torchrun ends this process before
     print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if distributed:
         sys.stdout.flush()

@@ -78,7 +78,10 @@ class RunLog:
             f"{v['ms']:.0f} ms | {v['tokens_per_sec']:,.0f} tok/s{mfu} | {v['memory'] / 1e9:.2f} GB"
         )
 
-    def values(self, stream: str) -> list[tuple[int, float]]:
+    def values(self, stream: str) -> list[float]:
+        """All values of a stream, on rank 0."""
+        if not self.rt.is_main:
+            return []
         self.flush()
         lines = (line.split() for line in (self.folder / "log.txt").read_text().splitlines())
-        return [(int(step), float(value)) for step, name, value in lines if name == stream]
+        return [float(value) for _, name, value in lines if name == stream]

@@ -134,32 +134,38 @@ class StopSignal:
     """SIGTERM and Ctrl-C as a wish to stop after this step; a second one, more than 5 s later, ends the process.
 
     `torchrun` forwards a Ctrl-C that its children have already had from the terminal, hence the 5 s. The signal is
-    noticed by a thread, so that it works while the main thread waits inside a kernel or a collective.
+    noticed by a thread, so that this works while the main thread waits inside a kernel or a collective.
     """
 
-    def __init__(self):
+    def __enter__(self):
         self.number = 0  # the signal that asked, 0 for none
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.former = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT)}
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.writer)
 
     def _watch(self, reader: int):
         first = 0.0
-        while True:
-            for number in os.read(reader, 16):
+        while numbers := os.read(reader, 16):
+            for number in numbers:
                 if not self.number:
                     first = time.monotonic()
                     self.number = number
                 elif time.monotonic() - first > 5:
                     os._exit(128 + number)
+        os.close(reader)
 
 
-def leave(code: int):
-    """End this process in good order, all ranks together."""
+def leave():
+    """The end of a run, all ranks together."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    sys.exit(code)

@@ -14,6 +14,7 @@ a checkpoint and exit.
 import json
 import math
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -79,10 +80,8 @@ class Config:
     val_tokens: int = 10485760  # tokens of the validation shard to take it on
     sample_every: int = 250  # print samples
     sample_prompt: str = "Hello, I'm a language model,"  # how they begin
-    checkpoint_every: int = 5000  # milestones, which are kept
-    rolling_every: int = (
-        250  # checkpoints to resume from, of which the last two are kept; none if checkpoint_every is 0
-    )
+    checkpoint_every: int = 5000  # checkpoints that are kept; 0 = none but the final one
+    rolling_every: int = 250  # checkpoints in between, to resume from: the last two are kept
     wandb: bool = False  # log to Weights & Biases, too
 
     def __post_init__(self):
@@ -133,9 +132,13 @@ def main(config: Config):
         devices = [rt.device] if rt.device.type == "cuda" else None
         train_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    log = RunLog(log_dir, start_step, rt, config.wandb)
+    if start_step >= max_steps:
+        rt.print(f"{log_dir} is finished: {start_step} steps; nothing to do")
+        return runtime.leave()
+
     if rt.is_main:
         write_config(config, max_steps, rt)
+    log = RunLog(log_dir, start_step, rt, config.wandb)
     rt.print(
         f"{raw_model.num_params():,} parameters, {rt.device} x {rt.world_size}, {str(rt.dtype)[6:]}"
         f"{', compiled' if compiled else ''}; {train_shards.num_tokens:,} training tokens; steps of "
@@ -143,12 +146,12 @@ def main(config: Config):
     )
 
     def evaluate(step: int):
-        if config.val_every and (step % config.val_every == 0 or step == max_steps):
+        if is_due(step, config.val_every, max_steps):
             tokens = val_shards.read(0, 0, min(config.val_tokens + 1, val_shards.lengths[0]))
             loss = stream_loss(model, tokens, config.B, config.T, rt)
             log.write(step, val=loss)
             rt.print(f"step {step} | val {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
-        if config.sample_every and step and (step % config.sample_every == 0 or step == max_steps) and rt.is_main:
+        if step and is_due(step, config.sample_every, max_steps) and rt.is_main:
             log.write(step, samples=draw_samples(raw_model, enc, config, rt))
 
     def save(name: str, step: int) -> Path:
@@ -159,62 +162,66 @@ def main(config: Config):
                 step=step, optimizer=optimizer.state_dict(), run=fixed,
             )  # fmt: skip
             checkpoint.save(path, state)
-            checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep=0 if name == "model_final.pt" else 2)
+            checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep=0 if step == max_steps else 2)
         return path
 
-    stop = StopSignal()
     flops = raw_model.flops_per_token(config.T)
-    step, began = start_step, time.perf_counter()
-    with Progress(total=max_steps, initial=start_step, desc="pretraining", unit="step") as bar:
+    peak_flops = rt.peak_flops()
+    step, last_good, began = start_step, path, time.perf_counter()
+    with StopSignal() as stop, Progress(total=max_steps, initial=step, desc="pretraining", unit="step") as bar:
         evaluate(step)
         for batch in loader.iterate(start_step, max_steps, rt.device):
             t0 = time.perf_counter()
             rt.seed(config.seed, step)  # dropout is a function of the step, so that a resumed run draws the same
             lr = learning_rate(step, max_steps, config.warmup_steps, config.max_lr, config.min_lr)
             loss, grad_norm = train_step(train_model, optimizer, batch, lr, config.grad_clip, rt)
-            # One reduction: the mean loss, and whether any rank was asked to stop.
-            loss, asked = (rt.sum(torch.stack([loss.double(), loss.new_tensor(stop.number).double()]))).tolist()
+            # One reduction for both: the mean loss, and whether any rank was asked to stop.
+            loss, stop_asked = rt.sum(torch.stack([loss, loss.new_tensor(stop.number)])).tolist()
             loss, grad_norm = loss / rt.world_size, float(grad_norm)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                good = checkpoint.candidates(log_dir)
                 raise ValueError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the last good "
-                    f"checkpoint is {good[0] if good else 'none'}; lower max_lr or lengthen the warmup"
+                    f"checkpoint is {last_good}; lower max_lr or lengthen the warmup"
                 )
             seconds = time.perf_counter() - t0
             rate = config.total_batch_size / seconds
-            peak = rt.peak_flops()
-            mfu = flops * rate / (peak * rt.world_size) if peak else None
             log.write(
-                step, loss=loss, lr=lr, grad_norm=grad_norm, ms=1000 * seconds, tokens_per_sec=rate, mfu=mfu,
-                memory=rt.peak_memory(),
+                step, loss=loss, lr=lr, grad_norm=grad_norm, ms=1000 * seconds, tokens_per_sec=rate,
+                mfu=flops * rate / (peak_flops * rt.world_size) if peak_flops else None, memory=rt.peak_memory(),
             )  # fmt: skip
             step += 1
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
             bar.update()
-            if asked:
+            if step == max_steps or stop_asked:
                 break
-            milestone = config.checkpoint_every and step % config.checkpoint_every == 0
-            rolling = config.checkpoint_every and config.rolling_every and step % config.rolling_every == 0
-            if (milestone or rolling) and step < max_steps:
-                save(f"model_{step:05d}.pt", step)
+            if config.checkpoint_every and (
+                is_due(step, config.checkpoint_every) or is_due(step, config.rolling_every)
+            ):
+                last_good = save(f"model_{step:05d}.pt", step)
+            evaluate(step)
+        if step == max_steps:
             evaluate(step)
 
     if step < max_steps:
-        path = save(f"model_{step:05d}.pt", step)
-        rt.print(f"stopped after step {step}, saved {path}; --resume goes on from there")
-        runtime.leave(128 + (stop.number or 15))
-    final = save("model_final.pt", step) if step > start_step else log_dir / "model_final.pt"
+        rt.print(f"stopped: saved {save(f'model_{step:05d}.pt', step)}; --resume goes on from there")
+        runtime.leave()
+        sys.exit(128 + (stop.number or signal.SIGTERM))
+    final = save("model_final.pt", step)
     seconds = time.perf_counter() - began
     tokens = (step - start_step) * config.total_batch_size
-    vals = log.values("val") if rt.is_main else []
-    best = f"; validation loss {vals[-1][1]:.4f}, best {min(v for _, v in vals):.4f}" if vals else ""
+    vals = log.values("val")
     rt.print(
         f"done: {step:,} steps, {step * config.total_batch_size:,} tokens; this run {tokens:,} in {seconds:,.0f} s, "
-        f"{tokens / seconds:,.0f} tokens/s{best}\n"
-        f"model: {final}   logs: {log_dir}/log.txt, {log_dir}/metrics.jsonl   pictures: python plot.py {log_dir}"
+        f"{tokens / seconds:,.0f} tokens/s"
+        + (f"; validation loss {vals[-1]:.4f}, best {min(vals):.4f}" if vals else "")
+        + f"\nmodel: {final}   logs: {log_dir}/log.txt, {log_dir}/metrics.jsonl   pictures: python plot.py {log_dir}"
     )
-    runtime.leave(0)
+    runtime.leave()
+
+
+def is_due(step: int, every: int, last_step: int | None = None) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens at this one; at the last one it does."""
+    return bool(every) and (step % every == 0 or step == last_step)
 
 
 def prepare_folder(log_dir: Path, resume: bool):

@@ -1,0 +1,136 @@
+"""Which tokens, in which order, for which rank."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dataloader import TrainLoader
+from shards import open_shards
+
+T = 8
+LENGTHS = [400, 253, 97]  # tokens of the training shards: 49 + 31 + 12 windows of 8
+WINDOWS = 92
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every token of every shard is different, so that a window tells where it is from."""
+    folder = tmp_path_factory.mktemp("shards")
+    first = 0
+    for n, length in enumerate(LENGTHS):
+        np.save(folder / f"x_train_{n:06d}.npy", np.arange(first, first + length, dtype=np.uint16))
+        first += length
+    np.save(folder / "x_val_000000.npy", np.arange(100, dtype=np.uint16))
+    return folder
+
+
+def loader(folder, B=4, batch=32 * T, seed=1, rank=0, world_size=1):
+    return TrainLoader(open_shards(folder, "train"), B, T, batch, seed, rank, world_size)
+
+
+def first_tokens(folder, steps, **kwargs):
+    """The first token of each window of the global batches, in order, gathered from all ranks."""
+    world_size = kwargs.get("world_size", 1)
+    loaders = [loader(folder, rank=rank, **kwargs) for rank in range(world_size)]
+    firsts = []
+    for step in steps:
+        for micro_step in range(loaders[0].accumulation):
+            for each in loaders:
+                x, y = each.micro_batch(step, micro_step)
+                assert x.shape == y.shape == (each.B, T)
+                assert x.dtype == torch.int64
+                assert torch.equal(x + 1, y), "y is one token ahead of x, within one shard"
+                firsts += x[:, 0].tolist()
+    return firsts
+
+
+def test_each_window_of_each_shard_once_per_epoch(folder):
+    expected = []
+    for start, length in zip(np.cumsum([0, *LENGTHS]), LENGTHS):
+        expected += [start + T * n for n in range((length - 1) // T)]
+    assert len(expected) == WINDOWS
+    batches = 92 * 32 // 32  # 32 epochs, whole number of batches
+    order = first_tokens(folder, range(batches))
+    for epoch in range(32):
+        assert sorted(order[epoch * WINDOWS : (epoch + 1) * WINDOWS]) == sorted(expected)
+
+
+def test_each_epoch_has_another_order_and_the_same_seed_the_same(folder):
+    order = first_tokens(folder, range(12))
+    assert order[:WINDOWS] != order[WINDOWS : 2 * WINDOWS]
+    assert order == first_tokens(folder, range(12))
+    assert order != first_tokens(folder, range(12), seed=2)
+    assert order[:WINDOWS] != sorted(order[:WINDOWS])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_global_batch_is_the_same_for_any_world_size_and_micro_batch(folder, world_size, B):
+    assert first_tokens(folder, range(7), world_size=world_size, B=B) == first_tokens(folder, range(7), B=32)
+
+
+def test_ranks_are_disjoint(folder):
+    seen = Counter()
+    for rank in range(4):
+        each = loader(folder, rank=rank, world_size=4)
+        for micro_step in range(each.accumulation):
+            seen.update(each.micro_batch(0, micro_step)[0][:, 0].tolist())
+    assert len(seen) == 32
+    assert set(seen.values()) == {1}
+
+
+def test_iterating_from_a_step_is_what_an_uninterrupted_run_sees(folder):
+    """Across the borders of shards and epochs: 92 windows are no multiple of the batch of 32."""
+    whole = list(loader(folder).iterate(0, 9, torch.device("cpu")))
+    for start in (1, 2, 3, 5, 8):
+        resumed = list(loader(folder).iterate(start, 9, torch.device("cpu")))
+        assert len(resumed) == 9 - start
+        for a, b in zip(whole[start:], resumed):
+            for (xa, ya), (xb, yb) in zip(a, b):
+                assert torch.equal(xa, xb)
+                assert torch.equal(ya, yb)
+
+
+def test_epochs_count_whole_batches(folder):
+    assert loader(folder).steps_in(1) == 2  # 92 windows, 32 a batch
+    assert loader(folder).steps_in(8) == 23
+
+
+def test_the_next_batches_are_read_before_they_are_asked_for(folder):
+    import time
+
+    each = loader(folder)
+    read = []
+    original = each.micro_batch
+    each.micro_batch = lambda step, micro_step: (read.append(step), original(step, micro_step))[1]
+    steps = each.iterate(0, 20, torch.device("cpu"))
+    next(steps)
+    deadline = time.monotonic() + 5
+    while max(read) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert max(read) >= 2
+
+
+def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):
+    np.save(tmp_path / "x_train_000000.npy", np.full(1000, 50257, dtype=np.uint16))
+    with pytest.raises(ValueError, match="50257, outside the vocabulary"):
+        next(loader(tmp_path).iterate(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("kwargs", [dict(batch=33 * T), dict(B=3), dict(B=4, world_size=3), dict(B=0)])
+def test_sizes_that_do_not_divide_are_refused(folder, kwargs):
+    with pytest.raises(ValueError, match="not divisible"):
+        loader(folder, **kwargs)
+
+
+def test_fewer_tokens_than_one_batch_are_refused(folder):
+    with pytest.raises(ValueError, match="fewer than one batch"):
+        loader(folder, batch=128 * T)
+
+
+def test_uint32_shards_and_shards_of_other_projects_load(tmp_path):
+    np.save(tmp_path / "fineweb_train_0.npy", np.arange(1000, dtype=np.uint32))
+    x, _ = loader(tmp_path).micro_batch(0, 0)
+    assert x[0, 0] % T == 0

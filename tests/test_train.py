@@ -1,0 +1,436 @@
+"""Pretraining as a person runs it: by command, in one process or several, killed and resumed."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, command, ok, one_line
+
+STEPS = 30
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def arguments(data_dir, log_dir, *more) -> list:
+    return ["train_gpt2.py", "--data_dir", data_dir, "--log_dir", log_dir, *SMALL_RUN, "--max_steps", STEPS, *more]
+
+
+def train(data_dir, log_dir, *more, **kwargs) -> subprocess.CompletedProcess:
+    return command(*arguments(data_dir, log_dir, *more), **kwargs)
+
+
+def train_here(data_dir, log_dir, *more):
+    """The same in this process: no seconds spent on starting another."""
+    import tyro
+
+    import train_gpt2
+
+    words = [str(word) for word in arguments(data_dir, log_dir, *more)[1:]]
+    train_gpt2.main(tyro.cli(train_gpt2.Config, args=words))
+
+
+def launch(words, launcher=(sys.executable,)) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*launcher, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_step(log_dir: Path, step: int, process: subprocess.Popen):
+    deadline = time.monotonic() + 60
+    while not any(s >= step for s, _ in stream(log_dir, "train")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def stream(log_dir: Path, name: str) -> list[tuple[int, float]]:
+    path = log_dir / "log.txt"
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    return [(int(line[0]), float(line[2])) for line in lines if len(line) == 3 and line[1] == name]
+
+
+def losses(log_dir: Path) -> list[float]:
+    steps, values = zip(*stream(log_dir, "train"))
+    assert list(steps) == list(range(len(steps))), "every step stands in the log once, in order"
+    return list(values)
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_bits(a: Path, b: Path):
+    a, b = weights(a), weights(b)
+    assert a["step"] == b["step"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for key, state in a["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, b["optimizer"]["state"][key][name]), (key, name)
+
+
+@pytest.fixture(scope="module")
+def reference(data_dir, tmp_path_factory) -> Path:
+    """An undisturbed run of one process."""
+    log_dir = tmp_path_factory.mktemp("reference") / "log"
+    result = ok(train(data_dir, log_dir, "--sample_every", 15, "--checkpoint_every", 10, "--rolling_every", 4))
+    (log_dir / "screen.txt").write_text(result.stdout)
+    return log_dir
+
+
+def test_a_run_leaves_what_the_design_says(reference):
+    names = {path.name for path in reference.iterdir()} - {"screen.txt"}
+    assert names == {
+        "config.json", "log.txt", "metrics.jsonl", "model_00010.pt", "model_00020.pt", "model_final.pt",
+    }  # fmt: skip
+    assert losses(reference)[-1] < losses(reference)[0] - 0.5
+    assert [step for step, _ in stream(reference, "val")] == [0, 10, 20, 30]
+    records = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(STEPS + 1))
+    assert {"loss", "lr", "grad_norm", "ms", "tokens_per_sec", "mfu", "memory"} <= records[3].keys()
+    assert records[10]["val"] == pytest.approx(dict(stream(reference, "val"))[10], abs=1e-6)
+    assert len(records[15]["samples"]) == 4
+    config = json.loads((reference / "config.json").read_text())
+    assert config["constants"]["max_lr"] == 3e-3
+    assert config["data"]["source"] == "text"
+    checkpoint = weights(reference / "model_final.pt")
+    assert checkpoint["step"] == STEPS
+    assert {"model", "config", "tokenizer", "step", "optimizer", "run"} == checkpoint.keys()
+    screen = (reference / "screen.txt").read_text()
+    assert "> Hello, I'm a language model," in screen
+    for word in ("tokens/s", "validation loss", "best", "model_final.pt", "metrics.jsonl"):
+        assert word in screen.splitlines()[-2] + screen.splitlines()[-1]
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(reference):
+    rates = [json.loads(line).get("lr") for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    assert rates[0] == pytest.approx(3e-3 / 4)
+    assert rates[3] == pytest.approx(3e-3)
+    halfway = 4 + (STEPS - 4) // 2
+    assert rates[halfway] == pytest.approx((3e-3 + 3e-4) / 2)
+    assert rates[29] == pytest.approx(3e-4 + 0.5 * (3e-3 - 3e-4) * (1 + math.cos(math.pi * 25 / 26)))
+
+
+@pytest.mark.parametrize("B", [8, 16])
+def test_accumulation_does_not_change_the_losses(data_dir, tmp_path, reference, B):
+    train_here(data_dir, tmp_path / "log", "--B", B)
+    assert losses(tmp_path / "log") == pytest.approx(losses(reference), abs=1e-4)
+
+
+def test_two_processes_draw_the_same_curve_as_one(data_dir, tmp_path, reference):
+    process = launch(arguments(data_dir, tmp_path / "log"), TORCHRUN)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert losses(tmp_path / "log") == pytest.approx(losses(reference), abs=1e-4)
+    val, expected = stream(tmp_path / "log", "val"), stream(reference, "val")
+    assert [v for _, v in val] == pytest.approx([v for _, v in expected], abs=1e-4)
+    assert out.count("step 0 | loss") == 1, "only rank 0 speaks"
+
+
+def kill_and_resume(data_dir, log_dir, kills, seed, *more):
+    """Kill -9 at random moments until enough; then let the run finish."""
+    rng = random.Random(seed)
+    arguments_ = arguments(data_dir, log_dir, "--rolling_every", 1, "--resume", "--max_steps", 120, *more)
+    done = 0
+    while done < kills:
+        process = launch(arguments_)
+        have = max((step for step, _ in stream(log_dir, "train")), default=-1)
+        wait_for_step(log_dir, min(have + 1 + rng.randrange(6), 110), process)
+        time.sleep(rng.random() * 0.05)  # at any place of the step, often while a checkpoint is written
+        process.kill()
+        process.communicate()
+        done += 1
+    ok(command(*arguments_))
+    assert not list(log_dir.glob("*.tmp"))
+    assert len(losses(log_dir)) == 120
+
+
+@pytest.mark.parametrize(
+    "kills, dtype",
+    [
+        (3, "float32"),
+        pytest.param(10, "float32", marks=pytest.mark.slow),
+        pytest.param(10, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments_the_weights_are_the_same_to_the_bit(data_dir, tmp_path, kills, dtype):
+    more = ["--dtype", dtype, "--dropout", 0.1]
+    ok(train(data_dir, tmp_path / "whole", "--max_steps", 120, *more))
+    kill_and_resume(data_dir, tmp_path / "killed", kills, kills, *more)
+    assert_same_bits(tmp_path / "whole" / "model_final.pt", tmp_path / "killed" / "model_final.pt")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data_dir, tmp_path, reference):
+    log_dir = tmp_path / "log"
+    more = ("--sample_every", 15, "--checkpoint_every", 10, "--rolling_every", 4)
+    process = launch(arguments(data_dir, log_dir, *more))
+    wait_for_step(log_dir, 5, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "stopped: saved" in out
+    assert "Traceback" not in err
+    stopped_at = len(losses(log_dir))
+    assert weights(log_dir / f"model_{stopped_at:05d}.pt")["step"] == stopped_at
+    ok(train(data_dir, log_dir, "--resume", *more))
+    assert_same_bits(reference / "model_final.pt", log_dir / "model_final.pt")
+    assert stream(log_dir, "val") == stream(reference, "val")
+
+
+@pytest.mark.parametrize("first, then", [(TORCHRUN, (sys.executable,)), ((sys.executable,), TORCHRUN)])
+def test_a_run_goes_on_with_another_number_of_processes(data_dir, tmp_path, reference, first, then):
+    log_dir = tmp_path / "log"
+    process = launch(arguments(data_dir, log_dir, "--rolling_every", 1), first)
+    wait_for_step(log_dir, 8, process)
+    process.kill()
+    process.communicate()
+    time.sleep(3)  # its workers notice
+    process = launch(arguments(data_dir, log_dir, "--resume"), then)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert "resuming from" in out
+    assert losses(log_dir) == pytest.approx(losses(reference), abs=1e-4)
+
+
+def test_the_death_of_one_rank_ends_all_of_them(data_dir, tmp_path):
+    process = launch(arguments(data_dir, tmp_path / "log", "--max_steps", 100000), TORCHRUN)
+    wait_for_step(tmp_path / "log", 3, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_skipped(data_dir, tmp_path, reference, capsys):
+    log_dir = tmp_path / "log"
+    shutil.copytree(reference, log_dir)
+    whole = (log_dir / "model_final.pt").read_bytes()
+    (log_dir / "model_final.pt").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray((log_dir / "model_00020.pt").read_bytes())
+    middle = len(flipped) // 2
+    flipped[middle : middle + 64] = bytes(64 * [255])
+    (log_dir / "model_00020.pt").write_bytes(flipped)
+    train_here(data_dir, log_dir, "--resume", "--checkpoint_every", 10)
+    screen = capsys.readouterr().out
+    assert "model_final.pt is truncated" in screen
+    assert "model_00020.pt is truncated, corrupt" in screen
+    assert "model_00010.pt, step 10\n" in screen
+    assert_same_bits(reference / "model_final.pt", log_dir / "model_final.pt")
+
+
+def test_disk_full_during_a_checkpoint_keeps_the_old_one(data_dir, tmp_path, reference):
+    log_dir = tmp_path / "log"
+    log_dir.mkdir()
+    shutil.copy(reference / "model_00010.pt", log_dir)
+    before = (log_dir / "model_00010.pt").read_bytes()
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = train(data_dir, log_dir, "--resume", "--rolling_every", 5, preexec_fn=small_disk)
+    assert "model_00015.pt can't be written" in one_line(result)
+    assert (log_dir / "model_00010.pt").read_bytes() == before
+    assert [p.name for p in log_dir.glob("model_*")] == ["model_00010.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
+    result = train(data_dir, tmp_path / "log", "--max_lr", "1e30", "--rolling_every", 1, "--grad_clip", 0)
+    line = one_line(result)
+    assert "step " in line
+    assert "last good checkpoint is" in line
+    saved = sorted((tmp_path / "log").glob("model_*.pt"))
+    assert (saved[-1].name if saved else "None") in line
+    assert all(tensor.isfinite().all() for path in saved for tensor in weights(path)["model"].values())
+    assert not (tmp_path / "log" / "model_final.pt").exists()
+
+
+def test_a_finished_run_is_not_done_again(data_dir, tmp_path, reference, capsys):
+    log_dir = tmp_path / "log"
+    shutil.copytree(reference, log_dir)
+    before = {path.name: path.read_bytes() for path in log_dir.iterdir()}
+    train_here(data_dir, log_dir, "--resume")
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in log_dir.iterdir()} == before
+
+
+def test_by_epochs(data_dir, tmp_path):
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    windows = sum((shard["tokens"] - 1) // 32 for shard in manifest["shards"][1:])
+    train_here(
+        data_dir, tmp_path / "log", "--max_steps", "None", "--num_epochs", 1, "--total_batch_size", 4096, "--B", 32
+    )
+    assert len(losses(tmp_path / "log")) == windows // 128
+
+
+def test_starting_from_other_weights(data_dir, tmp_path, reference):
+    train_here(data_dir, tmp_path / "log", "--init_from", reference / "model_final.pt", "--max_steps", 2)
+    first = stream(tmp_path / "log", "val")[0][1]
+    assert first == pytest.approx(stream(reference, "val")[-1][1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled(data_dir, tmp_path, reference):
+    """Validation and samples work with it on, and the curve is the same."""
+    ok(train(data_dir, tmp_path / "log", "--compile", "on", "--sample_every", 15))
+    assert losses(tmp_path / "log") == pytest.approx(losses(reference), abs=1e-3)
+
+
+def folder_with(data_dir, folder: Path) -> Path:
+    shutil.copytree(data_dir, folder)
+    return folder
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (os.system, ("touch owned",))
+
+
+def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
+    """A wrong input, made: the flags that lead to it, and what the error line must say."""
+    data, log = tmp_path / "data", tmp_path / "log"
+    flags = ["--data_dir", data]
+    if name == "no folder":
+        return flags, "no shards"
+    if name == "only validation":
+        data.mkdir()
+        shutil.copy(data_dir / "text_val_000000.npy", data)
+        return flags, "none of split 'train'"
+    folder_with(data_dir, data)
+    shard = data / "text_train_000001.npy"
+    if name == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:5000])
+        return flags, "truncated"
+    if name == "missing shard":
+        shard.unlink()
+        return flags, "missing"
+    if name == "manifest disagrees":
+        np.save(shard, np.load(shard)[:-1])
+        return flags, "manifest says"
+    if name == "dtype disagrees":
+        np.save(shard, np.load(shard).astype(np.uint32))
+        return flags, "dtype"
+    if name == "damaged manifest":
+        (data / "manifest.json").write_text("{")
+        return flags, "manifest.json is damaged"
+    if name == "unfinished shards":
+        manifest = json.loads((data / "manifest.json").read_text())
+        (data / "manifest.json").write_text(json.dumps(manifest | dict(complete=False)))
+        return flags, "unfinished"
+    if name == "ids outside the vocabulary":
+        for shard in data.glob("*train*.npy"):
+            np.save(shard, np.full_like(np.load(shard), 384))
+        return flags, "outside the vocabulary"
+    if name in ("two dimensions", "float shard"):
+        (data / "manifest.json").unlink()
+        tokens = np.load(shard)
+        np.save(shard, tokens[:1000].reshape(10, 100) if name == "two dimensions" else tokens.astype(np.float32))
+        return flags, "one-dimensional, uint16 or uint32"
+    if name == "other tokenizer":
+        other = torch.load(tmp_path.parent / "reference.pt", weights_only=True)
+        other["tokenizer"] = "".join(f"{line}\n" for line in other["tokenizer"].splitlines()[:-1])
+        other["config"]["vocab_size"] -= 1
+        torch.save(other, tmp_path / "other.pt")
+        return ["--init_from", tmp_path / "other.pt"], "another tokenizer"
+    if name == "foreign checkpoint":
+        torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+        return ["--init_from", tmp_path / "foreign.pt"], "no checkpoint of ours"
+    if name == "no checkpoint":
+        (tmp_path / "text.pt").write_text("not a checkpoint")
+        return ["--init_from", tmp_path / "text.pt"], "no checkpoint"
+    if name == "checkpoint with code":
+        torch.save({"model": RunsCode()}, tmp_path / "code.pt")
+        return ["--init_from", tmp_path / "code.pt"], "could run code"
+    if name == "held folder":
+        log.mkdir()
+        (log / "log.txt").write_text("0 train 1.0\n")
+        return [], "already holds a run"
+    if name == "folder is a file":
+        log.write_text("")
+        return [], "log"
+    return {
+        "more than there is": (["--total_batch_size", str(2**17)], "fewer than one batch"),
+        "batch not divisible": (["--total_batch_size", "500"], "not divisible"),
+        "T above block_size": (["--T", "128"], "above the model's block_size"),
+        "n_embd not divisible": (["--n_embd", "33"], "not divisible by n_head"),
+        "vocabulary too small": (["--vocab_size", "100"], "below the tokenizer's 384"),
+        "steps and epochs": (["--num_epochs", "1"], "not both"),
+        "negative": (["--val_every", "-1"], "must not be negative"),
+        "no such device": (["--device", "cuda:7"], "cuda"),
+        "unknown device": (["--device", "abacus"], "abacus"),
+        "no such weights": (["--init_from", "no_such_model"], "no model 'no_such_model'"),
+        "no wandb": (["--wandb"], "wandb is not installed"),
+    }[name]
+
+
+WRONG = [
+    "no folder", "only validation", "truncated shard", "missing shard", "manifest disagrees", "dtype disagrees",
+    "damaged manifest", "unfinished shards", "ids outside the vocabulary", "two dimensions", "float shard",
+    "other tokenizer", "foreign checkpoint", "no checkpoint", "checkpoint with code", "held folder",
+    "folder is a file", "more than there is", "batch not divisible", "T above block_size", "n_embd not divisible",
+    "vocabulary too small", "steps and epochs", "negative", "no such device", "unknown device", "no such weights",
+    "no wandb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_inputs_end_in_one_line(name, data_dir, tmp_path, reference, monkeypatch, capsys):
+    shutil.copy(reference / "model_final.pt", tmp_path.parent / "reference.pt")
+    flags, expected = spoil(name, data_dir, tmp_path)
+    line = one_line_in_process(arguments(data_dir, tmp_path / "log", *flags), monkeypatch, capsys)
+    assert expected in line
+    assert not (ROOT / "owned").exists()
+
+
+def one_line_in_process(words, monkeypatch, capsys) -> str:
+    """What `one_line` checks, without the seconds that it takes to start a process."""
+    import console
+    import train_gpt2
+
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    if "--wandb" in sys.argv:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as stopped:
+        console.cli(train_gpt2.Config, train_gpt2.main, train_gpt2.__doc__)
+    assert stopped.value.code in (1, 2)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.mark.parametrize("flags", [["--no_such_flag", "3"], ["--B", "many"], ["--norm", "sideways"]])
+def test_unknown_flags_and_wrong_types_are_refused(flags):
+    result = command("train_gpt2.py", *flags)
+    assert flags[0] in one_line(result)
+    assert result.returncode == 2
+
+
+def test_out_of_memory_says_which_constants_to_lower(monkeypatch, capsys, data_dir, tmp_path):
+    import train_gpt2
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_gpt2, "train_step", no_memory)
+    assert "lower B" in one_line_in_process(arguments(data_dir, tmp_path / "log"), monkeypatch, capsys)
+
+
+def test_wrong_input_under_torchrun_is_said_once(data_dir, tmp_path):
+    process = launch(arguments(tmp_path / "nothing", tmp_path / "log"), TORCHRUN)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert (out + err).count("holds no shards") == 1
