@@ -70,7 +70,6 @@ def parse(config_class, doc: str):
     """The Config that the command line asks for. A wrong flag ends as one line, too, with exit code 2."""
     import tyro  # late: the worker processes of a stage import this file too
 
-    doc = re.sub(r"(?m)^    (?=\S)", "  $ ", doc)  # or tyro runs the commands together
     screen = io.StringIO()
     try:
         with redirect_stderr(screen):
@@ -78,13 +77,11 @@ def parse(config_class, doc: str):
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        # tyro draws a box in colors: a title, what is wrong, a rule, and advice.
-        text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
-        lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
-        lines = ["" if set(line) == {"-"} else line for line in lines][1:]
-        wrong = " ".join(lines[: lines.index("")])
-        similar = next((line.split()[0] for line in lines if line.startswith("--")), None)
-        hint = f" (perhaps {similar}?)" if "Unrecognized" in wrong and similar else ""
+        # tyro draws a box in colors: a title, what is wrong, and advice, with rules between them.
+        plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", screen.getvalue())
+        _, wrong, *advice = filter(None, (" ".join(part.split()) for part in re.split(r"[─-]{5,}|\n\s*\n", plain)))
+        similar = re.search(r"you meant: (--\w+)", " ".join(advice))
+        hint = f" (perhaps {similar[1]}?)" if similar else ""
         fail(f"{wrong}{hint}; see --help", 2)
 
 

@@ -1,6 +1,8 @@
-"""A checkpoint -> a folder that transformers' GPT2LMHeadModel and AutoTokenizer read.
+"""A checkpoint -> a folder in Hugging Face's layout.
 
-python export.py --model log/model_final.pt --out gpt2_ours
+    python export.py --model log/model_final.pt --out exported
+
+transformers' GPT2LMHeadModel and AutoTokenizer read it, and so does every stage here that takes a model.
 """
 
 from dataclasses import dataclass

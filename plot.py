@@ -22,11 +22,12 @@ from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator,
 from console import cli, say
 from files import write_whole
 
-SERIES = ("loss", "val", "hella", "lr", "tokens_per_sec", "mfu", "grad_norm")  # what is drawn, as in metrics.jsonl
-OTHER_NAMES = {"train": "loss", "acc_norm": "hella"}  # in log.txt and hellaswag_results.jsonl
+OTHER_NAMES = {"train": "loss", "acc_norm": "hella"}  # log.txt's and hellaswag_results.jsonl's for metrics.jsonl's
 OPENAI_LOSS = {"124M": 3.2924}  # of OpenAI's GPT-2 on the validation shard of FineWeb-Edu
-GPT2_HELLASWAG = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
-GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
+HELLASWAG = {
+    "GPT-2": {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946},
+    "GPT-3": {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547},
+}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, for all eyes
 
 
@@ -53,85 +54,64 @@ def main(config: Config):
     runs = read_runs(config.runs)
     out_dir = Path(config.out_dir or folder_of(Path(config.runs[0])))
     out_dir.mkdir(parents=True, exist_ok=True)
+    hellaswag = partial(draw_hellaswag, size=config.size)
     pictures = {
         "training_loss": ("loss", draw_training_loss),
         "validation_loss": ("val", partial(draw_validation_loss, size=config.size)),
         "learning_rate": ("lr", draw_learning_rate),
         "throughput": ("tokens_per_sec", draw_throughput),
         "grad_norm": ("grad_norm", draw_grad_norm),
-        "hellaswag_accuracy": ("hella", partial(draw_hellaswag, size=config.size)),
+        "hellaswag_accuracy": ("hella", hellaswag),
     }
     for name, (key, draw) in pictures.items():
         if having(runs, key):
-            figure = Figure((8, 5), layout="constrained")
-            draw(figure.subplots(), runs)
-            save(figure, out_dir / f"{name}.png")
-    figure = Figure((12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_losses(left, runs, config.size)
-    draw_hellaswag(right, runs, config.size)
-    save(figure, out_dir / "log_plot.png")
+            save(out_dir / f"{name}.png", runs, draw)
+    save(out_dir / "log_plot.png", runs, partial(draw_losses, size=config.size), hellaswag)
 
 
 def read_runs(names: tuple[str, ...]) -> list[Run]:
     paths = list(dict.fromkeys(map(Path, names)))
-    if not paths:
-        raise ValueError("name at least one run folder or log.txt")
-    return [
-        Run(short_name(path, paths), COLORS[i % len(COLORS)], read_series(path), read_source(folder_of(path)))
-        for i, path in enumerate(paths)
-    ]
+    series = [read_series(path) for path in paths]
+    folders = [folder_of(path).resolve().name for path in paths]
+    labels = [folder if folders.count(folder) == 1 else str(path) for folder, path in zip(folders, paths)]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(paths))]
+    return list(map(Run, labels, colors, series, map(read_source, paths)))
 
 
 def read_series(path: Path) -> dict[str, dict[int, float]]:
     """A log file stands alone. In a run folder metrics.jsonl completes log.txt, and has more digits."""
     if not path.exists():
         raise FileNotFoundError(f"no run folder or log file {path}")
-    if path.is_file():
-        rows = list(read_log(path))
-    elif (path / "log.txt").exists() or (path / "metrics.jsonl").exists():
-        rows = [*read_log(path / "log.txt"), *read_jsonl(path / "metrics.jsonl")]
-        rows += read_jsonl(path / "hellaswag_results.jsonl")
-    else:
+    files = [path] if path.is_file() else [path / "log.txt", path / "metrics.jsonl", path / "hellaswag_results.jsonl"]
+    if not any(file.exists() for file in files[:2]):
         raise FileNotFoundError(f"{path} is not a run folder: it has neither log.txt nor metrics.jsonl")
     series = {}
-    for step, name, value in rows:
-        key = OTHER_NAMES.get(name, name)
-        if key in SERIES and isinstance(value, int | float) and math.isfinite(value):
-            series.setdefault(key, {})[step] = value
-    if not {"loss", "val", "hella"} & series.keys():
-        raise ValueError(f"{path} is empty, or no log: no line reads 'step train|val|hella value'")
+    for step, name, value in (row for file in files if file.exists() for row in read_rows(file)):
+        if isinstance(value, int | float) and math.isfinite(value):
+            series.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
+    if not {"loss", "val"} & series.keys():
+        raise ValueError(f"{path} holds no losses: it is empty, or no line reads 'step train value' or 'step val value'")
     return series
 
 
-def read_log(path: Path) -> Iterator[tuple[int, str, float]]:
-    for line in lines_of(path):
+def read_rows(path: Path) -> Iterator[tuple[int, str, object]]:
+    """(step, name, value) of each line, or of each entry in the objects of a jsonl file."""
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
         try:
-            step, stream, value = line.split()
-            if line.endswith("\n"):  # else a crash may have cut digits off
-                yield int(step), stream, float(value)
-        except ValueError:  # another project's other lines
+            if path.suffix == ".jsonl":
+                record = json.loads(line)
+                step = int(record["step"])
+                yield from ((step, name, value) for name, value in record.items())
+            elif line.endswith("\n"):  # else a crash may have cut digits off
+                step, name, value = line.split()
+                yield int(step), name, float(value)
+        except (ValueError, KeyError, TypeError):  # cut off, or about something else than a step
             continue
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, str, object]]:
-    """What the objects that have a step say about it."""
-    for line in lines_of(path):
-        try:
-            record = json.loads(line)
-            step = int(record.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):  # cut off by a crash, or of no training run
-            continue
-        yield from ((step, name, value) for name, value in record.items())
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else []
-
-
-def read_source(folder: Path) -> str | None:
+def read_source(path: Path) -> str | None:
     try:
-        return json.loads((folder / "config.json").read_text())["data"]["source"]
+        return json.loads((folder_of(path) / "config.json").read_text())["data"]["source"]
     except (OSError, ValueError, KeyError, TypeError):  # another project's run
         return None
 
@@ -140,125 +120,100 @@ def folder_of(path: Path) -> Path:
     return path.parent if path.is_file() else path
 
 
-def short_name(path: Path, paths: list[Path]) -> str:
-    """The end of its folder's path, as long as it takes to tell it from the other runs."""
-    folder = folder_of(path).resolve().parts
-    others = [folder_of(other).resolve().parts for other in paths if other != path]
-    ends = (folder[-n:] for n in range(1, len(folder)))
-    return next(("/".join(end) for end in ends if end not in [other[-len(end) :] for other in others]), str(path))
-
-
 def having(runs: list[Run], key: str) -> list[Run]:
     return [run for run in runs if key in run.series]
 
 
+def save(path: Path, runs: list[Run], *panels):
+    figure = Figure((4 + 4 * len(panels), 5), layout="constrained")
+    for ax, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        draw(ax, runs)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    say(path)
+
+
 def draw_training_loss(ax: Axes, runs: list[Run]):
-    for run in having(runs, "loss"):
-        draw_smoothed(ax, run, "loss", run.name)
-    show_bulk(ax)
-    finish(ax, "Training loss (faint: each step, strong: moving average)", "loss (nats per token)")
+    draw_curves(ax, runs, "loss", smooth=True)
+    finish_losses(ax, "Training loss (faint: each step, strong: moving average)")
 
 
 def draw_validation_loss(ax: Axes, runs: list[Run], size: str):
-    draw_validation(ax, runs, size)
-    show_bulk(ax)
-    use_log_scale(ax)
-    finish(ax, "Validation loss", "loss (nats per token)")
+    draw_curves(ax, runs, "val", "{name}: {last:.4f} at step {step:,}")
+    if size in OPENAI_LOSS and any(run.source == "fineweb-edu" for run in having(runs, "val")):
+        draw_reference(ax, OPENAI_LOSS[size], "--", f"OpenAI GPT-2 {size}: {OPENAI_LOSS[size]}")
+    finish_losses(ax, "Validation loss")
 
 
 def draw_losses(ax: Axes, runs: list[Run], size: str):
-    """Training and validation loss in the same axes."""
     for run in having(runs, "loss"):
-        name = None if "val" in run.series else run.name
-        ax.plot(*run.curve("loss"), color=run.color, lw=0.5, alpha=0.4, label=name)
-    draw_validation(ax, runs, size)
-    if not ax.lines:
-        return leave_empty(ax, "no losses in this run")
-    show_bulk(ax)
-    finish(ax, "Training loss (faint) and validation loss", "loss (nats per token)")
-
-
-def draw_validation(ax: Axes, runs: list[Run], size: str):
-    for run in having(runs, "val"):
-        steps, values = run.curve("val")
-        draw_line(ax, steps, values, run.color, f"{run.name}: {values[-1]:.4f} at step {steps[-1]:,}")
-    if size in OPENAI_LOSS and any(run.source == "fineweb-edu" for run in having(runs, "val")):
-        draw_reference(ax, OPENAI_LOSS[size], f"OpenAI GPT-2 {size}: {OPENAI_LOSS[size]}")
+        ax.plot(*run.curve("loss"), color=run.color, lw=0.5, alpha=0.4, label=None if "val" in run.series else run.name)
+    draw_validation_loss(ax, runs, size)
+    ax.set_title("Training loss (faint) and validation loss")
 
 
 def draw_hellaswag(ax: Axes, runs: list[Run], size: str):
-    for run in having(runs, "hella"):
-        steps, values = run.curve("hella")
-        draw_line(ax, steps, values, run.color, f"{run.name}: {values[-1]:.1%} at step {steps[-1]:,}")
-    if not ax.lines:
-        return leave_empty(ax, "no HellaSwag results in this run")
-    draw_reference(ax, 0.25, "chance: 25%")
-    draw_reference(ax, GPT2_HELLASWAG[size], f"OpenAI GPT-2 {size}: {GPT2_HELLASWAG[size]:.1%}")
-    draw_reference(ax, GPT3_HELLASWAG[size], f"OpenAI GPT-3 {size}: {GPT3_HELLASWAG[size]:.1%}")
-    ax.margins(y=0.1)
+    if not having(runs, "hella"):
+        ax.text(0.5, 0.5, "no HellaSwag results in this run", color="grey", ha="center", transform=ax.transAxes)
+        return ax.set(xticks=[], yticks=[])
+    draw_curves(ax, runs, "hella", "{name}: {last:.1%} at step {step:,}")
+    for model, linestyle in (("GPT-3", "-."), ("GPT-2", "--")):
+        draw_reference(ax, HELLASWAG[model][size], linestyle, f"OpenAI {model} {size}: {HELLASWAG[model][size]:.1%}")
+    draw_reference(ax, 0.25, ":", "chance: 25%")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    finish(ax, "HellaSwag accuracy", "accuracy (acc_norm)", legend="lower right")
+    finish(ax, "HellaSwag accuracy", "accuracy (acc_norm)")
 
 
 def draw_learning_rate(ax: Axes, runs: list[Run]):
-    for run in having(runs, "lr"):
-        draw_line(ax, *run.curve("lr"), run.color, run.name)
+    draw_curves(ax, runs, "lr")
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     finish(ax, "Learning rate", "learning rate")
 
 
 def draw_throughput(ax: Axes, runs: list[Run]):
-    """tokens/s, and on a second axis their share of the device's peak where that is known."""
-    for run in having(runs, "tokens_per_sec"):
-        label = f"{run.name}: median {np.median(run.curve('tokens_per_sec')[1]):,.0f} tokens/s"
-        draw_smoothed(ax, run, "tokens_per_sec", label)
+    """tokens/s, and on the right what share of the device's peak that is for the first run that knows it."""
+    draw_curves(ax, runs, "tokens_per_sec", "{name}: median {median:,.0f} tokens/s", smooth=True)
+    for run in having(runs, "mfu")[:1]:
+        share = np.median(run.curve("mfu")[1]) / np.median(run.curve("tokens_per_sec")[1])
+        right = ax.secondary_yaxis("right", functions=(lambda rate: rate * share, lambda mfu: mfu / share))
+        right.set_ylabel(f"MFU of {run.name}")
+        right.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if having(runs, "mfu"):
-        right = ax.twinx()
-        for run in having(runs, "mfu"):
-            steps, values = run.curve("mfu")
-            right.plot(steps, values, "--", color=run.color, lw=1)
-            ax.plot([], [], "--", color=run.color, lw=1, label=f"{run.name}: median MFU {np.median(values):.1%}")
-        right.set(ylim=(0, 1), ylabel="MFU (dashed)")
-        right.yaxis.set_major_formatter(PercentFormatter(1))
-    finish(ax, "Throughput", "tokens/s", legend="lower right")
+    finish(ax, "Throughput (faint: each step, strong: moving average)", "tokens/s")
 
 
 def draw_grad_norm(ax: Axes, runs: list[Run]):
-    for run in having(runs, "grad_norm"):
-        draw_smoothed(ax, run, "grad_norm", run.name)
+    draw_curves(ax, runs, "grad_norm", smooth=True)
     use_log_scale(ax)
     finish(ax, "Gradient norm (faint: each step, strong: moving average)", "gradient norm before clipping")
 
 
-def draw_smoothed(ax: Axes, run: Run, key: str, label: str):
-    steps, values = run.curve(key)
-    ax.plot(steps, values, color=run.color, lw=0.5, alpha=0.3)
-    draw_line(ax, steps, moving_average(values), run.color, label)
+def draw_curves(ax: Axes, runs: list[Run], key: str, label: str = "{name}", smooth: bool = False):
+    for run in having(runs, key):
+        steps, values = run.curve(key)
+        text = label.format(name=run.name, step=steps[-1], last=values[-1], median=np.median(values))
+        if smooth:
+            ax.plot(steps, values, color=run.color, lw=0.5, alpha=0.3)
+            values = moving_average(values)
+        ax.plot(steps, values, color=run.color, lw=1.5, label=text, marker="." if len(steps) < 50 else None)
 
 
-def draw_line(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str):
-    ax.plot(steps, values, color=color, lw=1.5, label=label, marker="." if len(steps) < 50 else None)
-
-
-def draw_reference(ax: Axes, value: float, text: str):
-    ax.axhline(value, color="grey", lw=1, ls="--")
-    ax.annotate(text, (0.01, value), (0, 3), ax.get_yaxis_transform(), "offset points", color="dimgrey", fontsize=9)
+def draw_reference(ax: Axes, value: float, linestyle: str, label: str):
+    ax.axhline(value, color="grey", lw=1, ls=linestyle, label=label)
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:
-    """Exponential, over 0.5% of the run; its start is not drawn towards zero (as in Adam)."""
-    beta = 1 - 1 / max(4, len(values) / 200)
-    average, averages = 0.0, []
-    for n, value in enumerate(values, start=1):
-        average = beta * average + (1 - beta) * value
-        averages.append(average / (1 - beta**n))
-    return np.array(averages)
+    """Exponential, over 1/400 of the run; its start is not drawn towards zero (as in Adam)."""
+    weight = 1 / max(4, len(values) / 400)
+    sums = np.zeros(len(values) + 1)
+    for i, value in enumerate(values):
+        sums[i + 1] = (1 - weight) * sums[i] + weight * value
+    return sums[1:] / (1 - (1 - weight) ** np.arange(1, len(sums)))
 
 
-def show_bulk(ax: Axes):
+def finish_losses(ax: Axes, title: str):
     """Let a long run's first steps and spikes leave the picture rather than flatten the rest, and say so."""
     curves = [np.array(line.get_ydata()) for line in ax.lines]
     low, high = min(map(np.min, curves)), max(map(np.max, curves))
@@ -266,8 +221,9 @@ def show_bulk(ax: Axes):
     margin = 0.05 * (top - low) or 0.1
     ax.set_ylim(max(low - margin, 0.9 * low), top + margin)
     if high > top + margin:
-        note = f"values up to {high:.2f} lie above the picture"
-        ax.text(0.01, 0.98, note, color="dimgrey", fontsize=9, va="top", transform=ax.transAxes)
+        ax.plot([], [], " ", label=f"(above the picture: up to {high:.2f})")
+    use_log_scale(ax)
+    finish(ax, title, "loss (nats per token)")
 
 
 def use_log_scale(ax: Axes):
@@ -279,23 +235,12 @@ def use_log_scale(ax: Axes):
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def leave_empty(ax: Axes, text: str):
-    ax.text(0.5, 0.5, text, color="grey", ha="center", transform=ax.transAxes)
-    ax.set_axis_off()
-
-
-def finish(ax: Axes, title: str, ylabel: str, legend: str = "upper right"):
+def finish(ax: Axes, title: str, ylabel: str):
     ax.set(title=title, xlabel="step", ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10], integer=True))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.grid(alpha=0.3)
-    ax.legend(loc=legend)
-
-
-def save(figure: Figure, path: Path):
-    with write_whole(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    say(path)
+    ax.legend(framealpha=1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Prompts -> text, from a checkpoint, a folder in Hugging Face's layout, or OpenAI's weights by name.
 
-python sample.py                                                  # log/model_final.pt
-python sample.py --model gpt2 --prompt "The meaning of life is" --num_samples 5
-python sample.py --model log/model_05000.pt --stream --temperature 0.8 --top_p 0.95
-python sample.py --prompt_file prompts.txt --out samples.txt      # a prompt a line
+    python sample.py                                                  # log/model_final.pt
+    python sample.py --model gpt2 --prompt "The meaning of life is" --num_samples 5
+    python sample.py --model log/model_05000.pt --stream --temperature 0.8 --top_p 0.95
+    python sample.py --prompt_file prompts.txt --out samples.txt      # a prompt a line
+
+A sample ends after max_tokens, or where the model ends its text.
 """
 
 import codecs

@@ -1,0 +1,104 @@
+"""Sampling and exporting, as a person does it after training."""
+
+import sys
+
+import pytest
+
+import console
+import export
+import sample
+from checkpoint import load_model
+from conftest import SMALL_RUN, command, ok, one_line
+
+DASHES = "-" * 80 + "\n"
+
+
+@pytest.fixture(scope="module")
+def model(data_dir, tmp_path_factory):
+    log_dir = tmp_path_factory.mktemp("run") / "log"
+    words = ["train_gpt2.py", "--data_dir", data_dir, "--log_dir", log_dir, *SMALL_RUN, "--max_steps", 40]
+    ok(command(*words))
+    return log_dir / "model_final.pt"
+
+
+def run(module, *flags):
+    sys.argv = [module.__name__, *map(str, flags)]
+    console.cli(module.Config, module.main, module.__doc__)
+
+
+def greedy(model, prompt: str, n: int) -> str:
+    gpt, enc = load_model(model)
+    (output,) = gpt.eval().generate([enc.encode_ordinary(prompt)], n, stop_token=enc.eot_token, temperature=0)
+    return prompt + enc.decode(output)
+
+
+@pytest.mark.parametrize("how", [[], ["--stream"], ["--batch_size", "2"]])
+def test_samples_of_several_prompts(model, tmp_path, capsys, how):
+    prompts = ["import", "def main(", "The shards of a"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    flags = ["--prompt_file", tmp_path / "prompts.txt", "--num_samples", 1, "--temperature", 0, "--max_tokens", 20]
+    run(sample, "--model", model, *flags, "--dtype", "float32", "--out", tmp_path / "out.txt", *how)
+    expected = "".join(f"{greedy(model, prompt, 20)}\n{DASHES}" for prompt in prompts)
+    assert (tmp_path / "out.txt").read_text() == expected
+    assert expected in capsys.readouterr().out
+
+
+def test_a_seed_gives_the_same_samples_and_another_others(model, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        run(sample, "--model", model, "--seed", seed, "--num_samples", 2, "--max_tokens", 30)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    first, second, _ = texts[0].split(DASHES)
+    assert first != second
+
+
+def test_an_export_samples_like_its_checkpoint(model, tmp_path, capsys):
+    run(export, "--model", model, "--out", tmp_path / "hf")
+    assert greedy(tmp_path / "hf", "def main(", 30) == greedy(model, "def main(", 30)
+
+
+def test_characters_of_several_bytes_are_streamed_whole(model, capsys, monkeypatch):
+    gpt, enc = load_model(model)
+    tokens = enc.encode_ordinary("naïve → 日本")
+    assert any(len(enc.decode_single_token_bytes(t)) < len("日".encode()) for t in tokens)
+    monkeypatch.setattr(type(gpt), "stream", lambda *_, **__: iter([[t] for t in tokens]))
+    sample.stream_to_screen(gpt, enc, "A ", [1], len(tokens), {})
+    assert capsys.readouterr().out == f"A naïve → 日本\n{DASHES}"
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "x = 1; " * 40], "do not fit the context of 64"),
+        (["--max_tokens", "64"], "do not fit the context of 64"),
+        (["--prompt_file", "no_such_file"], "no prompt file"),
+        (["--model", "no_such_model"], "no model 'no_such_model'"),
+        (["--model", "no_such.pt"], "no checkpoint no_such.pt"),
+        (["--temperature", "-1"], "must not be negative"),
+        (["--top_p", "1.5"], "top_p"),
+        (["--top_k", "0"], "top_k"),
+        (["--out", "/no/such/folder/out.txt", "--max_tokens", "1"], "/no/such/folder"),
+    ],
+)
+def test_wrong_inputs_end_in_one_line(model, capsys, flags, expected):
+    with pytest.raises(SystemExit) as stopped:
+        run(sample, "--model", model, *flags)
+    assert stopped.value.code in (1, 2)
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+
+
+def test_help_names_every_constant_and_its_default():
+    for script in ("fineweb", "train_gpt2", "sample", "export", "plot"):
+        text = ok(command(f"{script}.py", "--help")).stdout
+        assert f"python {script}.py" in text
+        for name in __import__(script).Config.__dataclass_fields__:
+            assert f"--{name}" in text or name == "runs", (script, name)
+
+
+def test_a_wrong_flag_is_one_line():
+    assert "--promt" in one_line(command("sample.py", "--promt", "x"))
