@@ -350,7 +350,7 @@ def pydoc_texts() -> list[str]:
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "__pycache__"}
     modules = [p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts)]
     names = [(str(p.relative_to(library).as_posix()), p) for p in modules] + [(topic, None) for topic in topics]
-    names = sorted(names, key=lambda item: item[0])
+    names = sorted(names, key=lambda item: item[0].lower())
     return list(filter(None, (docstrings(path) if path else topics[name].strip() for name, path in names)))
 
 

@@ -385,6 +385,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grads_x = []
         grad_w = None  # summed in float32
         part = max(256, math.ceil(len(x) / 8))
+        rows = torch.arange(part, device=x.device)
         for xs, ts, vs in zip(x.to(dtype).split(part), targets.split(part), valid.split(part)):
             logits = (xs @ w.t()).float()
             logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
@@ -393,7 +394,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss += ((lse - logits.gather(1, ts))[:, 0] * vs).sum()
             if needs_grad:
                 grad = logits.sub_(lse).exp_()  # softmax, then minus one at the target
-                grad.scatter_add_(1, ts, -torch.ones_like(lse))
+                grad[rows[: len(ts)], ts[:, 0]] -= 1  # not scatter_add_: it has no deterministic CUDA kernel
                 grad = grad.mul_((vs / count)[:, None]).to(dtype)
                 grads_x.append(grad @ w)
                 product = grad.t() @ xs

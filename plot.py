@@ -1,15 +1,16 @@
 """Logs -> pictures, from one run or several side by side.
 
-python plot.py                                           # log/
-python plot.py log other_run --out_dir pictures          # both runs in the same axes
-python plot.py build-nanogpt/log/log.txt --size 124M     # a log.txt alone, another project's too
+    python plot.py                                           # log/
+    python plot.py log other_run --out_dir pictures          # both runs in the same axes
+    python plot.py build-nanogpt/log/log.txt --size 124M     # a log.txt alone, another project's too
+
+Each picture is drawn if the logs hold something for it.
 """
 
 import json
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Literal
 
@@ -17,17 +18,15 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # drawn without pyplot, so without a display
-from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from console import cli, say
 from files import write_whole
 
 OTHER_NAMES = {"train": "loss", "acc_norm": "hella"}  # log.txt's and hellaswag_results.jsonl's for metrics.jsonl's
 OPENAI_LOSS = {"124M": 3.2924}  # of OpenAI's GPT-2 on the validation shard of FineWeb-Edu
-HELLASWAG = {
-    "GPT-2": {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946},
-    "GPT-3": {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547},
-}
+GPT2_HELLASWAG = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
+GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, for all eyes
 
 
@@ -40,19 +39,16 @@ class Config:
 
 @dataclass
 class Run:
+    folder: Path
     name: str
     color: str
-    series: dict[str, dict[int, float]]  # loss, val, ...: step -> value
+    series: dict[str, tuple[np.ndarray, np.ndarray]]  # loss, val, hella, lr, ...: steps and values
     source: str | None = None  # of its data, where config.json says so
-
-    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        steps, values = zip(*sorted(self.series[key].items()))
-        return np.array(steps), np.array(values)
 
 
 def main(config: Config):
     runs = read_runs(config.runs)
-    out_dir = Path(config.out_dir or folder_of(Path(config.runs[0])))
+    out_dir = Path(config.out_dir or runs[0].folder)
     out_dir.mkdir(parents=True, exist_ok=True)
     hellaswag = partial(draw_hellaswag, size=config.size)
     pictures = {
@@ -71,53 +67,45 @@ def main(config: Config):
 
 def read_runs(names: tuple[str, ...]) -> list[Run]:
     paths = list(dict.fromkeys(map(Path, names)))
-    series = [read_series(path) for path in paths]
-    folders = [folder_of(path).resolve().name for path in paths]
-    labels = [folder if folders.count(folder) == 1 else str(path) for folder, path in zip(folders, paths)]
-    colors = [COLORS[i % len(COLORS)] for i in range(len(paths))]
-    return list(map(Run, labels, colors, series, map(read_source, paths)))
+    folders = [path.parent if path.is_file() else path for path in paths]
+    ends = [folder.resolve().name for folder in folders]
+    labels = [end if ends.count(end) == 1 else str(path) for end, path in zip(ends, paths)]
+    return list(map(Run, folders, labels, cycle(COLORS), map(read_series, paths), map(read_source, folders)))
 
 
-def read_series(path: Path) -> dict[str, dict[int, float]]:
+def read_series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A log file stands alone. In a run folder metrics.jsonl completes log.txt, and has more digits."""
-    if not path.exists():
-        raise FileNotFoundError(f"no run folder or log file {path}")
     files = [path] if path.is_file() else [path / "log.txt", path / "metrics.jsonl", path / "hellaswag_results.jsonl"]
     if not any(file.exists() for file in files[:2]):
-        raise FileNotFoundError(f"{path} is not a run folder: it has neither log.txt nor metrics.jsonl")
-    series = {}
-    for step, name, value in (row for file in files if file.exists() for row in read_rows(file)):
-        if isinstance(value, int | float) and math.isfinite(value):
-            series.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
-    if not {"loss", "val"} & series.keys():
-        raise ValueError(f"{path} holds no losses: it is empty, or no line reads 'step train value' or 'step val value'")
-    return series
+        raise FileNotFoundError(f"no log at {path}: it is neither a file nor a folder with log.txt or metrics.jsonl")
+    lines = [line for file in files if file.exists() for line in file.read_text("utf-8", "replace").splitlines(True)]
+    points = {}
+    for step, name, value in (entry for line in lines for entry in read_line(line)):
+        if isinstance(value, int | float) and np.isfinite(value):
+            points.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
+    if not {"loss", "val"} & points.keys():
+        raise ValueError(f"{path} holds no losses: it is empty, or its lines don't read 'step train value'")
+    return {key: tuple(map(np.array, zip(*sorted(by_step.items())))) for key, by_step in points.items()}
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, str, object]]:
-    """(step, name, value) of each line, or of each entry in the objects of a jsonl file."""
-    for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
-        try:
-            if path.suffix == ".jsonl":
-                record = json.loads(line)
-                step = int(record["step"])
-                yield from ((step, name, value) for name, value in record.items())
-            elif line.endswith("\n"):  # else a crash may have cut digits off
-                step, name, value = line.split()
-                yield int(step), name, float(value)
-        except (ValueError, KeyError, TypeError):  # cut off, or about something else than a step
-            continue
-
-
-def read_source(path: Path) -> str | None:
+def read_line(line: str) -> list[tuple[int, str, object]]:
+    """(step, name, value) of a line of log.txt, or of every entry of an object; nothing of other lines."""
     try:
-        return json.loads((folder_of(path) / "config.json").read_text())["data"]["source"]
+        if line.startswith("{"):
+            record = json.loads(line)
+            return [(int(record["step"]), name, value) for name, value in record.items()]
+        step, name, value = line.split()
+        return [(int(step), name, float(value))] if line.endswith("\n") else []  # a crash may have cut digits off
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def read_source(folder: Path) -> str | None:
+    try:
+        data = json.loads((folder / "config.json").read_text())["data"]
+        return data["source"] if data.get("tokenizer", "gpt2") == "gpt2" else None  # else its losses compare to nothing
     except (OSError, ValueError, KeyError, TypeError):  # another project's run
         return None
-
-
-def folder_of(path: Path) -> Path:
-    return path.parent if path.is_file() else path
 
 
 def having(runs: list[Run], key: str) -> list[Run]:
@@ -141,13 +129,16 @@ def draw_training_loss(ax: Axes, runs: list[Run]):
 def draw_validation_loss(ax: Axes, runs: list[Run], size: str):
     draw_curves(ax, runs, "val", "{name}: {last:.4f} at step {step:,}")
     if size in OPENAI_LOSS and any(run.source == "fineweb-edu" for run in having(runs, "val")):
-        draw_reference(ax, OPENAI_LOSS[size], "--", f"OpenAI GPT-2 {size}: {OPENAI_LOSS[size]}")
+        ax.axhline(OPENAI_LOSS[size], color="grey", ls="--", label=f"OpenAI GPT-2 {size}: {OPENAI_LOSS[size]}")
     finish_losses(ax, "Validation loss")
 
 
 def draw_losses(ax: Axes, runs: list[Run], size: str):
+    if not having(runs, "val"):
+        return draw_training_loss(ax, runs)
     for run in having(runs, "loss"):
-        ax.plot(*run.curve("loss"), color=run.color, lw=0.5, alpha=0.4, label=None if "val" in run.series else run.name)
+        label = None if "val" in run.series else run.name
+        ax.plot(*run.series["loss"], color=run.color, lw=0.5, alpha=0.4, label=label)
     draw_validation_loss(ax, runs, size)
     ax.set_title("Training loss (faint) and validation loss")
 
@@ -157,42 +148,39 @@ def draw_hellaswag(ax: Axes, runs: list[Run], size: str):
         ax.text(0.5, 0.5, "no HellaSwag results in this run", color="grey", ha="center", transform=ax.transAxes)
         return ax.set(xticks=[], yticks=[])
     draw_curves(ax, runs, "hella", "{name}: {last:.1%} at step {step:,}")
-    for model, linestyle in (("GPT-3", "-."), ("GPT-2", "--")):
-        draw_reference(ax, HELLASWAG[model][size], linestyle, f"OpenAI {model} {size}: {HELLASWAG[model][size]:.1%}")
-    draw_reference(ax, 0.25, ":", "chance: 25%")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.axhline(GPT3_HELLASWAG[size], color="grey", ls="-.", label=f"OpenAI GPT-3 {size}: {GPT3_HELLASWAG[size]:.1%}")
+    ax.axhline(GPT2_HELLASWAG[size], color="grey", ls="--", label=f"OpenAI GPT-2 {size}: {GPT2_HELLASWAG[size]:.1%}")
+    ax.axhline(0.25, color="grey", ls=":", label="chance: 25%")
     finish(ax, "HellaSwag accuracy", "accuracy (acc_norm)")
+    ax.yaxis.set_major_formatter("{x:.0%}")
 
 
 def draw_learning_rate(ax: Axes, runs: list[Run]):
     draw_curves(ax, runs, "lr")
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     finish(ax, "Learning rate", "learning rate")
 
 
 def draw_throughput(ax: Axes, runs: list[Run]):
-    """tokens/s, and on the right what share of the device's peak that is for the first run that knows it."""
     draw_curves(ax, runs, "tokens_per_sec", "{name}: median {median:,.0f} tokens/s", smooth=True)
-    for run in having(runs, "mfu")[:1]:
-        share = np.median(run.curve("mfu")[1]) / np.median(run.curve("tokens_per_sec")[1])
-        right = ax.secondary_yaxis("right", functions=(lambda rate: rate * share, lambda mfu: mfu / share))
-        right.set_ylabel(f"MFU of {run.name}")
-        right.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     finish(ax, "Throughput (faint: each step, strong: moving average)", "tokens/s")
+    if having(runs, "mfu"):  # then tokens/s on the left are a share of the device's peak on the right
+        run = having(runs, "mfu")[0]
+        share = np.median(run.series["mfu"][1]) / np.median(run.series["tokens_per_sec"][1])
+        right = ax.secondary_yaxis("right", functions=(lambda rate: rate * share, lambda mfu: mfu / share))
+        right.yaxis.set(label_text=f"MFU of run {run.name}", major_formatter=PercentFormatter(1))
 
 
 def draw_grad_norm(ax: Axes, runs: list[Run]):
     draw_curves(ax, runs, "grad_norm", smooth=True)
-    use_log_scale(ax)
+    ax.set_yscale("log")
     finish(ax, "Gradient norm (faint: each step, strong: moving average)", "gradient norm before clipping")
 
 
 def draw_curves(ax: Axes, runs: list[Run], key: str, label: str = "{name}", smooth: bool = False):
     for run in having(runs, key):
-        steps, values = run.curve(key)
+        steps, values = run.series[key]
         text = label.format(name=run.name, step=steps[-1], last=values[-1], median=np.median(values))
         if smooth:
             ax.plot(steps, values, color=run.color, lw=0.5, alpha=0.3)
@@ -200,17 +188,11 @@ def draw_curves(ax: Axes, runs: list[Run], key: str, label: str = "{name}", smoo
         ax.plot(steps, values, color=run.color, lw=1.5, label=text, marker="." if len(steps) < 50 else None)
 
 
-def draw_reference(ax: Axes, value: float, linestyle: str, label: str):
-    ax.axhline(value, color="grey", lw=1, ls=linestyle, label=label)
-
-
 def moving_average(values: np.ndarray) -> np.ndarray:
-    """Exponential, over 1/400 of the run; its start is not drawn towards zero (as in Adam)."""
-    weight = 1 / max(4, len(values) / 400)
-    sums = np.zeros(len(values) + 1)
-    for i, value in enumerate(values):
-        sums[i + 1] = (1 - weight) * sums[i] + weight * value
-    return sums[1:] / (1 - (1 - weight) ** np.arange(1, len(sums)))
+    """Exponential, over some sqrt(steps) / 3 steps; its start is not drawn towards zero (as in Adam)."""
+    weight = min(1, 3 / len(values) ** 0.5)
+    averages = list(accumulate(values, lambda average, value: average + weight * (value - average), initial=0.0))
+    return averages[1:] / (1 - (1 - weight) ** np.arange(1, len(averages)))
 
 
 def finish_losses(ax: Axes, title: str):
@@ -218,27 +200,20 @@ def finish_losses(ax: Axes, title: str):
     curves = [np.array(line.get_ydata()) for line in ax.lines]
     low, high = min(map(np.min, curves)), max(map(np.max, curves))
     top = max(np.quantile(curve, 0.98, method="higher") for curve in curves)
-    margin = 0.05 * (top - low) or 0.1
-    ax.set_ylim(max(low - margin, 0.9 * low), top + margin)
+    margin = max(0.05 * (top - low), 0.002 * top)
     if high > top + margin:
         ax.plot([], [], " ", label=f"(above the picture: up to {high:.2f})")
-    use_log_scale(ax)
+    ax.set(yscale="log", ylim=(max(low - margin, 0.9 * low), top + margin))
     finish(ax, title, "loss (nats per token)")
-
-
-def use_log_scale(ax: Axes):
-    """Ticks at 3.2, 3.4, ... within a decade, at 1, 2, 5, 10, ... over several; none at 3x10^0."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def finish(ax: Axes, title: str, ylabel: str):
     ax.set(title=title, xlabel="step", ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10], integer=True))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set(major_locator=MaxNLocator(steps=(1, 2, 5), integer=True, min_n_ticks=1), major_formatter="{x:,.10g}")
+    if ax.get_yscale() == "log":
+        ax.yaxis.set_major_locator(AutoLocator() if np.ptp(np.log10(ax.get_ylim())) < 1 else LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:,.10g}")  # 10,000 and 0.0006 and 3.5, not 3.5x10^0
     ax.grid(alpha=0.3)
     ax.legend(framealpha=1)
 

@@ -13,6 +13,7 @@ a checkpoint and exit.
 
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -96,9 +97,10 @@ class Config:
 
 
 def main(config: Config):
-    rt = runtime.start(config.device, config.dtype)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
+    rt = runtime.start(config.device, config.dtype)
     log_dir = Path(config.log_dir)
     if rt.is_main:
         prepare_folder(log_dir, config.resume)
@@ -310,7 +312,11 @@ def write_config(config: Config, max_steps: int, rt: Runtime):
         device=torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.processor() or "cpu",
         world_size=rt.world_size,
         dtype=str(rt.dtype),
-        data=dict(source=manifest.get("source"), manifest_sha256=manifest_checksum(config.data_dir)),
+        data=dict(
+            source=manifest.get("source"),
+            tokenizer=manifest.get("tokenizer"),
+            manifest_sha256=manifest_checksum(config.data_dir),
+        ),
     )
     write_text(Path(config.log_dir) / "config.json", json.dumps(described, indent=2) + "\n")
 

@@ -1,6 +1,9 @@
 """Which tokens, in which order, for which rank."""
 
+import resource
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,8 +102,6 @@ def test_epochs_count_whole_batches(folder):
 
 
 def test_the_next_batches_are_read_before_they_are_asked_for(folder):
-    import time
-
     each = loader(folder)
     read = []
     original = each.micro_batch
@@ -111,6 +112,23 @@ def test_the_next_batches_are_read_before_they_are_asked_for(folder):
     while max(read) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert max(read) >= 2
+
+
+def test_resident_memory_does_not_grow_with_the_shards(tmp_path):
+    """30 shards of 20 MB, read whole: what stays in memory is less than two of them."""
+    for n in range(30):
+        np.save(tmp_path / f"x_train_{n:06d}.npy", np.zeros(10_000_000, dtype=np.uint16))
+    each = TrainLoader(open_shards(tmp_path, "train"), 64, 1024, 64 * 1024, seed=1)
+    at_start = resident_bytes()
+    most = 0
+    for step in range(0, each.steps_in(1), 4):
+        each.micro_batch(step, 0)
+        most = max(most, resident_bytes() - at_start)
+    assert most < 2 * 20e6 + 10e6
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):

@@ -3,12 +3,12 @@
 import sys
 
 import pytest
+from conftest import SMALL_RUN, command, ok, one_line
 
 import console
 import export
 import sample
 from checkpoint import load_model
-from conftest import SMALL_RUN, command, ok, one_line
 
 DASHES = "-" * 80 + "\n"
 

@@ -188,6 +188,33 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data_dir, tmp_path, ref
     assert stream(log_dir, "val") == stream(reference, "val")
 
 
+def test_sigterm_to_torchrun_stops_all_ranks_at_the_same_step(data_dir, tmp_path):
+    log_dir = tmp_path / "log"
+    process = launch(arguments(data_dir, log_dir, "--max_steps", 100000, "--val_every", 0), TORCHRUN)
+    wait_for_step(log_dir, 5, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode != 0
+    stopped_at = len(losses(log_dir))
+    assert weights(log_dir / f"model_{stopped_at:05d}.pt")["step"] == stopped_at
+    assert "error: " not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause, ends", [(0.5, False), (5.5, True)])
+def test_a_second_signal_after_five_seconds_ends_at_once(pause, ends):
+    code = "import runtime, time\nwith runtime.StopSignal():\n    print(1, flush=True)\n    time.sleep(60)"
+    process = launch(["-c", code])
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(pause)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert (process.poll() == 128 + signal.SIGTERM) == ends
+    process.kill()
+    process.communicate()
+
+
 @pytest.mark.parametrize("first, then", [(TORCHRUN, (sys.executable,)), ((sys.executable,), TORCHRUN)])
 def test_a_run_goes_on_with_another_number_of_processes(data_dir, tmp_path, reference, first, then):
     log_dir = tmp_path / "log"

@@ -1,0 +1,666 @@
+"""The model against transformers' GPT-2, against hand-written float64 arithmetic, and against published numbers."""
+
+import json
+import math
+
+import pytest
+import tiktoken
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import checkpoint
+import export
+import tokenizer
+from model import GPT, IGNORE, SIZES, GPTConfig, linear_cross_entropy
+
+V = 300  # no multiple of 128: wte has padding rows
+TINY = dict(block_size=256, vocab_size=V, n_layer=3, n_head=4, n_embd=64)
+
+
+def shake(model: torch.nn.Module, seed: int = 0):
+    """Random values everywhere, biases and LayerNorms included, so that no tensor can be mistaken for another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+def random_model(seed: int = 0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    return shake(GPT(GPTConfig(**TINY | changes)), seed)
+
+
+def random_tokens(*shape: int, vocab_size: int = V, seed: int = 1) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_reference() -> GPT2LMHeadModel:
+    """transformers' model in eval mode, with its attention written out instead of the kernel that ours calls."""
+    sizes = {"n_positions" if name == "block_size" else name: size for name, size in TINY.items()}
+    torch.manual_seed(0)
+    config = GPT2Config(**sizes, bos_token_id=V - 1, eos_token_id=V - 1, attn_implementation="eager")
+    return shake(GPT2LMHeadModel(config))
+
+
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers")
+    random_reference().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(reference_folder):
+    """The same weights twice: transformers' model and ours."""
+    return random_reference(), GPT.from_pretrained(reference_folder).eval()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    assert a.shape == b.shape
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def same_logits(model: GPT, reference: GPT2LMHeadModel) -> bool:
+    idx = random_tokens(2, 33)
+    with torch.no_grad():
+        logits = reference(idx).logits
+        assert logits.std() > 0.5  # else there would be nothing to compare
+        return torch.allclose(model(idx), logits, rtol=0, atol=1e-4)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 128, 256])
+def test_logits_equal_transformers(pair, length):
+    reference, model = pair
+    idx = random_tokens(2, length, seed=length)
+    with torch.no_grad():
+        ours, theirs = model(idx), reference(idx).logits
+    assert ours.shape == (2, length, V)
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_loss_and_every_gradient_equal_transformers(pair):
+    reference, model = pair
+    idx = random_tokens(4, 65)
+    theirs = reference(idx, labels=idx).loss
+    ours = model(idx[:, :-1], idx[:, 1:])
+    assert abs(ours.item() - theirs.item()) < 1e-5
+    theirs.backward()
+    ours.backward()
+    layers = dict(reference.transformer.named_modules())
+    expected = {}
+    for name, p in reference.transformer.named_parameters():
+        layer = layers[name.rpartition(".")[0]]
+        expected[name] = p.grad.t() if isinstance(layer, Conv1D) and p.dim() == 2 else p.grad
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients["wte.weight"] = gradients["wte.weight"][:V]
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected[name]) < 1e-4, name
+
+
+def test_ignored_targets_do_not_count(pair):
+    reference, model = pair
+    idx, targets = random_tokens(3, 40), random_tokens(3, 40, seed=2)
+    targets[0] = IGNORE
+    targets[1, ::3] = IGNORE
+    logits = reference(idx).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    assert abs(model(idx, targets).item() - expected.item()) < 1e-5
+
+
+# Hugging Face's layout
+
+
+def test_transformers_reads_what_we_save(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    reference, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert reference.config.eos_token_id == V - 1
+    assert same_logits(model, reference.eval())
+
+
+def test_what_we_save_comes_back_exactly(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    state = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name == "wte.weight":
+            assert state[name].shape == tensor.shape
+            assert torch.equal(state[name][:V], tensor[:V])
+        else:
+            assert torch.equal(state[name], tensor), name
+
+
+def test_from_pretrained_reads_shards(tmp_path):
+    reference = random_reference()
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert same_logits(GPT.from_pretrained(tmp_path).eval(), reference)
+
+
+def test_from_pretrained_reads_the_hub_files_of_openai(reference_folder, tmp_path):
+    """They have no "transformer." before the names, and carry the causal mask of each layer."""
+    weights = {}
+    for name, tensor in load_file(reference_folder / "model.safetensors").items():
+        weights[name.removeprefix("transformer.")] = tensor
+    assert "wte.weight" in weights and "lm_head.weight" not in weights
+    for layer in range(TINY["n_layer"]):
+        weights[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(256, 256)).view(1, 1, 256, 256)
+        weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((reference_folder / "config.json").read_text())
+    assert same_logits(GPT.from_pretrained(tmp_path).eval(), random_reference())
+
+
+def test_from_pretrained_sets_dropout(reference_folder):
+    assert GPT.from_pretrained(reference_folder).config.dropout == 0
+    assert GPT.from_pretrained(reference_folder, dropout=0.25).h[0].attn.dropout == 0.25
+
+
+def copy_with(folder, target, **config):
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (target / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+
+
+def refused(folder) -> str:
+    with pytest.raises(ValueError) as info:
+        GPT.from_pretrained(folder)
+    assert str(folder) in str(info.value)
+    return str(info.value)
+
+
+def test_empty_folder_is_refused(tmp_path):
+    assert "config.json" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 0.0001, 0.002, 0.5, 0.999])
+def test_truncated_weights_are_refused(reference_folder, tmp_path, kept):
+    copy_with(reference_folder, tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b'{"model_type": "gp', b'{"model_type": "\xff"}'])
+def test_damaged_config_is_refused(reference_folder, tmp_path, text):
+    copy_with(reference_folder, tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    refused(tmp_path)
+
+
+def test_missing_tensor_is_refused(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "h.1.mlp.c_fc.bias" in refused(tmp_path)
+
+
+def test_other_models_are_refused(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path, model_type="llama")
+    assert "llama" in refused(tmp_path)
+
+
+def test_other_shapes_are_refused(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path, n_positions=512)
+    assert "wpe.weight" in refused(tmp_path)
+
+
+def test_unknown_name_is_an_os_error():
+    with pytest.raises(OSError, match="no-such-model"):
+        GPT.from_pretrained("no-such-model")
+
+
+def test_export_is_readable_by_transformers(tmp_path):
+    words = (
+        "the cat sat on the mat and naïve bears don't like 12345 honeyed cakes, do they?\n\n  Ja, größer! 日本語 🙂\n"
+    )
+    text = "".join(words[n % 50 :] for n in range(400))
+    enc, _ = tokenizer.train_tokenizer([text], 300)
+    model = random_model()
+    fields = dict(model=model.state_dict(), config=model.config_dict(), tokenizer=tokenizer.tokenizer_to_text(enc))
+    checkpoint.save(tmp_path / "model_final.pt", fields | {"step": 1})
+    export.main(export.Config(str(tmp_path / "model_final.pt"), str(tmp_path / "out")))
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(theirs) == enc.n_vocab == 300
+    assert theirs.eos_token_id == enc.eot_token == 299
+    for sample in (
+        words,
+        text,
+        "",
+        " ",
+        "  two  spaces\t",
+        "the\u00a0cat €\x00\x7f",
+        "They'll've DON'T 007",
+        "👩‍👩‍👧 مرحبا",
+    ):
+        ids = enc.encode_ordinary(sample)
+        assert theirs(sample)["input_ids"] == ids
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids) == sample
+    special = "cat<|endoftext|>mat"
+    assert theirs(special)["input_ids"] == enc.encode(special, allowed_special="all")
+    assert max(map(len, map(enc.decode_single_token_bytes, enc.encode_ordinary(words)))) > 2  # merges took place
+
+    assert same_logits(model, GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval())
+    loaded, own = checkpoint.load_model(tmp_path / "out")
+    assert isinstance(own, tiktoken.Encoding) and own.encode_ordinary(text) == enc.encode_ordinary(text)
+    assert torch.equal(loaded(random_tokens(1, 9)), model(random_tokens(1, 9)))
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_published_parameter_counts(name, published):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(**SIZES[name])).num_params() == published
+        if name == "gpt2":
+            assert GPT(GPTConfig()).num_params() == published
+
+
+def test_flops_per_token_against_a_count_of_matrix_products():
+    T = 1024
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = GPT(GPTConfig())
+        model(torch.zeros(1, T, dtype=torch.long))
+    assert model.flops_per_token(T) == pytest.approx(3 * counter.get_total_flops() / T, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(n_embd=65),
+        dict(n_layer=0),
+        dict(norm="middle"),
+        dict(dropout=1.0),
+        dict(vocab_size=300, padded_vocab_size=299),
+    ],
+)
+def test_impossible_configurations_are_refused(wrong):
+    with pytest.raises(ValueError):
+        GPTConfig(**TINY | wrong)
+
+
+def test_padding_rows_never_leave_the_model():
+    model = random_model()
+    with torch.no_grad():
+        model.wte.weight[V:] = 5.0  # would win every softmax that let them in
+    assert model.wte.weight.shape == (384, 64)
+    idx, targets = random_tokens(3, 50), random_tokens(3, 50, seed=2)
+    logits = model(idx)
+    assert logits.shape == (3, 50, V)
+    loss = model(idx, targets)
+    assert abs(loss.item() - F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()) < 1e-5
+    loss.backward()
+    gradient = model.wte.weight.grad
+    assert gradient[V:].count_nonzero() == 0
+    assert gradient[:V].abs().sum(1).min() > 0  # and every real row learns
+    hidden = model.hidden(idx)
+    assert torch.equal(model.head(hidden[:, -1]), model.head(hidden)[:, -1]) or torch.allclose(
+        model.head(hidden[:, -1]), logits[:, -1], atol=1e-5
+    )
+
+
+def test_too_many_tokens_are_refused():
+    with pytest.raises(ValueError, match="context"):
+        random_model()(random_tokens(1, 257))
+
+
+# Generation
+
+
+def greedy_without_cache(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(max_tokens):
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_greedy_with_cache_equals_greedy_without(norm):
+    model = random_model(norm=norm)
+    prompt = random_tokens(11).tolist()
+    expected = greedy_without_cache(model, prompt, 200)
+    assert len(set(expected)) > 20  # no text that says the same again and again
+    assert model.generate([prompt], 200, temperature=0) == [expected]
+
+
+def test_greedy_equals_transformers(pair):
+    reference, model = pair
+    prompt = random_tokens(1, 5)
+    reference.generation_config.eos_token_id = None
+    mask = torch.ones_like(prompt)
+    theirs = reference.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=200, pad_token_id=0)
+    ours = model.generate(prompt.tolist(), 200, temperature=0)
+    assert len(ours[0]) == 200
+    assert ours == theirs[:, 5:].tolist()
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    model = random_model()
+    prompts = [random_tokens(length, seed=length).tolist() for length in (7, 1, 30, 12, 7)]
+    expected = [greedy_without_cache(model, prompt, 40) for prompt in prompts]
+    assert model.generate(prompts, 40, temperature=0) == expected
+
+
+def test_generation_fills_the_context_to_its_end():
+    model = random_model(block_size=32)
+    prompt = random_tokens(20).tolist()
+    assert model.generate([prompt], 12, temperature=0) == [greedy_without_cache(model, prompt, 12)]
+    with pytest.raises(ValueError, match="32"):
+        model.generate([prompt], 13)
+    with pytest.raises(ValueError, match="32"):
+        model.generate([[1], random_tokens(33).tolist()], 1)
+
+
+def test_stop_token_ends_its_row_only():
+    model = random_model()
+    prompts = [random_tokens(4, seed=seed).tolist() for seed in range(4)]
+    whole = model.generate(prompts, 30, temperature=0)
+    stop = whole[0][9]
+    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
+    assert any(len(row) == 30 for row in expected) and len(expected[0]) <= 9
+    assert model.generate(prompts, 30, stop_token=stop, temperature=0) == expected
+
+
+def test_seed_decides_the_draws_alone():
+    model = random_model()
+    prompts = [[1, 2, 3], [4]]
+    before = torch.get_rng_state()
+    first = model.generate(prompts, 30, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert model.generate(prompts, 30, seed=7) == first
+    assert model.generate(prompts, 30, seed=8) != first
+    assert list(map(list, zip(*model.stream(prompts, 30, seed=7)))) == first
+
+
+@pytest.mark.parametrize("sampling", [dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)])
+def test_the_narrowest_sampling_is_greedy(sampling):
+    model = random_model()
+    prompts = [[1, 2, 3], [4]]
+    assert model.generate(prompts, 50, **sampling) == model.generate(prompts, 50, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(),
+        dict(temperature=0.5),
+        dict(temperature=2.0),
+        dict(top_k=5),
+        dict(top_k=100),
+        dict(top_p=0.7),
+        dict(temperature=2.0, top_k=9, top_p=0.6),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(sampling):
+    """Pearson's chi-squared test of 20,000 draws against probabilities computed one by one in float64."""
+    model = random_model(vocab_size=16, n_layer=1, n_embd=32, n_head=2, seed=3)
+    draws = 20_000
+    logits = (model(torch.tensor([[3, 1, 4]]))[0, -1].double() / sampling.get("temperature", 1.0)).tolist()
+    probs = {token: math.exp(logit) for token, logit in enumerate(logits)}
+    ranked = sorted(probs, key=probs.get, reverse=True)[: sampling.get("top_k")]
+    total, reached, kept = sum(probs[token] for token in ranked), 0.0, []
+    for token in ranked:
+        if reached < sampling.get("top_p", 2.0):
+            kept.append(token)
+        reached += probs[token] / total
+    total = sum(probs[token] for token in kept)
+
+    outputs = model.generate([[3, 1, 4]] * draws, 1, **sampling)
+    counts = torch.tensor(outputs)[:, 0].bincount(minlength=16).tolist()
+    expected = {token: draws * probs[token] / total for token in kept}
+    # A sound test has no cell without a few expected draws.
+    assert len(kept) > 2 and min(expected.values()) > 5, expected
+    assert {token for token, count in enumerate(counts) if count} == set(kept)
+    chi2 = sum((counts[token] - expected[token]) ** 2 / expected[token] for token in kept)
+    freedom = len(kept) - 1
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom) + 4
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[1, 2], []], []])
+def test_empty_prompts_are_refused(prompts):
+    model = random_model().train()
+    with pytest.raises(ValueError, match="prompt"):
+        model.generate(prompts, 5)
+    assert model.training  # a refusal leaves no trace
+
+
+def test_generate_puts_the_mode_back():
+    model = random_model(dropout=0.5)
+    expected = model.generate([[1, 2]], 20, temperature=0)
+    model.train()
+    assert model.generate([[1, 2]], 20, temperature=0) == expected
+    assert model.training
+
+
+# Initialization and learning
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=128))
+
+
+def test_initial_loss_is_that_of_a_guess(fresh):
+    idx, targets = random_tokens(4, 256, vocab_size=50257), random_tokens(4, 256, vocab_size=50257, seed=2)
+    with torch.no_grad():
+        loss = fresh(idx, targets).item()
+    assert math.log(50257) < loss < math.log(50257) + 0.3
+
+
+def test_initial_weights(fresh):
+    for name, p in fresh.named_parameters():
+        if name.endswith("bias"):
+            assert p.count_nonzero() == 0, name
+        elif ".ln_" in name or name.startswith("ln_"):
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_one_batch_can_be_learned_by_heart(norm):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY | dict(n_layer=2, norm=norm)))
+    idx = random_tokens(4, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+    logits = model(idx[:, :-1])
+    assert F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).item() < 0.01
+
+
+# The loss
+
+
+def loss_problem(N: int, C: int = 48):
+    generator = torch.Generator().manual_seed(N)
+    x = torch.randn(N, C, generator=generator)
+    weight = torch.randn(384, C, generator=generator) * 0.3
+    targets = torch.randint(V, (N,), generator=generator)
+    if N > 1:
+        targets[torch.rand(N, generator=generator) < 0.3] = IGNORE
+    return x, weight, targets
+
+
+def float64_reference(x, weight, targets):
+    """Loss and both gradients, from the definition."""
+    x, weight = x.double(), weight.double()
+    counted = [n for n, target in enumerate(targets.tolist()) if target != IGNORE]
+    probs = (x @ weight[:V].t()).softmax(-1)
+    loss = -probs[counted, targets[counted]].log().sum() / len(counted)
+    d_logits = torch.zeros_like(probs)
+    d_logits[counted] = probs[counted] / len(counted)
+    d_logits[counted, targets[counted]] -= 1 / len(counted)
+    d_weight = torch.zeros_like(weight)
+    d_weight[:V] = d_logits.t() @ x
+    return loss, d_logits @ weight[:V], d_weight
+
+
+# One token; less than one part; one token more than a part; eight parts; eight parts of which the last is shorter.
+@pytest.mark.parametrize("N", [1, 100, 257, 2048, 2125])
+def test_linear_cross_entropy_against_float64(N):
+    x, weight, targets = loss_problem(N)
+    loss, d_x, d_weight = float64_reference(x, weight, targets)
+    x.requires_grad_()
+    weight.requires_grad_()
+    ours = linear_cross_entropy(x, weight, targets, V)
+    assert abs(ours.item() - loss.item()) < 1e-5
+    (ours * 3).backward()
+    assert relative(x.grad, 3 * d_x) < 1e-5
+    assert relative(weight.grad, 3 * d_weight) < 1e-5
+    assert weight.grad[V:].count_nonzero() == 0
+    assert x.grad[targets == IGNORE].count_nonzero() == 0
+
+
+def test_linear_cross_entropy_without_gradients():
+    x, weight, targets = loss_problem(300)
+    loss, d_x, _ = float64_reference(x, weight, targets)
+    with torch.no_grad():
+        ours = linear_cross_entropy(x.requires_grad_(), weight, targets, V)
+    assert not ours.requires_grad
+    assert abs(ours.item() - loss.item()) < 1e-5
+    linear_cross_entropy(x, weight, targets, V).backward()  # the weight is frozen
+    assert relative(x.grad, d_x) < 1e-5
+    assert weight.grad is None
+
+
+def test_linear_cross_entropy_under_autocast():
+    x, weight, targets = loss_problem(2125)
+    loss, d_x, d_weight = float64_reference(x, weight, targets)
+    x.requires_grad_()
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(x, weight, targets, V)
+    assert ours.dtype == torch.float32
+    assert abs(ours.item() - loss.item()) < 5e-3 * loss.item()
+    ours.backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+    assert 1e-5 < relative(x.grad, d_x) < 2e-2  # bfloat16 took part, and did no harm
+    assert 1e-5 < relative(weight.grad, d_weight) < 2e-2
+
+
+def peak_bytes(step, tmp_path) -> int:
+    """The most bytes of tensors that live at once during a step, beyond those before it, from torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.ones(1)  # the first event says what there was before
+        step()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    totals = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e["name"] == "[memory]"]
+    totals = [total for _, total in sorted(totals)]
+    return max(totals) - totals[0]
+
+
+def test_linear_cross_entropy_needs_little_memory(tmp_path):
+    x = torch.randn(2048, 64, requires_grad=True)
+    weight = torch.randn(50304, 64, requires_grad=True)
+    targets = random_tokens(2048, vocab_size=50257)
+    whole = peak_bytes(lambda: F.cross_entropy(F.linear(x, weight)[:, :50257], targets).backward(), tmp_path)
+    assert whole > 2 * 2048 * 50257 * 4  # logits and their gradient: the measurement sees what it should
+    ours = peak_bytes(lambda: linear_cross_entropy(x, weight, targets, 50257).backward(), tmp_path)
+    assert 256 * 50304 * 4 < ours < whole / 2
+
+
+# Post-LN, dropout, compilation
+
+
+def test_post_ln_block_against_float64():
+    model = random_model(norm="post", n_layer=1)
+    p = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    C, n_head, T = 64, 4, 21
+
+    def layer_norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / scale * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"].t() + p[f"{name}.bias"]
+
+    idx = random_tokens(T)
+    x = p["wte.weight"][idx] + p["wpe.weight"][:T]
+    qkv = linear(x, "h.0.attn.c_attn")
+    heads = []
+    for head in range(n_head):
+        q, k, v = (qkv[:, part * C + head * 16 : part * C + head * 16 + 16] for part in range(3))
+        scores = q @ k.t() / math.sqrt(16)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ v)
+    x = layer_norm(x + linear(torch.cat(heads, -1), "h.0.attn.c_proj"), "h.0.ln_1")
+    inner = linear(x, "h.0.mlp.c_fc")
+    inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+    x = layer_norm(x + linear(inner, "h.0.mlp.c_proj"), "h.0.ln_2")
+    logits = x @ p["wte.weight"][:V].t()
+    assert not any(name.startswith("ln_f") for name in p)
+    assert (model(idx[None])[0].double() - logits).abs().max() < 1e-4
+
+
+def test_post_ln_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="Post-LN"):
+        random_model(norm="post").save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("site", ["embedding", "attention", "attention output", "mlp"])
+def test_dropout_acts_at_each_site_in_training_only(site):
+    model = random_model(dropout=0.4)
+    idx = random_tokens(2, 30)
+    with torch.no_grad():
+        plain = random_model()(idx)
+        assert torch.equal(model(idx), plain) and torch.equal(model(idx), plain)
+        model.train()
+        assert model.drop.p == 0.4
+        model.drop.p = 0.4 if site == "embedding" else 0.0
+        for block in model.h:
+            assert block.attn.dropout == block.attn.resid_dropout.p == block.mlp.dropout.p == 0.4
+            block.attn.dropout = 0.4 if site == "attention" else 0.0
+            block.attn.resid_dropout.p = 0.4 if site == "attention output" else 0.0
+            block.mlp.dropout.p = 0.4 if site == "mlp" else 0.0
+        first = model(idx)
+        assert (first - plain).abs().max() > 0.01
+        assert (first - model(idx)).abs().max() > 0.01
+        assert torch.equal(model.eval()(idx), plain)
+
+
+@pytest.mark.slow
+def test_compiled_model_equals_the_eager_one():
+    model = random_model(n_layer=2, dropout=0.0)
+    idx, targets = random_tokens(2, 48), random_tokens(2, 48, seed=2)
+    expected = model(idx, targets)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    text = model.generate([[1, 2, 3]], 20, temperature=0)
+    model.zero_grad()
+    compiled = torch.compile(model)
+    loss = compiled(idx, targets)
+    loss.backward()
+    assert abs(loss.item() - expected.item()) < 1e-4
+    for name, p in model.named_parameters():
+        assert relative(p.grad, gradients[name]) < 1e-4, name
+    assert model.generate([[1, 2, 3]], 20, temperature=0) == text
