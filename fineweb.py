@@ -14,6 +14,7 @@ goes on where the first unfinished shard begins; run on a finished folder, it ve
 import ast
 import glob
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -168,6 +169,7 @@ class Source:
         from huggingface_hub.utils import logging
 
         logging.set_verbosity_error()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
         datasets.disable_progress_bars()
         if self.kind == "pydoc":
             return datasets.IterableDataset.from_generator(pydoc_documents)
@@ -194,11 +196,9 @@ class Source:
                     yield here, texts
                     position, failures, began = following, 0, True
                 return
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{self._not_utf8()} is not UTF-8 text: {error}") from error
             except Exception as error:
                 if not is_connection_error(error) or not self.remote:
-                    raise readable(error, self) from error
+                    raise self.readable(error) from error
                 failures += 1
                 if not began or failures > MAX_RETRIES:
                     raise OSError(f"{self.kind} can't be reached, run again to go on: {error}") from error
@@ -243,13 +243,30 @@ class Source:
                 total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
         return total
 
-    def _not_utf8(self) -> str:
-        for name in self.files:
+    def readable(self, error: Exception) -> Exception:
+        """A library's error about the text as one that says where to look."""
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
+            return ValueError("the source holds no text: no documents")
+        if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith(("datasets", "pyarrow")):
+            return ValueError(f"{self.damaged_place()} can't be read as {self.kind}: {error.__cause__ or error}")
+        return error
+
+    def damaged_place(self) -> str:
+        """The first local file that is not UTF-8, or the first line that is not JSON."""
+        for name in self.files if self.kind in ("json", "text") and not self.remote else []:
+            number = 0
             try:
-                Path(name).read_text("utf-8")
-            except (OSError, UnicodeDecodeError):
+                with open(name, encoding="utf-8") as file:
+                    for number, line in enumerate(file, 1):  # noqa: B007 - told when it fails
+                        if self.kind == "json":
+                            json.loads(line)
+            except UnicodeDecodeError:
+                return f"{name} (not UTF-8)"
+            except ValueError:
+                return f"{name}, line {number},"
+            except OSError:
                 return name
-        return "a file"
+        return f"the text of source {self.kind}"
 
 
 def expand(pattern: str) -> list[str]:
@@ -267,14 +284,6 @@ def is_connection_error(error: BaseException) -> bool:
     chain = [error, error.__cause__, error.__context__]
     library = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
     return any(isinstance(e, OSError) or type(e).__module__.split(".")[0] in library for e in chain if e is not None)
-
-
-def readable(error: Exception, source: Source) -> Exception:
-    """A library's error about the data as one that says what to look at."""
-    if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith(("datasets", "pyarrow")):
-        cause = error.__cause__ or error
-        return ValueError(f"the text of source {source.kind} can't be read: {cause}")
-    return error
 
 
 def init_worker(enc: tiktoken.Encoding):
