@@ -246,17 +246,19 @@ class GPT(nn.Module):
 
     def generate(self, prompts: list[list[int]], max_tokens: int, stop_token: int | None = None, **sampling):
         """Up to max_tokens new token ids for each prompt, ending before stop_token. Sampling as in `stream`."""
-        was_training = self.training
-        self.eval()
         outputs = [[] for _ in prompts]
         running = set(range(len(prompts)))
-        for tokens in self.stream(prompts, max_tokens, **sampling):
-            running -= {row for row in running if tokens[row] == stop_token}
-            for row in running:
-                outputs[row].append(tokens[row])
-            if not running:
-                break
-        self.train(was_training)
+        was_training = self.training
+        self.eval()
+        try:
+            for tokens in self.stream(prompts, max_tokens, **sampling):
+                running -= {row for row in running if tokens[row] == stop_token}
+                for row in running:
+                    outputs[row].append(tokens[row])
+                if not running:
+                    break
+        finally:
+            self.train(was_training)
         return outputs
 
     @classmethod
@@ -277,7 +279,7 @@ class GPT(nn.Module):
         try:
             hf = json.loads((folder / "config.json").read_text())
             weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{folder} can't be read, it is damaged or incomplete: {error}") from error
         if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") != "gelu_new":
             raise ValueError(f"{folder} is a {hf.get('model_type')} model, not a GPT-2")
