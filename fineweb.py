@@ -17,7 +17,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
+import sys
 import sysconfig
 import threading
 import time
@@ -26,7 +29,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +50,7 @@ HUB = {
 }  # source -> repository, folder, prefix of the shards
 HUB_TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
 BATCH_DOCUMENTS = 64  # that a worker gets at a time
+PENDING_BYTES = 2**28  # of text that waits for the workers, about
 MAX_RETRIES = 8  # of a dropped connection, in a row
 
 
@@ -66,12 +70,14 @@ class Config:
         if not self.out_dir:
             size = self.subset.removeprefix("sample-").removesuffix("T")
             self.out_dir = f"datasets/{HUB[self.source][1]}{size}" if self.source in HUB else f"datasets/{self.source}"
-        self.num_workers = self.num_workers or os.cpu_count() or 1
+        self.num_workers = self.num_workers or getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
 def main(config: Config):
     if config.shard_size < 2 or config.num_workers < 1:
         raise ValueError("shard_size must be at least 2, num_workers at least 1")
+    if config.train_tokenizer and config.tokenizer != "gpt2":
+        raise ValueError("tokenizer and train_tokenizer exclude each other")
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     source = Source(config)
@@ -119,7 +125,8 @@ def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoke
 
     def texts() -> Iterator[str]:
         chars = 0
-        with Progress(unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
+        total = min(source.text_bytes or config.train_tokenizer_chars, config.train_tokenizer_chars)
+        with Progress(total=total, unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
             for _, texts in source.batches(START):
                 for text in filter(None, texts.to_pylist()):
                     yield text
@@ -140,10 +147,13 @@ def manifest_header(config: Config, source: "Source", enc: tiktoken.Encoding, ou
     name = "gpt2" if text == "gpt2" else "vocab.tiktoken"
     if name != "gpt2" and not (out_dir / name).exists():
         write_text(out_dir / name, text)  # so that the folder can be read by itself
+    if name != "gpt2" and (out_dir / name).read_text() != text:
+        raise ValueError(f"{out_dir / name} is another vocabulary: choose another out_dir")
     return dict(
         source=config.source,
         subset=config.subset if config.source in HUB else None,
         data_files=[Path(f).name if os.path.exists(f) else f for f in source.files],
+        data_bytes=None if source.remote else sum(map(os.path.getsize, source.files)),
         tokenizer=name,
         tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
         vocab_size=enc.n_vocab,
@@ -163,14 +173,17 @@ class Source:
         self.remote = self.kind in HUB or any("://" in name for name in self.files)
         if self.kind in ("parquet", "json", "text") and not self.files:
             raise ValueError(f"source {self.kind} needs files: --data_files GLOB")
+        if self.kind not in ("parquet", "json", "text") and self.files:
+            raise ValueError(f"source {self.kind} reads no data_files: --source parquet, json or text does")
 
     def open(self):
-        import datasets  # late: it takes seconds, and worker processes import this file too
+        import datasets  # late: it takes a second, and worker processes import this file too
         from huggingface_hub.utils import logging
 
         logging.set_verbosity_error()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
         datasets.disable_progress_bars()
+        datasets.config.TORCH_AVAILABLE = False  # or it would import torch, for nothing
         if self.kind == "pydoc":
             return datasets.IterableDataset.from_generator(pydoc_documents)
         path, options = self.kind, {}
@@ -209,10 +222,13 @@ class Source:
         dataset = self.open().with_format("arrow")
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
-        for table in dataset.iter(batch_size=BATCH_DOCUMENTS):
+        for table in dataset.iter(batch_size=1 if self.kind == "text" else BATCH_DOCUMENTS):  # a text may be a library
             if "text" not in table.column_names:
                 raise ValueError(f"the documents have no field 'text', only {', '.join(table.column_names)}")
+            if str(table["text"].type) not in ("string", "large_string", "string_view", "null"):
+                raise ValueError(f"the field 'text' holds {table['text'].type}, not only strings")
             texts = table["text"].combine_chunks()[position["skip"] :]
+            texts.validate(full=True)  # that it is UTF-8
             following = dict(document=position["document"] + len(texts), token=0, state=dataset.state_dict(), skip=0)
             yield position, texts, following
             position = following
@@ -221,15 +237,17 @@ class Source:
         """About how many tokens there are, None if there is no telling before they are read."""
         if self.kind in HUB:
             return int(HUB_TOKENS[self.subset]) if self.subset in HUB_TOKENS else None
+        return None if self.remote else int(self.text_bytes / (4 if vocab_size > 20_000 else 3))
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        """About how many bytes of text there are, None if they are not on this machine."""
         if self.remote:
             return None
-        return int(self._text_bytes() / (4 if vocab_size > 20_000 else 3))
-
-    def _text_bytes(self) -> int:
         if self.kind == "pydoc":
             return sum(map(len, pydoc_texts()))
         if self.kind != "parquet":
-            return sum(os.path.getsize(name) for name in self.files)
+            return sum(map(os.path.getsize, self.files))
         import pyarrow.parquet as pq
 
         total = 0
@@ -238,6 +256,8 @@ class Source:
                 metadata = pq.read_metadata(name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} is damaged or no parquet file: {error}") from error
+            if "text" not in metadata.schema.names:
+                raise ValueError(f"{name} has no column 'text', only {', '.join(metadata.schema.names)}")
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 columns = map(group.column, range(group.num_columns))
                 total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
@@ -247,25 +267,30 @@ class Source:
         """A library's error about the text as one that says where to look."""
         if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
             return ValueError("the source holds no text: no documents")
-        if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith(("datasets", "pyarrow")):
+        known = isinstance(error, (ValueError, OSError, ImportError))  # ImportError: a URL of a kind not installed
+        if known or type(error).__module__.startswith(("datasets", "pyarrow")):
             return ValueError(f"{self.damaged_place()} can't be read as {self.kind}: {error.__cause__ or error}")
         return error
 
     def damaged_place(self) -> str:
-        """The first local file that is not UTF-8, or the first line that is not JSON."""
-        for name in self.files if self.kind in ("json", "text") and not self.remote else []:
+        """The first local file, or the first line of it, that holds no text; the libraries do not name it."""
+        import pyarrow.parquet as pq
+
+        for name in filter(os.path.exists, self.files):
             number = 0
             try:
+                if self.kind == "parquet":
+                    for batch in pq.ParquetFile(name).iter_batches(columns=["text"]):
+                        batch.validate(full=True)
+                    continue
                 with open(name, encoding="utf-8") as file:
                     for number, line in enumerate(file, 1):  # noqa: B007 - told when it fails
-                        if self.kind == "json":
-                            json.loads(line)
+                        if self.kind == "json" and line.strip():
+                            (json.loads(line).get("text") or "").encode()
             except UnicodeDecodeError:
                 return f"{name} (not UTF-8)"
-            except ValueError:
-                return f"{name}, line {number},"
-            except OSError:
-                return name
+            except (ValueError, AttributeError, OSError):
+                return f"{name}, line {number}," if number else name
         return f"the text of source {self.kind}"
 
 
@@ -273,6 +298,8 @@ def expand(pattern: str) -> list[str]:
     """The files that a glob stands for, sorted; a URL stands for itself."""
     if "://" in pattern:
         return [pattern]
+    if os.path.isfile(pattern):
+        return [os.path.abspath(pattern)]
     names = sorted(name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name))
     if not names:
         raise FileNotFoundError(f"no file matches {pattern}")
@@ -300,33 +327,44 @@ def encode_batch(texts: "pyarrow.StringArray") -> tuple[np.ndarray, list[int]]:
     for text in texts.to_pylist():
         lengths.append(0)
         if text:
-            tokens = encoding.encode_to_numpy(text, disallowed_special=())  # <|endoftext|> in a text is only text
+            tokens = encode_text(text)
             parts += [end_of_text, tokens]
             lengths[-1] = len(tokens) + 1
     dtype = np.uint16 if encoding.n_vocab <= 65536 else np.uint32
     return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype), lengths
 
 
+def encode_text(text: str) -> np.ndarray:
+    """Tokens of a text, in which <|endoftext|> is text, too."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:  # a million blanks in a row are too much for its regex: cut where that cuts, before the last
+        parts = re.split(r"(?=[ \t\r\n]\S)(?<=[ \t\r\n]{1000})", text)
+        return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+
+
 def encode(batches, enc: tiktoken.Encoding, num_workers: int) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
     """Tokenize batches in worker processes, in order, a few batches ahead: memory does not grow with the source."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=init_worker, initargs=(enc,))
-    for _ in range(num_workers):
-        pool.submit(int)  # the workers start while the source is being opened
     pending = deque()
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is not for them
+        for _ in range(num_workers):
+            pool.submit(int)  # they start while the source is being opened
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for position, texts in batches:
-            pending.append((position, pool.submit(encode_batch, texts)))
-            if len(pending) > 3 * num_workers:
-                position, future = pending.popleft()
+            pending.append((position, pool.submit(encode_batch, texts), texts.nbytes))
+            while len(pending) > 3 * num_workers or sum(size for *_, size in pending) > PENDING_BYTES:
+                position, future, _ = pending.popleft()
                 yield position, *future.result()
         while pending:
-            position, future = pending.popleft()
+            position, future, _ = pending.popleft()
             yield position, *future.result()
     except BrokenProcessPool as error:
         raise OSError("a tokenizer process was killed (out of memory?): run again to go on") from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def check_disk(source: Source, writer: ShardWriter):
@@ -374,4 +412,8 @@ def docstrings(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    try:
+        cli(Config, main, __doc__)
+    except SystemExit as stop:  # a normal exit hangs or aborts amid a read (apache/arrow#45214)
+        sys.stdout.flush()
+        os._exit(stop.code or 0)

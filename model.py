@@ -26,6 +26,10 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+HF_FIXED = dict(  # what may vary in Hugging Face's configurations, but not here
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+)  # fmt: skip
 IGNORE = -100  # a target with this value does not count in the loss
 
 
@@ -222,19 +226,19 @@ class GPT(nn.Module):
         Raises ValueError for an empty prompt, or when the longest prompt and its continuation pass block_size.
         """
         lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths, default=0)
         if not prompts or min(lengths) == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        room = self.config.block_size - max(lengths)
-        if room < max_tokens:
+        if longest + max_tokens > self.config.block_size:
             raise ValueError(
-                f"a prompt of {max(lengths)} tokens and {max_tokens} new ones do not fit the context of "
+                f"a prompt of {longest} tokens and {max_tokens} new ones do not fit the context of "
                 f"{self.config.block_size} tokens: shorten the prompt or lower max_tokens"
             )
         device = self.wte.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        cache = KVCache(self.config, max(lengths) + max_tokens)
+        cache = KVCache(self.config, longest + max_tokens)
         # Rows are padded on the right: a pad's slot is overwritten before any later token can see it.
-        idx = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
+        idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         last = torch.tensor(lengths, device=device) - 1  # position of each row's newest token
         x = self.hidden(idx, cache)[torch.arange(len(prompts), device=device), last]
         for n in range(max_tokens):
@@ -273,37 +277,33 @@ class GPT(nn.Module):
         folder = Path(name_or_folder)
         if not folder.is_dir():
             folder = download(str(name_or_folder))
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files or not (folder / "config.json").exists():
+        files, config_file = sorted(folder.glob("model*.safetensors")), folder / "config.json"
+        if not files or not config_file.exists():
             raise ValueError(f"{folder} holds no model: config.json and model.safetensors are needed")
         try:
-            hf = json.loads((folder / "config.json").read_text())
-            weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        except (SafetensorError, ValueError) as error:
+            hf = dict(n_positions=1024, vocab_size=50257, **SIZES["gpt2"]) | json.loads(config_file.read_bytes())
+            weights = {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
+        except (SafetensorError, ValueError, TypeError) as error:
             raise ValueError(f"{folder} can't be read, it is damaged or incomplete: {error}") from error
-        if hf.get("model_type") != "gpt2" or hf.get("activation_function", "gelu_new") != "gelu_new":
-            raise ValueError(f"{folder} is a {hf.get('model_type')} model, not a GPT-2")
+        for key, value in HF_FIXED.items():
+            if hf.get(key, value) != value:
+                raise ValueError(f"{folder} is no GPT-2 that fits here: its {key} is {hf[key]}, not {value}")
         config = GPTConfig(
             block_size=hf["n_positions"], vocab_size=hf["vocab_size"], dropout=dropout,
             n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"],
         )  # fmt: skip
         model = cls(config)
         state = model.state_dict()
-        missing = set(state)
-        for name, tensor in weights.items():
-            name = name.removeprefix("transformer.")
-            if name not in state:  # lm_head is wte; h.N.attn.bias and masked_bias are the causal mask
-                continue
-            if is_transposed(name):
-                tensor = tensor.t()
+        missing = sorted(state.keys() - weights.keys())
+        if missing:
+            raise ValueError(f"{folder} lacks the tensors {', '.join(missing[:3])} ...")
+        for name, ours in state.items():  # a file may also hold lm_head, which is wte, and the causal mask
+            tensor = weights[name].t() if is_transposed(name) else weights[name]
             if name == "wte.weight":
                 tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-            if tensor.shape != state[name].shape:
-                raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, expected {tuple(state[name].shape)}")
-            state[name].copy_(tensor)
-            missing.discard(name)
-        if missing:
-            raise ValueError(f"{folder} lacks the tensors {', '.join(sorted(missing)[:3])} ...")
+            if tensor.shape != ours.shape:
+                raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, expected {tuple(ours.shape)}")
+            ours.copy_(tensor)
         return model
 
     def save_pretrained(self, folder: str | Path):
@@ -317,15 +317,13 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
         for name, tensor in self.state_dict().items():
-            if name == "wte.weight":
-                tensor = tensor[: c.vocab_size]
+            tensor = tensor[: c.vocab_size] if name == "wte.weight" else tensor
             tensor = tensor.t() if is_transposed(name) else tensor
             weights[f"transformer.{name}"] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        hf = dict(
-            model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new",
-            n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        hf = HF_FIXED | dict(
+            architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1,
             resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
         )  # fmt: skip

@@ -8,6 +8,7 @@ one begins. Shards of other projects load without a manifest.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 
@@ -122,20 +123,21 @@ class ShardWriter:
         self.manifest = header | dict(complete=False, documents=0, empty_documents=0, tokens=0, shards=[])
         self.buffer = np.empty(shard_size, dtype=header["dtype"])
         self.fill = 0
-        for leftover in folder.glob("*.tmp"):
+        for leftover in folder.glob(f"{prefix}_*.npy.tmp"):
             leftover.unlink()
         self._resume(header)
 
     def _resume(self, header: dict):
-        found = read_manifest(self.folder)
+        found, shard = read_manifest(self.folder), next(self.folder.glob("*.npy"), None)
+        if not shard:
+            return self._commit([])  # before the first shard, which is known as ours then if we are killed in between
         if found is None:
-            if stray := next(self.folder.glob("*.npy"), None):
-                raise ValueError(f"{stray} is not from here (there is no {MANIFEST} beside it): choose another out_dir")
-            return
+            raise ValueError(f"{shard} is not from here (there is no {MANIFEST} beside it): choose another out_dir")
         for key, value in header.items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"{self.folder} holds shards made with {key}={found.get(key)}, not {value}: choose another out_dir"
+                    f"{self.folder} holds shards made with {key}={short(found.get(key))}, not {short(value)}: "
+                    "choose another out_dir"
                 )
         good = []
         for shard in Progress(found["shards"], desc="verifying", unit="shard"):

@@ -22,15 +22,6 @@ V = 300  # no multiple of 128: wte has padding rows
 TINY = dict(block_size=256, vocab_size=V, n_layer=3, n_head=4, n_embd=64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are tiny: more threads would mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def shake(model: torch.nn.Module, seed: int = 0):
     """Random values everywhere, biases and LayerNorms included, so that no tensor can be mistaken for another."""
     generator = torch.Generator().manual_seed(seed)
