@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -31,18 +30,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tiktoken
 
 from console import Progress, cli, say
 from files import write_text
 from shards import START, ShardWriter
-from tokenizer import load_tokenizer, tokenizer_to_text, train_tokenizer
-
-if TYPE_CHECKING:
-    import pyarrow
+from tokenizer import encode_texts, load_tokenizer, tokenizer_to_text, train_tokenizer
 
 HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),
@@ -74,8 +72,8 @@ class Config:
 
 
 def main(config: Config):
-    if config.shard_size < 2 or config.num_workers < 1:
-        raise ValueError("shard_size must be at least 2, num_workers at least 1")
+    if not 2 <= config.shard_size <= 2**30 or config.num_workers < 1:
+        raise ValueError("shard_size must be between 2 and 2**30, num_workers at least 1")
     if config.train_tokenizer and config.tokenizer != "gpt2":
         raise ValueError("tokenizer and train_tokenizer exclude each other")
     out_dir = Path(config.out_dir)
@@ -99,16 +97,13 @@ def main(config: Config):
             bar.update(len(tokens))
         writer.finish()
         bar.total = bar.n = writer.num_tokens
-    seconds = time.monotonic() - began
-    summarize(writer, f", {(writer.num_tokens - first) / seconds:,.0f} tokens/s")
+    summarize(writer, f", {(writer.num_tokens - first) / (time.monotonic() - began):,.0f} tokens/s")
 
 
 def summarize(writer: ShardWriter, speed: str = ""):
-    documents, empty = writer.manifest["documents"], writer.manifest["empty_documents"]
-    shards = len(writer.manifest["shards"])
-    say(f"{writer.folder}: {writer.num_tokens:,} tokens of {documents:,} documents in {shards} shards{speed}")
-    if empty:
-        say(f"{empty:,} empty documents were left out")
+    manifest, tokens, shards = writer.manifest, writer.num_tokens, len(writer.manifest["shards"])
+    empty = f" ({n:,} empty ones left out)" if (n := manifest["empty_documents"]) else ""
+    say(f"{writer.folder}: {tokens:,} tokens of {manifest['documents']:,} documents{empty} in {shards} shards{speed}")
 
 
 def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoken.Encoding:
@@ -171,10 +166,8 @@ class Source:
         self.prefix = HUB[self.kind][2] if self.kind in HUB else self.kind
         self.files = [name for pattern in config.data_files for name in expand(pattern)]
         self.remote = self.kind in HUB or any("://" in name for name in self.files)
-        if self.kind in ("parquet", "json", "text") and not self.files:
-            raise ValueError(f"source {self.kind} needs files: --data_files GLOB")
-        if self.kind not in ("parquet", "json", "text") and self.files:
-            raise ValueError(f"source {self.kind} reads no data_files: --source parquet, json or text does")
+        if bool(self.files) != (self.kind in ("parquet", "json", "text")):
+            raise ValueError("the sources parquet, json and text, and only they, need --data_files GLOB")
 
     def open(self):
         import datasets  # late: it takes a second, and worker processes import this file too
@@ -185,23 +178,22 @@ class Source:
         datasets.disable_progress_bars()
         datasets.config.TORCH_AVAILABLE = False  # or it would import torch, for nothing
         if self.kind == "pydoc":
-            return datasets.IterableDataset.from_generator(pydoc_documents)
-        path, options = self.kind, {}
+            return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in pydoc_texts()))
         if self.kind in HUB:
-            path, options["name"] = HUB[self.kind][0], self.subset
+            path, options = HUB[self.kind][0], dict(name=self.subset)
         else:
-            options["data_files"] = self.files
+            path, options = self.kind, dict(data_files=[f if "://" in f else glob.escape(f) for f in self.files])
         if self.kind == "text":
             options |= dict(sample_by="document", keep_linebreaks=True)
-        elif self.kind != "json":
+        elif self.kind == "json":
+            path = "text"  # by line: the loader of json wants the fields that we leave out alike in all of them
+        else:
             options["columns"] = ["text"]  # the others are neither downloaded nor decoded
         return datasets.load_dataset(path, split="train", streaming=True, **options)
 
-    def batches(self, start: dict) -> Iterator[tuple[dict, "pyarrow.StringArray"]]:
-        """Arrays of BATCH_DOCUMENTS consecutive texts, each with its position.
-
-        A dropped connection is tried again, from the last position, unless nothing could be read at all.
-        """
+    def batches(self, start: dict) -> Iterator[tuple[dict, pa.StringArray]]:
+        """Arrays of consecutive texts, each with its position. A dropped connection is tried again, from the last
+        position, unless nothing could be read at all."""
         position, failures, began = start, 0, False
         while True:
             try:
@@ -218,16 +210,16 @@ class Source:
                 say(f"connection lost at document {position['document']:,}, trying again ({type(error).__name__})")
                 time.sleep(min(60, 2**failures))
 
-    def _read(self, position: dict) -> Iterator[tuple[dict, "pyarrow.StringArray", dict]]:
+    def _read(self, position: dict) -> Iterator[tuple[dict, pa.StringArray, dict]]:
         dataset = self.open().with_format("arrow")
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
         for table in dataset.iter(batch_size=1 if self.kind == "text" else BATCH_DOCUMENTS):  # a text may be a library
-            if "text" not in table.column_names:
-                raise ValueError(f"the documents have no field 'text', only {', '.join(table.column_names)}")
             if str(table["text"].type) not in ("string", "large_string", "string_view", "null"):
                 raise ValueError(f"the field 'text' holds {table['text'].type}, not only strings")
-            texts = table["text"].combine_chunks()[position["skip"] :]
+            texts = table["text"].combine_chunks()[position["skip"] :].cast(pa.string())
+            if self.kind == "json":
+                texts = pa.array(map(json_text, texts.to_pylist()), pa.string())
             texts.validate(full=True)  # that it is UTF-8
             following = dict(document=position["document"] + len(texts), token=0, state=dataset.state_dict(), skip=0)
             yield position, texts, following
@@ -237,7 +229,7 @@ class Source:
         """About how many tokens there are, None if there is no telling before they are read."""
         if self.kind in HUB:
             return int(HUB_TOKENS[self.subset]) if self.subset in HUB_TOKENS else None
-        return None if self.remote else int(self.text_bytes / (4 if vocab_size > 20_000 else 3))
+        return self.text_bytes and int(self.text_bytes / (4 if vocab_size > 20_000 else 3))
 
     @cached_property
     def text_bytes(self) -> int | None:
@@ -248,16 +240,14 @@ class Source:
             return sum(map(len, pydoc_texts()))
         if self.kind != "parquet":
             return sum(map(os.path.getsize, self.files))
-        import pyarrow.parquet as pq
-
         total = 0
         for name in self.files:
             try:
                 metadata = pq.read_metadata(name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} is damaged or no parquet file: {error}") from error
-            if "text" not in metadata.schema.names:
-                raise ValueError(f"{name} has no column 'text', only {', '.join(metadata.schema.names)}")
+            if "text" not in metadata.schema.names or not metadata.num_rows:
+                raise ValueError(f"{name} has no column 'text', or no rows")
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 columns = map(group.column, range(group.num_columns))
                 total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
@@ -265,8 +255,6 @@ class Source:
 
     def readable(self, error: Exception) -> Exception:
         """A library's error about the text as one that says where to look."""
-        if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
-            return ValueError("the source holds no text: no documents")
         known = isinstance(error, (ValueError, OSError, ImportError))  # ImportError: a URL of a kind not installed
         if known or type(error).__module__.startswith(("datasets", "pyarrow")):
             return ValueError(f"{self.damaged_place()} can't be read as {self.kind}: {error.__cause__ or error}")
@@ -274,8 +262,6 @@ class Source:
 
     def damaged_place(self) -> str:
         """The first local file, or the first line of it, that holds no text; the libraries do not name it."""
-        import pyarrow.parquet as pq
-
         for name in filter(os.path.exists, self.files):
             number = 0
             try:
@@ -285,11 +271,11 @@ class Source:
                     continue
                 with open(name, encoding="utf-8") as file:
                     for number, line in enumerate(file, 1):  # noqa: B007 - told when it fails
-                        if self.kind == "json" and line.strip():
-                            (json.loads(line).get("text") or "").encode()
+                        if self.kind == "json":
+                            (json_text(line) or "").encode()
             except UnicodeDecodeError:
                 return f"{name} (not UTF-8)"
-            except (ValueError, AttributeError, OSError):
+            except (ValueError, OSError):
                 return f"{name}, line {number}," if number else name
         return f"the text of source {self.kind}"
 
@@ -298,19 +284,27 @@ def expand(pattern: str) -> list[str]:
     """The files that a glob stands for, sorted; a URL stands for itself."""
     if "://" in pattern:
         return [pattern]
-    if os.path.isfile(pattern):
-        return [os.path.abspath(pattern)]
-    names = sorted(name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name))
-    if not names:
-        raise FileNotFoundError(f"no file matches {pattern}")
-    return [os.path.abspath(name) for name in names]
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(os.path.expanduser(pattern), recursive=True)
+    if names := sorted(os.path.abspath(name) for name in found if os.path.isfile(name)):
+        return names
+    raise FileNotFoundError(f"no file matches {pattern}")
+
+
+def json_text(line: str) -> str | None:
+    """What the field "text" of a line of jsonl holds."""
+    if not line.strip():
+        return None
+    match json.loads(line):
+        case {"text": str() | None as text}:
+            return text
+    raise ValueError("there is no field 'text' with a string")
 
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether the network is to blame; the HTTP libraries under `datasets` do not share a base class."""
     chain = [error, error.__cause__, error.__context__]
     library = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
-    return any(isinstance(e, OSError) or type(e).__module__.split(".")[0] in library for e in chain if e is not None)
+    return any(isinstance(e, OSError) or type(e).__module__.split(".")[0] in library for e in chain)
 
 
 def init_worker(enc: tiktoken.Encoding):
@@ -320,33 +314,14 @@ def init_worker(enc: tiktoken.Encoding):
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def encode_batch(texts: "pyarrow.StringArray") -> tuple[np.ndarray, list[int]]:
-    """Tokens of the documents, end-of-text before each, and the number for each; an empty document has none."""
-    end_of_text = np.array([encoding.eot_token], dtype=np.uint32)
-    parts, lengths = [], []
-    for text in texts.to_pylist():
-        lengths.append(0)
-        if text:
-            tokens = encode_text(text)
-            parts += [end_of_text, tokens]
-            lengths[-1] = len(tokens) + 1
-    dtype = np.uint16 if encoding.n_vocab <= 65536 else np.uint32
-    return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype), lengths
-
-
-def encode_text(text: str) -> np.ndarray:
-    """Tokens of a text, in which <|endoftext|> is text, too."""
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError:  # a million blanks in a row are too much for its regex: cut where that cuts, before the last
-        parts = re.split(r"(?=[ \t\r\n]\S)(?<=[ \t\r\n]{1000})", text)
-        return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+def encode_batch(texts: pa.StringArray) -> tuple[np.ndarray, list[int]]:
+    return encode_texts(encoding, texts)
 
 
 def encode(batches, enc: tiktoken.Encoding, num_workers: int) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
     """Tokenize batches in worker processes, in order, a few batches ahead: memory does not grow with the source."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=init_worker, initargs=(enc,))
+    pool = ProcessPoolExecutor(num_workers, context, init_worker, (enc,))
     pending = deque()
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is not for them
@@ -377,10 +352,6 @@ def check_disk(source: Source, writer: ShardWriter):
     say(f"disk needed: about {need / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
     if need > free:
         raise OSError(f"{writer.folder} has {free / 1e9:.1f} GB free, the shards need {need / 1e9:.1f} GB: make room")
-
-
-def pydoc_documents() -> Iterator[dict]:
-    yield from ({"text": text} for text in pydoc_texts())
 
 
 @lru_cache

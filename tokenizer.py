@@ -12,15 +12,23 @@ import binascii
 import json
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting pattern
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    import pyarrow
+
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and <|endoftext|>
+CUT = "\0cut\0"  # marks the places where encode_texts cuts a text
+BLANK = r"\s\v\x{85}\pZ"  # what \s is in GPT-2's pattern, in the words of Arrow's regex
 
 
 def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
@@ -72,6 +80,43 @@ def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
         pat_str=r50k_pat_str,
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(ranks)},
+    )
+
+
+def encode_texts(enc: tiktoken.Encoding, texts: "pyarrow.StringArray") -> tuple[np.ndarray, list[int]]:
+    """Ids of the texts, <|endoftext|> before each, and the number for each; an empty text has none.
+
+    They are those of enc.encode_ordinary, in two thirds of its time. Of several blanks before a word, GPT-2's pattern
+    leaves the last one to the word, by a look-ahead that bars the regex engine from its fast automaton. Here the texts
+    are cut at these places first, and a pattern without look-ahead finds the same pieces in between.
+    """
+    import pyarrow.compute as pc  # late: only the sharding needs it
+
+    quick, cuts = quick_encoding(enc), {CUT}
+    if pc.any(pc.match_substring(texts, CUT)).as_py():
+        quick, cuts = enc, set()
+    else:
+        texts = pc.replace_substring_regex(texts, f"([{BLANK}])([{BLANK}][^{BLANK}])", rf"\1{CUT}\2")
+    end_of_text = np.array([enc.eot_token], dtype=np.uint32)
+    parts, lengths = [], []
+    for text in texts.to_pylist():
+        lengths.append(0)
+        if text:
+            ids = quick.encode_to_numpy(text, allowed_special=cuts, disallowed_special=())  # <|endoftext|> is text here
+            parts += [end_of_text, ids]
+            lengths[-1] = 1 + np.count_nonzero(ids != enc.n_vocab)
+    ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+    return ids[ids != enc.n_vocab].astype(np.uint16 if enc.n_vocab <= 65536 else np.uint32), lengths
+
+
+@lru_cache
+def quick_encoding(enc: tiktoken.Encoding) -> tiktoken.Encoding:
+    """The same vocabulary under the pattern without look-ahead, for texts that are cut; a cut has the id n_vocab."""
+    return tiktoken.Encoding(
+        f"{enc.name} for texts that are cut",
+        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+",
+        mergeable_ranks=enc._mergeable_ranks,
+        special_tokens={CUT: enc.n_vocab},
     )
 
 

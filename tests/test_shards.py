@@ -206,7 +206,9 @@ def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
     if name == "no vocabulary":
         return flags(source, out, "--tokenizer", "none.tiktoken"), "no tokenizer 'none.tiktoken'"
     if name == "small vocabulary":
-        return flags(source, out, "--train_tokenizer", 10), "too small"
+        return flags(source, out, "--tokenizer", "gpt2", "--train_tokenizer", 10), "too small"
+    if name == "two vocabularies":
+        return flags(source, out, "--train_tokenizer", 300), "exclude each other"
     if name == "out_dir is a file":
         out.write_text("")
         return flags(source, out), "out"
@@ -220,7 +222,8 @@ def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
     "name",
     [
         "no files", "no data_files", "no documents", "empty documents", "not UTF-8", "malformed json", "no text field",
-        "damaged parquet", "no vocabulary", "small vocabulary", "out_dir is a file", "foreign shards",
+        "damaged parquet", "no vocabulary", "small vocabulary", "two vocabularies", "out_dir is a file",
+        "foreign shards",
     ],
 )  # fmt: skip
 def test_wrong_inputs_end_in_one_line(name, source, tmp_path):

@@ -4,6 +4,7 @@ import random
 import sysconfig
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import tiktoken
 from transformers import AutoTokenizer
@@ -34,6 +35,26 @@ def test_ids_equal_the_librarys_own_on_a_megabyte_it_has_not_seen(trained):
     library.encode_special_tokens = True  # <|endoftext|> in a text is only text
     assert encoding.encode_ordinary(text) == library.encode(text).ids
     assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_texts_encoded_for_the_shards_have_tiktokens_ids(trained):
+    encoding, _ = trained
+    rng = random.Random(0)
+    blanks = [" ", "  ", "\t", "\n", "\r", "\v", "\f", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u3000"]
+    others = [*"aé1½!日🙂_", "Bc", "'s", "'LL", "\0", "\u200b", "\ufeff", "\x1c", "\u0301", "<|endoftext|>"]
+    texts = ["", *("".join(rng.choices(blanks + others, k=rng.randrange(60))) for _ in range(3000)), unseen_text()]
+    for batch in (texts, [*texts[:100], tokenizer.CUT + "  a  b"]):
+        ids, lengths = tokenizer.encode_texts(encoding, pa.array(batch, pa.string()))
+        expected = [[encoding.eot_token, *encoding.encode_ordinary(text)] if text else [] for text in batch]
+        assert lengths == list(map(len, expected))
+        assert ids.tolist() == [token for tokens in expected for token in tokens]
+
+
+def test_a_text_too_blank_for_tiktoken_is_encoded(trained):
+    encoding, _ = trained
+    text = "a" + " " * 2_000_000 + "b"  # its regex engine gives up here: too much to step back over
+    ids, _ = tokenizer.encode_texts(encoding, pa.array([text], pa.string()))
+    assert encoding.decode(ids[1:].tolist()) == text
 
 
 def test_on_the_corpus_beside_the_repository(trained, shared_data):
