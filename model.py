@@ -71,12 +71,12 @@ class KVCache:
         self.keys = [None] * config.n_layer  # each (B, n_head, size, head_dim)
         self.values = [None] * config.n_layer
 
-    def locate(self, positions: torch.Tensor):
-        """Prepare for tokens at `positions` (B, T): which slots they go to and which ones they see."""
+    def locate(self, positions: torch.Tensor) -> torch.Tensor:
+        """Prepare for tokens at `positions` (B, T), the slots that they go to; return which ones they see."""
         self.positions = positions
         self.end = int(positions.max()) + 1
         slots = torch.arange(self.end, device=positions.device)
-        self.mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, end)
+        return (slots <= positions[:, :, None])[:, None]  # (B, 1, T, end)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, n_head, T, head_dim); return all keys and values up to the last position."""
@@ -100,16 +100,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hd)
-        if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        else:
+        if cache is not None:
             k, v = cache.update(self.layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -135,11 +133,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
         if self.pre_norm:
-            x = x + self.attn(self.ln_1(x), cache)
+            x = x + self.attn(self.ln_1(x), mask, cache)
             return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(x + self.attn(x, cache))
+        x = self.ln_1(x + self.attn(x, mask, cache))
         return self.ln_2(x + self.mlp(x))
 
 
@@ -166,20 +164,28 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None):
+    def hidden(
+        self,
+        idx: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         """Final hidden states (B, T, n_embd) of tokens idx (B, T) int64.
 
-        With a cache, `positions` (B, T) says where in its row each token stands, and earlier tokens are not read again.
+        `positions` (B, T) int64 says where in its row each token stands if not at 0, 1, 2, ...; `mask` (B, 1, T, T)
+        bool which tokens it sees if not the earlier ones. With a cache, which takes positions and no mask, it sees the
+        tokens read before, too.
         """
-        if idx.size(1) > self.config.block_size:
-            raise ValueError(f"{idx.size(1)} tokens are more than the model's context of {self.config.block_size}")
         if positions is None:
+            if idx.size(1) > self.config.block_size:
+                raise ValueError(f"{idx.size(1)} tokens are more than the model's context of {self.config.block_size}")
             positions = torch.arange(idx.size(1), device=idx.device)[None]
         if cache is not None:
-            cache.locate(positions.expand_as(idx))
+            mask = cache.locate(positions)
         x = self.drop(self.wte(idx) + self.wpe(positions))
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, mask, cache)
         return self.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -239,14 +245,15 @@ class GPT(nn.Module):
         cache = KVCache(self.config, longest + max_tokens)
         # Rows are padded on the right: a pad's slot is overwritten before any later token can see it.
         idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        positions = torch.arange(longest, device=device).expand_as(idx)
         last = torch.tensor(lengths, device=device) - 1  # position of each row's newest token
-        x = self.hidden(idx, cache)[torch.arange(len(prompts), device=device), last]
+        x = self.hidden(idx, positions, cache=cache)[torch.arange(len(prompts), device=device), last]
         for n in range(max_tokens):
             tokens = sample_token(self.head(x), temperature, top_k, top_p, generator)
             yield tokens.tolist()
             if n + 1 < max_tokens:
                 last = last + 1
-                x = self.hidden(tokens[:, None], cache, last[:, None])[:, 0]
+                x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
 
     def generate(self, prompts: list[list[int]], max_tokens: int, stop_token: int | None = None, **sampling):
         """Up to max_tokens new token ids for each prompt, ending before stop_token. Sampling as in `stream`."""

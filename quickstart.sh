@@ -15,7 +15,11 @@ PATH="$PWD/.venv/bin:$PATH"
 DATA=datasets/pydoc LOG=log/quickstart
 
 run() {
-    printf '\n$ %s\n' "${*@Q}" | tr -d "'"
+    printf '\n$'
+    for word in "$@"; do
+        [[ $word =~ ^[[:alnum:]_./-]+$ ]] && printf ' %s' "$word" || printf " '%s'" "$word"
+    done
+    echo
     "$@"
 }
 
@@ -26,10 +30,12 @@ run python train_gpt2.py --data_dir $DATA --log_dir $LOG --resume \
     --B 16 --T 256 --total_batch_size 4096 --max_steps "${STEPS:-600}" --warmup_steps 50 --max_lr 3e-3 --min_lr 3e-4 \
     --val_every 50 --val_tokens 60000 --sample_every 200 --sample_prompt "The function returns" --rolling_every 100
 
-run python sample.py --model $LOG/model_final.pt --prompt "Return" --num_samples 3 --max_tokens 60 \
-    --temperature 0.8 --out $LOG/samples.txt
+[ $LOG/samples.txt -nt $LOG/model_final.pt ] ||
+    run python sample.py --model $LOG/model_final.pt --prompt "Return" --num_samples 3 --max_tokens 60 \
+        --temperature 0.8 --out $LOG/samples.txt
 
-run python plot.py $LOG
+[ $LOG/log_plot.png -nt $LOG/samples.txt ] ||
+    run python plot.py $LOG
 
 echo
 echo "Final validation loss: $(awk '$2 == "val" {loss = $3} END {print loss}' $LOG/log.txt) nats per token"

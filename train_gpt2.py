@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import which
 from typing import Literal
 
 import torch
@@ -259,30 +260,23 @@ def check_agreement(resumed: dict, fixed: dict, path: Path):
 
 
 def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> GPT:
-    if resumed or config.init_from:
-        if resumed:
-            model, its_enc = checkpoint.build_model(resumed, path, config.dropout), resumed["tokenizer"]
-            its_enc, path = tokenizer_from_text(its_enc), path
-        else:
-            (model, its_enc), path = checkpoint.load_model(config.init_from, config.dropout), config.init_from
-        if tokenizer_to_text(its_enc) != tokenizer_to_text(enc):
-            raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {path}")
-    else:
-        rows = config.vocab_size or 0
-        if rows and rows < enc.n_vocab:
-            raise ValueError(f"vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
-        model = GPT(
-            GPTConfig(
-                block_size=config.block_size,
-                vocab_size=enc.n_vocab,
-                padded_vocab_size=rows,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                norm=config.norm,
-                dropout=config.dropout,
-            )  # fmt: skip
+    """The resumed run's model, or that of init_from, or a new one."""
+    rows = config.vocab_size or 0
+    if resumed:
+        model, its_enc = (
+            checkpoint.build_model(resumed, path, config.dropout),
+            tokenizer_from_text(resumed["tokenizer"]),
         )
+    elif config.init_from:
+        path = config.init_from
+        model, its_enc = checkpoint.load_model(path, config.dropout)
+    elif rows and rows < enc.n_vocab:
+        raise ValueError(f"vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
+    else:
+        shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "norm", "dropout")}
+        model, its_enc = GPT(GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=rows, **shape)), enc
+    if tokenizer_to_text(its_enc) != tokenizer_to_text(enc):
+        raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {path}")
     if model.config.block_size < config.T:
         raise ValueError(f"T {config.T} is above the model's block_size {model.config.block_size}")
     return model
@@ -322,9 +316,9 @@ def write_config(config: Config, max_steps: int, rt: Runtime):
 
 
 def commit() -> str | None:
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    """The commit of this folder, None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None if which("git") else None
 
 
 if __name__ == "__main__":

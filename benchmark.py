@@ -1,0 +1,130 @@
+"""What the benchmarks share: their data fetched and read, models and metrics, results on the screen and in files."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tiktoken
+
+import runtime
+from checkpoint import load_model
+from console import Progress, say
+from files import write_text
+from model import GPT, SIZES
+from runtime import Runtime
+from scoring import Request
+
+
+@dataclass
+class Metric:
+    """A figure that a benchmark gives, and what OpenAI's models are published to reach in it, by their names."""
+
+    name: str
+    value: float  # a share of 1, unless it has no counts
+    correct: int | None = None
+    total: int | None = None
+    published: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self):
+        return f"{self.value:.2f}" if self.total is None else f"{self.value:.2%} ({self.correct}/{self.total})"
+
+    def published_text(self, size: str) -> str:
+        if size not in self.published:
+            return ""
+        return f"{self.published[size]:.2f}" if self.total is None else f"{self.published[size]:.2%}"
+
+
+def accuracy(name: str, hits: list[bool], published: dict[str, float] | None = None) -> Metric:
+    return Metric(name, sum(hits) / len(hits), sum(hits), len(hits), published or {})
+
+
+def run(config, title: str, load: Callable, evaluate: Callable) -> list[Metric] | None:
+    """A benchmark's main: its examples, the model, the table of its metrics. Returns them on rank 0, None elsewhere."""
+    rt = runtime.start(config.device, config.dtype)
+    examples = load_on_all_ranks(lambda: load(config.data, config.limit), rt)
+    model, enc = load_model(config.model)
+    metrics, predictions = evaluate(model.to(rt.device), enc, examples, rt)
+    if not rt.is_main:
+        return runtime.leave()
+    size = reference(config.model, model)
+    rows = [(metric.name, str(metric), metric.published_text(size)) for metric in metrics]
+    say(table((f"{title}, {str(rt.dtype)[6:]}", config.model, f"OpenAI's {size}, published"), rows))
+    if config.save_predictions:
+        write_text(config.save_predictions, "".join(json.dumps(line) + "\n" for line in predictions))
+        say(f"predictions: {config.save_predictions}")
+    runtime.leave()
+    return metrics
+
+
+def load_on_all_ranks(load: Callable, rt: Runtime):
+    """What `load` gives, which may download a file: first on rank 0 alone."""
+    examples = load() if rt.is_main else None
+    rt.barrier()
+    return load() if examples is None else examples
+
+
+def reference(name: str, model: GPT) -> str:
+    """The OpenAI model whose published figures stand beside a model's: itself, or the one of its shape, or `gpt2`."""
+    shape = dict(n_layer=model.config.n_layer, n_head=model.config.n_head, n_embd=model.config.n_embd)
+    return name if name in SIZES else next((size for size, its in SIZES.items() if its == shape), "gpt2")
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table that is aligned to be read as it is."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = [head, tuple("-" * width for width in widths), *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def fetch(url: str, path: str | Path, sha256: str) -> Path:
+    """Download a file unless it is there: whole and with the right checksum, or not at all. Raises OSError."""
+    import pooch  # late: whoever has the data needs none of it
+
+    path = Path(path)
+    pooch.get_logger().setLevel("ERROR")
+    try:
+        bar = Progress(desc=f"downloading {path.name}", unit="B", unit_scale=True)
+        downloader = pooch.HTTPDownloader(progressbar=bar, timeout=30)
+        return Path(pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader))
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+        reason = "its checksum is wrong" if isinstance(error, ValueError) else type(error).__name__
+        raise OSError(f"{url} can't be downloaded to {path} ({reason}): check the network, or give --data FILE") from error
+
+
+def read_jsonl(path: str | Path, parse: Callable, limit: int | None = None) -> list:
+    """parse(object) of each line of a file, the first `limit` of them. Raises ValueError that names the line if it is
+    malformed, a field is missing, or `parse` raises one; and if there are no lines."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    parsed = []
+    try:
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+            if line.strip() and (limit is None or len(parsed) < limit):
+                parsed.append(parse(json.loads(line)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}, line {number}, has no field {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
+    if not parsed:
+        raise ValueError(f"{path} holds no examples")
+    return parsed
+
+
+def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str]) -> Request:
+    """Tokens as lm-evaluation-harness takes them: a continuation's are those that the whole text has more than its
+    context, after blanks at the end of the context have gone over to the continuation."""
+    stripped = context.rstrip()
+    blanks, context = context[len(stripped) :], stripped
+    ids = enc.encode_ordinary(context)
+    wholes = [enc.encode_ordinary(context + blanks + continuation) for continuation in continuations]
+    return Request(ids or [enc.eot_token], [whole[len(ids) :] for whole in wholes])
+
+
+def as_json(metrics: list[Metric]) -> dict:
+    return {metric.name: {k: v for k, v in asdict(metric).items() if k != "name"} for metric in metrics}
