@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tiktoken
@@ -27,12 +27,14 @@ class Metric:
     published: dict[str, float] = field(default_factory=dict)
 
     def __str__(self):
-        return f"{self.value:.2f}" if self.total is None else f"{self.value:.2%} ({self.correct}/{self.total})"
+        text = self.text(self.value)
+        return text if self.total is None else f"{text} ({self.correct}/{self.total})"
 
     def published_text(self, size: str) -> str:
-        if size not in self.published:
-            return ""
-        return f"{self.published[size]:.2f}" if self.total is None else f"{self.published[size]:.2%}"
+        return self.text(self.published[size]) if size in self.published else ""
+
+    def text(self, value: float) -> str:
+        return f"{value:.2%}" if self.total is not None else f"{value:.4f}" if value < 10 else f"{value:.2f}"
 
 
 def accuracy(name: str, hits: list[bool], published: dict[str, float] | None = None) -> Metric:
@@ -58,10 +60,18 @@ def run(config, title: str, load: Callable, evaluate: Callable) -> list[Metric] 
 
 
 def load_on_all_ranks(load: Callable, rt: Runtime):
-    """What `load` gives, which may download a file: first on rank 0 alone."""
-    examples = load() if rt.is_main else None
-    rt.barrier()
-    return load() if examples is None else examples
+    """What `load` gives, which may download a file: first on one rank of each machine. Raises its error on all."""
+    examples = error = None
+    for turn in (rt.local_rank == 0, rt.local_rank != 0):
+        if turn:
+            try:
+                examples = load()
+            except (OSError, ValueError) as failure:
+                error = failure
+        rt.barrier()
+    if rt.sum([error is not None]):
+        raise error or OSError("another process could not read the examples")
+    return examples
 
 
 def reference(name: str, model: GPT) -> str:
@@ -84,12 +94,14 @@ def fetch(url: str, path: str | Path, sha256: str) -> Path:
     path = Path(path)
     pooch.get_logger().setLevel("ERROR")
     try:
-        bar = Progress(desc=f"downloading {path.name}", unit="B", unit_scale=True)
+        bar = Progress(total=1, desc=f"downloading {path.name}", unit="B", unit_scale=True)  # pooch sets the total
         downloader = pooch.HTTPDownloader(progressbar=bar, timeout=30)
         return Path(pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader))
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
         reason = "its checksum is wrong" if isinstance(error, ValueError) else type(error).__name__
-        raise OSError(f"{url} can't be downloaded to {path} ({reason}): check the network, or give --data FILE") from error
+        raise OSError(
+            f"{url} can't be downloaded to {path} ({reason}): check the network, or give --data FILE"
+        ) from error
 
 
 def read_jsonl(path: str | Path, parse: Callable, limit: int | None = None) -> list:
@@ -120,11 +132,11 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
     """Tokens as lm-evaluation-harness takes them: a continuation's are those that the whole text has more than its
     context, after blanks at the end of the context have gone over to the continuation."""
     stripped = context.rstrip()
-    blanks, context = context[len(stripped) :], stripped
-    ids = enc.encode_ordinary(context)
-    wholes = [enc.encode_ordinary(context + blanks + continuation) for continuation in continuations]
-    return Request(ids or [enc.eot_token], [whole[len(ids) :] for whole in wholes])
-
-
-def as_json(metrics: list[Metric]) -> dict:
-    return {metric.name: {k: v for k, v in asdict(metric).items() if k != "name"} for metric in metrics}
+    blanks = context[len(stripped) :]
+    cut = stripped.rfind(" ")  # GPT-2's pattern splits before a blank and a word: up to here, all have the same tokens
+    if cut > 0 and stripped[cut - 1].isspace():
+        cut = 0
+    head, tail = enc.encode_ordinary(stripped[:cut]), stripped[cut:]
+    ids = enc.encode_ordinary(tail)
+    wholes = [enc.encode_ordinary(tail + blanks + continuation) for continuation in continuations]
+    return Request(head + ids or [enc.eot_token], [whole[len(ids) :] for whole in wholes])

@@ -39,5 +39,7 @@ def write_text(path: str | Path, text: str):
 
 def checksum(path: str | Path) -> str:
     """sha256 of a file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

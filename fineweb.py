@@ -270,7 +270,7 @@ class Source:
                         batch.validate(full=True)
                     continue
                 with open(name, encoding="utf-8") as file:
-                    for number, line in enumerate(file, 1):  # noqa: B007 - told when it fails
+                    for number, line in enumerate(file, 1):
                         if self.kind == "json":
                             (json_text(line) or "").encode()
             except UnicodeDecodeError:

@@ -30,13 +30,16 @@ class RunLog:
             self.wandb = wandb.init(project="gpt2", name=folder.name, dir=folder)
         self._keep("log.txt", lambda line: int(line.split()[0]) < start_step and len(line.split()) == 3)
         self._keep("metrics.jsonl", lambda line: json.loads(line)["step"] < start_step)
+        self._keep("hellaswag_results.jsonl", lambda line: json.loads(line).get("step", -1) < start_step)
         self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def _keep(self, name: str, is_kept):
         path = self.folder / name
+        if not path.exists():
+            return
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text().splitlines():
             try:
                 if is_kept(line):
                     kept.append(line + "\n")
@@ -52,12 +55,19 @@ class RunLog:
             self.flush()
             self.record = dict(step=step)
         self.record |= values
-        for stream, key in (("train", "loss"), ("val", "val")):
+        for stream, key in (("train", "loss"), ("val", "val"), ("hella", "hella")):
             if key in values:
                 self.text.write(f"{step} {stream} {values[key]:.6f}\n")
         if "loss" in values:
             self.show(values)
             self.flush()
+
+    def write_hellaswag(self, step: int, result: dict):
+        """Add a result on HellaSwag: its acc_norm is the stream `hella`."""
+        self.write(step, hella=result["acc_norm"])
+        if self.rt.is_main:
+            with open(self.folder / "hellaswag_results.jsonl", "a") as file:
+                file.write(json.dumps(dict(step=step) | result) + "\n")
 
     def flush(self):
         if self.record:

@@ -83,7 +83,7 @@ def score(
     was_training = model.training
     model.eval()
     barred = torch.tensor(barred, dtype=torch.int64, device=rt.device)
-    with Progress(total=len(rows), desc=desc, unit="example") as bar, rt.autocast():
+    with Progress(total=len(rows), desc=desc, unit="example", leave=False) as bar, rt.autocast():
         for batch in batches[rt.rank :: rt.world_size]:
             place = np.concatenate([row.scores for row in batch])
             np.add.at(results, place, score_batch(model, batch, rt, barred))
@@ -137,7 +137,7 @@ def score_batch(model: GPT, batch: list[Row], rt: Runtime, barred: torch.Tensor)
     x = model.hidden(idx, positions, mask).flatten(0, 1)[torch.from_numpy(places).to(rt.device)]
 
     order = np.argsort(which, kind="stable")
-    which, back = torch.from_numpy(which[order]), torch.from_numpy(np.argsort(order))
+    which, back = which[order], np.argsort(order)
     targets = torch.from_numpy(np.concatenate([row.targets for row in batch])[order]).to(rt.device)
     first = torch.from_numpy(np.concatenate([row.first for row in batch])[order]).to(rt.device)
     results = []
@@ -145,7 +145,7 @@ def score_batch(model: GPT, batch: list[Row], rt: Runtime, barred: torch.Tensor)
     for start in range(0, len(x), step):
         logits = model.head(x[start : start + step]).float()
         low, high = np.searchsorted(which, [start, start + step])
-        here, target = (which[low:high] - start).to(rt.device), targets[low:high]
+        here, target = torch.from_numpy(which[low:high] - start).to(rt.device), targets[low:high]
         top, likeliest = logits.max(-1, keepdim=True)
         unbarred = likeliest = likeliest[here, 0]
         if len(barred):
@@ -153,7 +153,7 @@ def score_batch(model: GPT, batch: list[Row], rt: Runtime, barred: torch.Tensor)
             unbarred = torch.where(first[low:high], others, likeliest)
         logprob = logits[here, target] - top[here, 0] - logits.sub_(top).exp_().sum(-1).log()[here]
         results.append(torch.stack([logprob, likeliest == target, unbarred == target], 1))
-    return torch.cat(results).double().cpu()[back].numpy()
+    return torch.cat(results).cpu().double().numpy()[back]
 
 
 @torch.no_grad()

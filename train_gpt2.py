@@ -27,7 +27,9 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import benchmark
 import checkpoint
+import hellaswag
 import runtime
 from console import Progress, cli
 from dataloader import TrainLoader
@@ -80,6 +82,8 @@ class Config:
     # now and then, in steps; 0 = never
     val_every: int = 100  # validation loss
     val_tokens: int = 10485760  # tokens of the validation shard to take it on
+    hellaswag_every: int = 250  # accuracy on HellaSwag
+    hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
     sample_every: int = 250  # print samples
     sample_prompt: str = "Hello, I'm a language model,"  # how they begin
     checkpoint_every: int = 5000  # checkpoints that are kept; 0 = none but the final one
@@ -89,7 +93,8 @@ class Config:
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:
             raise ValueError("give max_steps or num_epochs, not both")
-        for name in ("val_every", "sample_every", "checkpoint_every", "rolling_every", "warmup_steps", "grad_clip"):
+        intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "rolling_every")
+        for name in (*intervals, "warmup_steps", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
         for name in ("B", "T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
@@ -113,6 +118,7 @@ def main(config: Config):
     loader = TrainLoader(train_shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size)
     max_steps = loader.steps_in(config.num_epochs) if config.num_epochs else config.max_steps or 19073
     enc = shards_tokenizer(config.data_dir)
+    examples = hellaswag_examples(config, rt)
 
     # model, optimizer, and where an earlier run left them
     resumed, path = checkpoint.load_newest(log_dir, rt.print) if config.resume else (None, None)
@@ -154,6 +160,10 @@ def main(config: Config):
             loss = stream_loss(model, tokens, config.B, config.T, rt)
             log.write(step, val=loss)
             rt.print(f"step {step} | val {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
+        if examples and is_due(step, config.hellaswag_every, max_steps):
+            metrics, _ = hellaswag.evaluate(raw_model, enc, examples, rt, styles=("completion",))
+            log.write_hellaswag(step, hellaswag.result_line(metrics))
+            rt.print(f"step {step} | HellaSwag {metrics[1]}")
         if step and is_due(step, config.sample_every, max_steps) and rt.is_main:
             log.write(step, samples=draw_samples(raw_model, enc, config, rt))
 
@@ -244,6 +254,17 @@ def shards_tokenizer(data_dir: str):
     manifest = read_manifest(data_dir)
     name = manifest["tokenizer"] if manifest else "gpt2"
     return load_tokenizer(name if name == "gpt2" else Path(data_dir) / name)
+
+
+def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
+    """The examples to evaluate while training; none if they are not wanted, or can't be had."""
+    if not config.hellaswag_every:
+        return []
+    try:
+        return benchmark.load_on_all_ranks(lambda: hellaswag.load(config.hellaswag_data), rt)
+    except (OSError, ValueError) as error:
+        rt.print(f"warning: training without HellaSwag: {error}")
+        return []
 
 
 def fixed_settings(config: Config) -> dict:
