@@ -28,7 +28,8 @@ run python fineweb.py --source pydoc --train_tokenizer 4096 --out_dir $DATA
 run python train_gpt2.py --data_dir $DATA --log_dir $LOG --resume \
     --n_layer 4 --n_head 4 --n_embd 128 --block_size 256 --dtype float32 \
     --B 16 --T 256 --total_batch_size 4096 --max_steps "${STEPS:-600}" --warmup_steps 50 --max_lr 3e-3 --min_lr 3e-4 \
-    --val_every 50 --val_tokens 60000 --sample_every 200 --sample_prompt "The function returns" --rolling_every 100
+    --val_every 50 --val_tokens 60000 --hellaswag_every 0 --sample_every 200 --sample_prompt "The function returns" \
+    --rolling_every 100
 
 [ $LOG/samples.txt -nt $LOG/model_final.pt ] ||
     run python sample.py --model $LOG/model_final.pt --prompt "Return" --num_samples 3 --max_tokens 60 \

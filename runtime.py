@@ -19,7 +19,7 @@ import torch.distributed as dist
 from console import say
 
 Device = str  # "auto", or what torch.device takes: cuda, cuda:1, mps, cpu
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "tf32", "bfloat16"]  # tf32: float32 that NVIDIA GPUs multiply in TF32
 # Dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name. More special names come first.
 PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -90,7 +90,7 @@ def start(device: Device = "auto", dtype: Dtype = "auto") -> Runtime:
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Runtime(chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size)
@@ -117,7 +117,7 @@ def choose_device(name: Device, local_rank: int) -> torch.device:
 def choose_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bf16(device) else "float32"
-    return getattr(torch, dtype)
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def has_fast_bf16(device: torch.device) -> bool:

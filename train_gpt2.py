@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # eight GPUs
     python train_gpt2.py --resume                                   # go on from the newest checkpoint of log/
     python train_gpt2.py --data_dir datasets/pydoc --n_layer 4 --n_head 4 --n_embd 128 --B 8 --T 128 \\
-        --total_batch_size 4096 --max_steps 200 --warmup_steps 20   # a small one
+        --total_batch_size 4096 --max_steps 200 --warmup_steps 20 --hellaswag_every 0   # a small one
 
 "step" counts the optimizer steps taken so far: the validation loss of step 100 is that of the model after 100 steps,
 the training loss of step 100 that of the batch from which the 101st is made. SIGTERM and Ctrl-C finish the step, write
