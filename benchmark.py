@@ -9,7 +9,7 @@ import tiktoken
 
 import runtime
 from checkpoint import load_model
-from console import Progress, say
+from console import Progress, say, table
 from files import write_text
 from model import GPT, SIZES
 from runtime import Runtime
@@ -78,13 +78,6 @@ def reference(name: str, model: GPT) -> str:
     """The OpenAI model whose published figures stand beside a model's: itself, or the one of its shape, or `gpt2`."""
     shape = dict(n_layer=model.config.n_layer, n_head=model.config.n_head, n_embd=model.config.n_embd)
     return name if name in SIZES else next((size for size, its in SIZES.items() if its == shape), "gpt2")
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table that is aligned to be read as it is."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = [head, tuple("-" * width for width in widths), *rows]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from files import write_whole
+from files import checksum, write_whole
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer, tokenizer_from_text
 
@@ -102,6 +102,14 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
             f"{name_or_path} has a vocabulary of {model.config.vocab_size} tokens, its tokenizer {enc.n_vocab}"
         )
     return model, enc
+
+
+def identity(name: str) -> str:
+    """What tells a model's weights from others: checksums of its files, or the name of a hub model."""
+    path = Path(name)
+    if path.suffix == ".pt" or path.is_file():
+        return checksum(path)
+    return " ".join(map(checksum, sorted(path.glob("model*.safetensors")))) or name
 
 
 def remove_rolling(folder: str | Path, checkpoint_every: int, keep: int):

@@ -43,6 +43,13 @@ def say(*words):
     tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
 
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table that is aligned to be read as it is."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = [head, tuple("-" * width for width in widths), *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
 def cli(config_class, main, doc: str):
     """Run a stage: the fields of its Config are the flags, and what the user can mend ends as one line.
 

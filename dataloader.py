@@ -1,4 +1,4 @@
-"""Token shards on disk -> batches: which tokens, in which order, for which rank.
+"""Tokens -> batches: which tokens, in which order, for which rank; from shards on disk, or from memory.
 
 Training reads windows of T + 1 tokens with stride T. In each epoch the shards are permuted, and within a shard its
 windows, by generators seeded with (seed, epoch). The epochs' orders, one after the other, are cut into global batches:
@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from model import IGNORE
 from shards import Shards
 
 
@@ -119,3 +120,49 @@ class TrainLoader:
                 yield [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batch]
         finally:
             stopped.set()
+
+
+class SequenceLoader:
+    """Batches of sequences from a token stream in memory, for finetuning: every token of it once per epoch.
+
+    The stream is read in windows as above, the last one filled up with targets that do not count; each epoch permutes
+    them by a generator seeded with (seed, epoch). A batch is `per_step` of them, the last one of an epoch what is left.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, B: int, T: int, per_step: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        count = -(-(len(tokens) - 1) // T)
+        if count < per_step:
+            raise ValueError(
+                f"the training part holds {len(tokens)} tokens ({count} sequences of {T}), fewer than one batch of "
+                f"{per_step} sequences: lower total_batch_size or T, or add descriptions"
+            )
+        self.x, self.y = np.zeros(count * T, dtype=np.int64), np.full(count * T, IGNORE, dtype=np.int64)
+        self.x[: len(tokens) - 1], self.y[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+        self.x, self.y = self.x.reshape(count, T), self.y.reshape(count, T)
+        self.B, self.per_step, self.seed = B, per_step, seed
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = -(-count // per_step)
+
+    def batch(self, step: int, device: torch.device) -> tuple[list[tuple], list[float], int]:
+        """This rank's micro-batches (x, y), each (B, T) int64, of a step, their shares for `train_step`, and how many
+        targets the step counts on all ranks together.
+
+        Every rank has as many; where there are too few sequences for that, some count for nothing.
+        """
+        epoch, number = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.x))
+        rows = order[number * self.per_step : (number + 1) * self.per_step]
+        counted = (self.y[rows] != IGNORE).sum()
+        micro_steps = -(-len(rows) // (self.B * self.world_size))
+        batch, shares = [], []
+        for micro_step in range(micro_steps):
+            first = (micro_step * self.world_size + self.rank) * self.B
+            mine = rows[first : first + self.B]
+            x, y = self.x[mine], self.y[mine]
+            missing = ((0, self.B - len(mine)), (0, 0))  # one shape for all, so that a compiled model is compiled once
+            x, y = np.pad(x, missing), np.pad(y, missing, constant_values=IGNORE)
+            batch.append((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)))
+            shares.append(float((y != IGNORE).sum() * self.world_size / counted))
+        return batch, shares, int(counted)

@@ -21,12 +21,12 @@ import tiktoken
 
 import benchmark
 import cbt
+import checkpoint
 import hellaswag
 import lambada
 import runtime
-from benchmark import Metric, reference, table
-from checkpoint import load_model
-from console import cli
+from benchmark import Metric, reference
+from console import cli, table
 from files import checksum, write_text
 from model import GPT, SIZES
 from runtime import Runtime
@@ -79,14 +79,14 @@ def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> 
     for title in config.benchmarks:
         result = dict(model=name, benchmark=title)
         try:
-            what = dict(benchmark=title, weights=weights_identity(name), data=data_identity(title, config))
+            what = dict(benchmark=title, weights=checkpoint.identity(name), data=data_identity(title, config))
             what |= dict(limit=None if title == "val" else config.limit, dtype=str(rt.dtype)[6:])
             if earlier := next((r for r in done if what.items() <= r.items()), None):
                 rt.print(f"{name} on {title}: computed before")
                 results.append(earlier | dict(model=name))
                 continue
             if model is None:
-                model, enc = load_model(name)
+                model, enc = checkpoint.load_model(name)
                 model.to(rt.device)
             metrics = [asdict(metric) for metric in run_benchmark(title, model, enc, config, rt)]
             result |= what | dict(size=reference(name, model), metrics=metrics)
@@ -123,14 +123,6 @@ def validation(model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime) 
     bits = loss * (len(tokens) - 1) / math.log(2)
     published = OPENAI_VAL_LOSS if manifest.get("source") == "fineweb-edu" and name == "gpt2" else {}
     return [Metric("loss", loss, published=published), Metric("bits per byte", bits / sum(map(len, texts)))]
-
-
-def weights_identity(name: str) -> str:
-    """What tells a model's weights from others: checksums of its files, or the name of a hub model."""
-    path = Path(name)
-    if path.suffix == ".pt" or path.is_file():
-        return checksum(path)
-    return " ".join(map(checksum, sorted(path.glob("model*.safetensors")))) or name
 
 
 def data_identity(title: str, config: Config) -> str:

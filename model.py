@@ -386,7 +386,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
         valid = targets != IGNORE
-        count = valid.sum()
+        count = valid.sum().clamp(min=1)
         w = weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         grads_x = []

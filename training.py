@@ -26,21 +26,29 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, max_lr: float, m
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[tuple], lr: float, grad_clip: float, rt: Runtime
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: list[tuple],
+    lr: float,
+    grad_clip: float,
+    rt: Runtime,
+    shares: list[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step on a global batch, of which `batch` lists this rank's micro-batches (x, y).
 
     Returns this rank's mean loss in nats and the norm of the whole batch's gradient before clipping, both still on
     the device. Gradients are averaged over the ranks once, on the last micro-step. grad_clip 0 clips nothing.
+    Micro-batches count alike, or by `shares`, whose mean over the ranks must add up to 1.
     """
+    shares = shares or [1 / len(batch)] * len(batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss_sum = torch.zeros((), device=rt.device)
-    for n, (x, y) in enumerate(batch):
+    for n, ((x, y), share) in enumerate(zip(batch, shares)):
         if rt.world_size > 1:
             model.require_backward_grad_sync = n == len(batch) - 1
         with rt.autocast():
-            loss = model(x, y) / len(batch)
+            loss = model(x, y) * share
         loss.backward()
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
