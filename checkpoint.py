@@ -30,8 +30,8 @@ def save(path: str | Path, checkpoint: dict):
     try:
         with write_whole(path) as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:  # torch's own writer reports a full disk so
-        raise OSError(f"{path} can't be written, is the disk full? ({error})") from error
+    except RuntimeError as error:  # torch's own writer hides the OSError of a full disk behind this
+        raise OSError(f"{path} can't be written ({error.__context__ or error}): make room, then run again") from error
 
 
 def load(path: str | Path) -> dict:

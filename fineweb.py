@@ -188,7 +188,7 @@ class Source:
         elif self.kind == "json":
             path = "text"  # by line: the loader of json wants the fields that we leave out alike in all of them
         else:
-            options["columns"] = ["text"]  # the others are neither downloaded nor decoded
+            options["columns"] = ["text"]  # the others are not decoded; the download skips only large ones
         return datasets.load_dataset(path, split="train", streaming=True, **options)
 
     def batches(self, start: dict) -> Iterator[tuple[dict, pa.StringArray]]:
@@ -277,7 +277,7 @@ class Source:
                 return f"{name} (not UTF-8)"
             except (ValueError, OSError):
                 return f"{name}, line {number}," if number else name
-        return f"the text of source {self.kind}"
+        return "the source"
 
 
 def expand(pattern: str) -> list[str]:
@@ -324,10 +324,11 @@ def encode(batches, enc: tiktoken.Encoding, num_workers: int) -> Iterator[tuple[
     pool = ProcessPoolExecutor(num_workers, context, init_worker, (enc,))
     pending = deque()
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is not for them
+        stops = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # the workers inherit it: they end when we do
         for _ in range(num_workers):
             pool.submit(int)  # they start while the source is being opened
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         for position, texts in batches:
             pending.append((position, pool.submit(encode_batch, texts), texts.nbytes))
             while len(pending) > 3 * num_workers or sum(size for *_, size in pending) > PENDING_BYTES:
@@ -351,7 +352,7 @@ def check_disk(source: Source, writer: ShardWriter):
     need = max(0, tokens - writer.num_tokens) * np.dtype(writer.manifest["dtype"]).itemsize
     say(f"disk needed: about {need / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
     if need > free:
-        raise OSError(f"{writer.folder} has {free / 1e9:.1f} GB free, the shards need {need / 1e9:.1f} GB: make room")
+        raise OSError(f"{writer.folder} has {free / 1e6:,.0f} MB free, the shards need {need / 1e6:,.0f} MB: make room")
 
 
 @lru_cache
@@ -383,6 +384,7 @@ def docstrings(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
         cli(Config, main, __doc__)
     except SystemExit as stop:  # a normal exit hangs or aborts amid a read (apache/arrow#45214)

@@ -27,7 +27,10 @@ class RunLog:
                 import wandb
             except ImportError as error:
                 raise ValueError("wandb is not installed: pip install wandb, or leave --wandb away") from error
-            self.wandb = wandb.init(project="gpt2", name=folder.name, dir=folder)
+            try:
+                self.wandb = wandb.init(project="gpt2", name=folder.name, dir=folder)
+            except wandb.Error as error:  # not logged in, no network
+                raise ValueError(f"wandb does not start: {error}; WANDB_MODE=offline needs no account") from error
         self._keep("log.txt", lambda line: int(line.split()[0]) < start_step and len(line.split()) == 3)
         self._keep("metrics.jsonl", lambda line: json.loads(line)["step"] < start_step)
         self._keep("hellaswag_results.jsonl", lambda line: json.loads(line).get("step", -1) < start_step)
@@ -57,7 +60,7 @@ class RunLog:
         self.record |= values
         for stream, key in (("train", "loss"), ("val", "val"), ("hella", "hella")):
             if key in values:
-                self.text.write(f"{step} {stream} {values[key]:.6f}\n")
+                append(self.text, f"{step} {stream} {values[key]:.6f}\n")
         if "loss" in values:
             self.show(values)
             self.flush()
@@ -71,7 +74,7 @@ class RunLog:
 
     def flush(self):
         if self.record:
-            self.metrics.write(json.dumps(self.record) + "\n")
+            append(self.metrics, json.dumps(self.record) + "\n")
             if self.wandb:
                 self.wandb.log({k: v for k, v in self.record.items() if k != "samples"}, step=self.record["step"])
         self.record = {}
@@ -95,3 +98,10 @@ class RunLog:
         self.flush()
         lines = (line.split() for line in (self.folder / "log.txt").read_text().splitlines())
         return [float(value) for _, name, value in lines if name == stream]
+
+
+def append(file, line: str):
+    try:
+        file.write(line)
+    except OSError as error:
+        raise OSError(f"{file.name} can't be written ({error.strerror}): make room, then --resume") from error

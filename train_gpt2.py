@@ -145,9 +145,9 @@ def main(config: Config):
         rt.print(f"{log_dir} is finished: {start_step} steps; nothing to do")
         return runtime.leave()
 
+    log = RunLog(log_dir, start_step, rt, config.wandb)
     if rt.is_main:
         write_config(config, max_steps, rt)
-    log = RunLog(log_dir, start_step, rt, config.wandb)
     rt.print(
         f"{raw_model.num_params():,} parameters, {rt.device} x {rt.world_size}, {str(rt.dtype)[6:]}"
         f"{', compiled' if compiled else ''}; {train_shards.num_tokens:,} training tokens; steps of "
