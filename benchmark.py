@@ -51,7 +51,7 @@ def run(config, title: str, load: Callable, evaluate: Callable) -> list[Metric] 
         return runtime.leave()
     size = reference(config.model, model)
     rows = [(metric.name, str(metric), metric.published_text(size)) for metric in metrics]
-    say(table((f"{title}, {str(rt.dtype)[6:]}", config.model, f"OpenAI's {size}, published"), rows))
+    say(table((f"{title}, {str(rt.dtype)[6:]}", config.model, f"{size}, published"), rows))
     if config.save_predictions:
         write_text(config.save_predictions, "".join(json.dumps(line) + "\n" for line in predictions))
         say(f"predictions: {config.save_predictions}")

@@ -65,7 +65,7 @@ class Question:
 
 
 def main(config: Config):
-    benchmark.run(config, "Children's Book Test", load, evaluate)
+    benchmark.run(config, "Children's Book Test (chance 10%)", load, evaluate)
 
 
 def load(path: str | None = None, limit: int | None = None) -> list[Question]:

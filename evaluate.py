@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import numpy as np
@@ -155,10 +156,11 @@ def to_table(results: list[dict]) -> str:
     for result in results:
         start = (result["model"], result["benchmark"])
         if "error" in result:
-            rows.append((*start, "not available", result["error"].replace("|", "/"), *[""] * len(sizes)))
+            reason = shorten(result["error"].replace("|", "/"), 80)
+            rows.append((*start, "not available", reason, *[""] * len(sizes)))
         for metric in (Metric(**values) for values in result.get("metrics", ())):
             rows.append((*start, metric.name, str(metric), *map(metric.published_text, sizes)))
-    return table(("model", "benchmark", "metric", "figure", *(f"published: {size}" for size in sizes)), rows)
+    return table(("model", "benchmark", "metric", "figure", *(f"{size}, published" for size in sizes)), rows)
 
 
 if __name__ == "__main__":

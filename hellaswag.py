@@ -54,7 +54,7 @@ class Config:
 
 
 def main(config: Config):
-    metrics = benchmark.run(config, "HellaSwag", load, evaluate)
+    metrics = benchmark.run(config, "HellaSwag (chance 25%)", load, evaluate)
     if metrics:
         Path(config.results).parent.mkdir(parents=True, exist_ok=True)
         with open(config.results, "a") as file:
