@@ -32,8 +32,8 @@ from files import checksum, write_text
 from model import GPT, SIZES
 from runtime import Runtime
 from scoring import stream_loss
-from shards import manifest_checksum, open_shards, read_manifest
-from tokenizer import load_tokenizer, tokenizer_to_text
+from shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from tokenizer import tokenizer_to_text
 
 BENCHMARKS = {"hellaswag": hellaswag, "lambada": lambada, "cbt": cbt}
 OPENAI_VAL_LOSS = {"gpt2": 3.2924}  # on FineWeb-Edu's first shard: build-nanogpt
@@ -112,8 +112,7 @@ def validation(model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime) 
     """Loss and bits per byte on the validation shard; under another tokenizer than its own, on the same text."""
     shards, manifest = open_shards(config.val_data, "val"), read_manifest(config.val_data) or {}
     tokens = shards.read(0, 0, min(config.val_tokens + 1, shards.lengths[0]))
-    name = manifest.get("tokenizer", "gpt2")
-    own = load_tokenizer(name if name == "gpt2" else Path(config.val_data) / name)
+    own = shards_tokenizer(config.val_data)
     documents = np.split(tokens, np.flatnonzero(tokens == own.eot_token))
     texts = [own.decode_bytes(document[document != own.eot_token].tolist()) for document in documents]
     if tokenizer_to_text(enc) != tokenizer_to_text(own):
@@ -122,7 +121,7 @@ def validation(model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime) 
         texts = [text.encode() for text in texts]
     loss = stream_loss(model, tokens, config.B, model.config.block_size, rt)
     bits = loss * (len(tokens) - 1) / math.log(2)
-    published = OPENAI_VAL_LOSS if manifest.get("source") == "fineweb-edu" and name == "gpt2" else {}
+    published = OPENAI_VAL_LOSS if manifest.get("source") == "fineweb-edu" and own.name == "gpt2" else {}
     return [Metric("loss", loss, published=published), Metric("bits per byte", bits / sum(map(len, texts)))]
 
 

@@ -32,14 +32,13 @@ import runtime
 from console import Progress, cli, table
 from dataloader import SequenceLoader
 from files import checksum, write_text
-from finetune_report import draw_losses, draw_search, report
+from finetune_report import CLOSE, OPEN, draw_losses, draw_search, report
 from runlog import RunLog
 from runtime import Runtime
 from scoring import stream_loss
 from tokenizer import tokenizer_to_text
 from training import learning_rate, make_optimizer, train_step
 
-OPEN, CLOSE = "<LOC>", "</LOC>"
 SEARCH = "finetune_hyperparameter_search"
 
 
@@ -105,12 +104,8 @@ def main(config: Config):
     )
     if rt.is_main:
         draw_losses(folder / "finetune_losses.png", history, tuner.base_val_loss)
-        sampling = dict(num_samples=config.num_samples, seed=config.seed, prompt=OPEN, close=CLOSE)
-        general = dict(general_data=config.general_data, general_tokens=config.general_tokens, B=config.B)
         local = Runtime(rt.device, rt.dtype)  # the other ranks have nothing left to do
-        report(
-            config.init_from, folder / "model_best.pt", training, tuner.val_tokens, out_dir, local, sampling, general
-        )
+        report(config, folder / "model_best.pt", training, tuner.val_tokens, local)
     runtime.leave()
 
 

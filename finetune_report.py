@@ -24,29 +24,28 @@ from files import write_text, write_whole
 from model import GPT
 from runtime import Runtime
 from scoring import stream_loss
-from shards import open_shards, read_manifest
-from tokenizer import load_tokenizer, tokenizer_to_text
+from shards import open_shards, shards_tokenizer
+from tokenizer import tokenizer_to_text
 
+OPEN, CLOSE = "<LOC>", "</LOC>"  # of a description
 LONG_RUN = 12  # words in a row
 SAMPLES = "final_gens_after_finetune.txt"
 
 
-def report(
-    base: str, finetuned: Path, training: list[str], val_tokens: np.ndarray, out_dir: Path, rt: Runtime,
-    sampling: dict, general: dict,
-):  # fmt: skip
-    """Compare two models; write report.md, report.json and the finetuned model's samples."""
-    columns = {}
-    for column, name in (("base", base), ("finetuned", finetuned)):
+def report(config, finetuned: Path, training: list[str], val_tokens: np.ndarray, rt: Runtime):
+    """Compare finetune.py's base and finetuned model; write report.md, report.json and the finetuned one's samples."""
+    out_dir, columns = Path(config.out_dir), {}
+    for column, name in (("base", config.init_from), ("finetuned", finetuned)):
         model, enc = load_model(name)
         model.to(rt.device).eval()
-        samples = draw(model, enc, rt, f"samples, {column}", sampling)
+        samples = draw(model, enc, config.num_samples, config.seed, rt, f"samples, {column}")
         if column == "finetuned":
             write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
-        T = model.config.block_size
-        figures = {"held-out perplexity": math.exp(min(99, stream_loss(model, val_tokens, general["B"], T, rt)))}
-        figures |= measure(samples, training, sampling["prompt"], sampling["close"])
-        columns[column] = figures | {"general perplexity": general_perplexity(model, enc, rt, **general)}
+        loss = stream_loss(model, val_tokens, config.B, config.T, rt)
+        columns[column] = {"held-out perplexity": math.exp(min(99, loss))} | measure(samples, training)
+        general = general_tokens(config.general_data, config.general_tokens, enc)
+        loss = None if general is None else stream_loss(model, general, config.B, model.config.block_size, rt)
+        columns[column]["general perplexity"] = None if loss is None else math.exp(min(99, loss))
     rows = [(name, *(shown(name, columns[column][name]) for column in columns)) for name in columns["base"]]
     text = table(("", *columns), rows)
     write_text(out_dir / "report.md", text + "\n")
@@ -60,44 +59,39 @@ def shown(name: str, value: float | None) -> str:
     return f"{value:.1%}" if "share" in name else f"{value:.3f}" if "distinct" in name else f"{value:.2f}"
 
 
-def draw(model: GPT, enc: tiktoken.Encoding, rt: Runtime, desc: str, sampling: dict) -> list[str]:
+def draw(model: GPT, enc: tiktoken.Encoding, count: int, seed: int, rt: Runtime, desc: str) -> list[str]:
     """Samples of up to 300 tokens, each ending where the model ends its text."""
-    prompt = enc.encode_ordinary(sampling["prompt"])
+    prompt = enc.encode_ordinary(OPEN)
     max_tokens = min(300, model.config.block_size - len(prompt))
     options = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
     samples = []
-    with Progress(total=sampling["num_samples"], desc=desc, unit="sample", leave=False) as bar, rt.autocast():
-        while len(samples) < sampling["num_samples"]:
-            count = min(16, sampling["num_samples"] - len(samples))
-            outputs = model.generate([prompt] * count, max_tokens, seed=sampling["seed"] + len(samples), **options)
-            samples += [sampling["prompt"] + enc.decode(output) for output in outputs]
-            bar.update(count)
+    with Progress(total=count, desc=desc, unit="sample", leave=False) as bar, rt.autocast():
+        while len(samples) < count:
+            batch = [prompt] * min(16, count - len(samples))
+            outputs = model.generate(batch, max_tokens, seed=seed + len(samples), **options)
+            samples += [OPEN + enc.decode(output) for output in outputs]
+            bar.update(len(batch))
     return samples
 
 
-def general_perplexity(
-    model: GPT, enc: tiktoken.Encoding, rt: Runtime, general_data: str, general_tokens: int, B: int
-) -> float | None:
-    """None if there are no shards, or shards of another tokenizer."""
+def general_tokens(folder: str, count: int, enc: tiktoken.Encoding) -> np.ndarray | None:
+    """Tokens of general text; None if there are no shards, or shards of another tokenizer."""
     try:
-        shards, manifest = open_shards(general_data, "val"), read_manifest(general_data) or {}
-        name = manifest.get("tokenizer", "gpt2")
-        own = load_tokenizer(name if name == "gpt2" else Path(general_data) / name)
+        shards, own = open_shards(folder, "val"), shards_tokenizer(folder)
     except (OSError, ValueError) as error:
         say(f"no general perplexity: {error}")
         return None
     if tokenizer_to_text(own) != tokenizer_to_text(enc):
-        say(f"no general perplexity: {general_data} was made with another tokenizer")
+        say(f"no general perplexity: {folder} was made with another tokenizer")
         return None
-    tokens = shards.read(0, 0, min(general_tokens + 1, shards.lengths[0]))
-    return math.exp(min(99, stream_loss(model, tokens, B, model.config.block_size, rt)))
+    return shards.read(0, 0, min(count + 1, shards.lengths[0]))
 
 
-def measure(samples: list[str], training: list[str], opening: str, close: str) -> dict[str, float]:
+def measure(samples: list[str], training: list[str]) -> dict[str, float]:
     """The figures that samples give by themselves and beside the training data."""
-    delimited = [s.startswith(opening) and s.count(opening) == s.count(close) == 1 for s in samples]
-    texts = [words(sample, opening, close) for sample in samples]
-    known = " ".join(["", *(" ".join(words(text, opening, close)) + " |" for text in training), ""])
+    delimited = [s.startswith(OPEN) and s.count(OPEN) == s.count(CLOSE) == 1 for s in samples]
+    texts = [words(sample) for sample in samples]
+    known = " ".join(["", *(" ".join(words(text)) + " |" for text in training), ""])
     copied = [longest_copied_run(text, known) for text in texts]
     return {
         "delimited, share of samples": float(np.mean(delimited)),
@@ -110,8 +104,8 @@ def measure(samples: list[str], training: list[str], opening: str, close: str) -
     }
 
 
-def words(text: str, opening: str, close: str) -> list[str]:
-    return re.findall(r"[\w'’]+", text.replace(opening, " ").replace(close, " ").lower())
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w'’]+", text.replace(OPEN, " ").replace(CLOSE, " ").lower())
 
 
 def ngrams(text: list[str], n: int) -> list[tuple[str, ...]]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from reprlib import repr as short
 
 import numpy as np
+import tiktoken
 
 from console import Progress, say
 from files import checksum, write_text, write_whole
+from tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 # A position in the source: the document and the token in it, the state of the stream some documents before, and how
@@ -62,6 +64,13 @@ def read_manifest(folder: str | Path) -> dict | None:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): make the shards again with fineweb.py") from error
     return manifest
+
+
+def shards_tokenizer(folder: str | Path) -> tiktoken.Encoding:
+    """The tokenizer that shards were made with; GPT-2's where no manifest says otherwise."""
+    manifest = read_manifest(folder)
+    name = manifest["tokenizer"] if manifest else "gpt2"
+    return load_tokenizer(name if name == "gpt2" else Path(folder) / name)
 
 
 def manifest_checksum(folder: str | Path) -> str | None:

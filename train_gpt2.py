@@ -38,8 +38,8 @@ from model import GPT, GPTConfig
 from runlog import RunLog
 from runtime import Runtime, StopSignal
 from scoring import stream_loss
-from shards import manifest_checksum, open_shards, read_manifest
-from tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_text
+from shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from tokenizer import tokenizer_from_text, tokenizer_to_text
 from training import learning_rate, make_optimizer, train_step
 
 
@@ -247,13 +247,6 @@ def prepare_folder(log_dir: Path, resume: bool):
         leftover.unlink()
     write_text(log_dir / "config.json.probe", "")  # not writable? better now than at the first checkpoint
     (log_dir / "config.json.probe").unlink()
-
-
-def shards_tokenizer(data_dir: str):
-    """The tokenizer that the shards were made with; GPT-2's where no manifest says otherwise."""
-    manifest = read_manifest(data_dir)
-    name = manifest["tokenizer"] if manifest else "gpt2"
-    return load_tokenizer(name if name == "gpt2" else Path(data_dir) / name)
 
 
 def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:

@@ -252,7 +252,7 @@ def test_figures_of_samples_by_hand():
         "<LOC>\nThe old tower stands in the rain. The old tower stands.\n</LOC>",
         "<LOC>\nOne two three four one two three four one two three four",
     ]
-    figures = finetune_report.measure(samples, training, "<LOC>", "</LOC>")
+    figures = finetune_report.measure(samples, training)
     assert figures["delimited, share of samples"] == 0.5
     assert figures["distinct-1"] == pytest.approx((6 + 4) / (11 + 12))
     assert figures["distinct-2"] == pytest.approx((7 + 4) / (10 + 11))
