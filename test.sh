@@ -5,4 +5,4 @@ cd "$(dirname "$0")"
 
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-.venv/bin/python -m pytest -q -m "not slow and not gpu" "$@"
+.venv/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu" "$@"

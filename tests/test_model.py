@@ -372,7 +372,7 @@ def test_logits_with_cache_equal_those_without(norm):
     cache = KVCache(model.config, 40)
     with torch.no_grad():
         parts = [
-            model.head(model.hidden(tokens[:, a:b], cache, torch.arange(a, b)[None]))
+            model.head(model.hidden(tokens[:, a:b], torch.arange(a, b)[None], cache=cache))
             for a, b in [(0, 7), (7, 8), (8, 9), (9, 30), (30, 40)]
         ]
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-4, rtol=0)
