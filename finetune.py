@@ -15,7 +15,6 @@ A tenth of the descriptions is held out for validation, before they are packed i
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ import lora
 import runtime
 from console import Progress, cli, table
 from dataloader import SequenceLoader
+from descriptions import read_descriptions
 from files import checksum, write_text
-from finetune_report import CLOSE, OPEN, draw_losses, draw_search, report
+from finetune_report import draw_losses, draw_search, report
 from runlog import RunLog
 from runtime import Runtime
 from scoring import stream_loss
@@ -107,30 +107,6 @@ def main(config: Config):
         local = Runtime(rt.device, rt.dtype)  # the other ranks have nothing left to do
         report(config, folder / "model_best.pt", training, tuner.val_tokens, local)
     runtime.leave()
-
-
-def read_descriptions(path: str | Path) -> list[str]:
-    """The <LOC> ... </LOC> blocks of a file, with their delimiters. Raises ValueError if they do not alternate."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: write it with generate_finetune_data.py (--offline needs no network)")
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    blocks, start = [], None
-    for mark in re.finditer(f"{OPEN}|{CLOSE}", text):
-        if (mark[0] == OPEN) != (start is None):
-            line = text.count("\n", 0, mark.start()) + 1
-            raise ValueError(f"{path}, line {line}: {mark[0]} where {CLOSE if mark[0] == OPEN else OPEN} is due")
-        if mark[0] == CLOSE:
-            blocks.append(text[start : mark.end()])
-        start = mark.start() if mark[0] == OPEN else None
-    if start is not None:
-        raise ValueError(f"{path}: the last {OPEN} is not closed")
-    if len(blocks) < 2:
-        raise ValueError(f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; two are the fewest")
-    return blocks
 
 
 def split(descriptions: list[str], seed: int) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from checkpoint import load_model
 from console import Progress, say, table
+from descriptions import CLOSE, OPEN
 from files import write_text, write_whole
 from model import GPT
 from runtime import Runtime
@@ -27,7 +28,6 @@ from scoring import stream_loss
 from shards import open_shards, shards_tokenizer
 from tokenizer import tokenizer_to_text
 
-OPEN, CLOSE = "<LOC>", "</LOC>"  # of a description
 LONG_RUN = 12  # words in a row
 SAMPLES = "final_gens_after_finetune.txt"
 

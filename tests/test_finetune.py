@@ -20,6 +20,7 @@ import finetune
 import finetune_report
 import lora
 from dataloader import SequenceLoader
+from descriptions import read_descriptions
 from model import GPT, IGNORE, GPTConfig
 from runtime import Runtime
 from tokenizer import tokenizer_to_text, train_tokenizer
@@ -58,7 +59,7 @@ def flags(folder: Path, out: Path) -> list:
 
 
 def test_descriptions_are_split_before_they_are_packed(folder):
-    blocks = finetune.read_descriptions(folder / "data.txt")
+    blocks = read_descriptions(folder / "data.txt")
     assert blocks == BLOCKS
     training, held_out = finetune.split(blocks, seed=1)
     assert (len(training), len(held_out)) == (54, 6)
