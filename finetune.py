@@ -240,9 +240,7 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
             write_text(path, json.dumps([tried[lr] for lr in sorted(tried)], indent=1) + "\n")
     results = [tried[lr] for lr in sorted(config.learning_rates)]
     good = [result for result in results if result["status"] == "trained"]
-    if not good:
-        raise ValueError("training diverged at every learning rate: give lower ones with --learning_rates")
-    best = min(good, key=lambda result: result["val_loss"])
+    best = min(good, key=lambda result: result["val_loss"], default=None)
     rows = []
     for r in results:
         figures = (r["train_loss"], r["val_loss"], math.exp(min(99, r["val_loss"])))
@@ -252,6 +250,8 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
     if rt.is_main:
         write_text(out_dir / f"{SEARCH}.txt", text + "\n")
         draw_search(out_dir / f"{SEARCH}.png", results, tuner.base_val_loss)
+    if best is None:
+        raise ValueError("training diverged at every learning rate: give lower ones with --learning_rates")
     return best["lr"]
 
 

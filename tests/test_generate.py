@@ -378,7 +378,7 @@ def test_an_unreachable_server_is_one_line_and_keeps_what_there_is(serve, tmp_pa
 
 
 def test_a_second_run_is_refused_and_ctrl_c_keeps_what_arrived(serve, tmp_path):
-    server = serve(lambda prompt, attempt: "good" if len(server.requests) < 20 else "late:9")
+    server = serve(lambda prompt, attempt: "good" if len(server.requests) < 20 else "late:60")
     process = start(server, tmp_path, "--num_samples", 100, "--concurrency", 4)
     wait_for(lambda: len(records(tmp_path)) == 20)
     assert "another run is writing" in one_line(generate(server, tmp_path))

@@ -388,7 +388,7 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         log.write_text("")
         return [], "log"
     return {
-        "more than there is": (["--total_batch_size", str(2**17)], "fewer than one batch"),
+        "more than there is": (["--total_batch_size", str(2**20)], "fewer than one batch"),
         "batch not divisible": (["--total_batch_size", "500"], "not divisible"),
         "T above block_size": (["--T", "128"], "above the model's block_size"),
         "n_embd not divisible": (["--n_embd", "33"], "not divisible by n_head"),
