@@ -185,7 +185,9 @@ def assert_no_key(folder: Path, output: str):
 
 def start(server: Server, folder: Path, *words) -> subprocess.Popen:
     words = [sys.executable, *flags(server, folder, *words)]
-    return subprocess.Popen(words, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - the shell ignores it in the background
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, cwd=ROOT, env=ENV, preexec_fn=heed, **pipes)
 
 
 def wait_for(condition):
