@@ -207,7 +207,7 @@ class Source:
                 failures += 1
                 if not began or failures > MAX_RETRIES:
                     raise OSError(
-                        f"{self.kind} can't be reached: check the network and HF_TOKEN, then run again to go on: {error}"
+                        f"{self.kind} can't be reached: check network and HF_TOKEN, then run again to go on: {error}"
                     ) from error
                 say(f"connection lost at document {position['document']:,}, trying again ({type(error).__name__})")
                 time.sleep(min(60, 2**failures))
