@@ -39,8 +39,9 @@ class GPTConfig:
     vocab_size: int = 50257  # the tokenizer's tokens: logits are this wide
     padded_vocab_size: int = 0  # rows of wte, more than vocab_size for speed only; 0 = the next multiple of 128
     n_layer: int = 12
-    n_head: int = 12
+    n_head: int = 12  # heads per layer, each n_embd / n_head wide
     n_embd: int = 768
+    heads_kept: tuple[int, ...] | None = None  # heads left in each layer of a pruned model (pruning.py); None = all
     norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer, or after the residual sum
     dropout: float = 0.0
 
@@ -51,12 +52,27 @@ class GPTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.heads_kept is not None:
+            self.heads_kept = tuple(self.heads_kept)
+            if len(self.heads_kept) != self.n_layer or not all(1 <= n <= self.n_head for n in self.heads_kept):
+                raise ValueError(
+                    f"heads_kept is {self.heads_kept}: each of {self.n_layer} layers keeps between 1 and {self.n_head}"
+                )
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(f"{self.padded_vocab_size} embedding rows are fewer than the {self.vocab_size} tokens")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm is {self.norm!r}, must be pre or post")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, must be at least 0 and below 1")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Heads in each layer."""
+        return self.heads_kept or (self.n_head,) * self.n_layer
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
 
 
 class KVCache:
@@ -94,21 +110,22 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
+        self.n_head, self.head_dim = config.heads[layer], config.head_dim
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        width = self.n_head * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, 3 * width)  # query, key, value
+        self.c_proj = nn.Linear(width, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hd)
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hd)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, -1)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -210,10 +227,11 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> float:
         """Model FLOPs of one token's forward and backward pass at sequence length T.
 
-        6 per parameter that takes part in a matrix product (all but wpe) and 12 * n_layer * n_embd * T for attention:
+        6 per parameter that takes part in a matrix product (all but wpe) and 12 * head_dim * T per head for attention:
         Chowdhery et al. 2022 ("PaLM"), appendix B. Causal masking is not deducted, recomputation not added.
         """
-        return 6 * (self.num_params() - self.wpe.weight.numel()) + 12 * self.config.n_layer * self.config.n_embd * T
+        attention = 12 * sum(self.config.heads) * self.config.head_dim * T
+        return 6 * (self.num_params() - self.wpe.weight.numel()) + attention
 
     @torch.no_grad()
     def stream(
@@ -314,7 +332,8 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them."""
+        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them. Heads that were pruned
+        are written as zeros."""
         from safetensors.torch import save_file
 
         c = self.config
@@ -324,7 +343,7 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
         for name, tensor in self.state_dict().items():
-            tensor = tensor[: c.vocab_size] if name == "wte.weight" else tensor
+            tensor = tensor[: c.vocab_size] if name == "wte.weight" else pad_heads(name, tensor, c.n_embd)
             tensor = tensor.t() if is_transposed(name) else tensor
             weights[f"transformer.{name}"] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -339,6 +358,17 @@ class GPT(nn.Module):
     def config_dict(self) -> dict:
         """The configuration as plain values: GPT(GPTConfig(**d)) makes the same shape again."""
         return asdict(self.config)
+
+
+def pad_heads(name: str, tensor: torch.Tensor, n_embd: int) -> torch.Tensor:
+    """A parameter of attention with zeros where heads were pruned, others as they are."""
+    if ".attn.c_attn." in name:  # (3 * width) or (3 * width, n_embd)
+        parts = tensor.unflatten(0, (3, -1))
+        missing = n_embd - parts.size(1)
+        return F.pad(parts, (0, 0) * (parts.dim() - 2) + (0, missing)).flatten(0, 1)
+    if name.endswith(".attn.c_proj.weight"):  # (n_embd, width)
+        return F.pad(tensor, (0, n_embd - tensor.size(1)))
+    return tensor
 
 
 def is_transposed(name: str) -> bool:
