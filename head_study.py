@@ -99,7 +99,7 @@ def main(config: Config):
     results = Results(config.out_dir, settings | dict(dtype=str(rt.dtype), examples=len(examples)))
 
     if "similarity" not in results:
-        similarity, patterns = attention_similarity(model, windows(val, config), rt, SHOWN)
+        similarity, patterns = attention_similarity(model, windows(val, config)[:, :-1], rt, SHOWN)
         draw_patterns(results, model.config, patterns)
         results["similarity"] = similarity.round(4).tolist()
         results.save()

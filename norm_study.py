@@ -159,12 +159,12 @@ def layer_gradients(model: GPT, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -
 def train(run, config: Config, norm: str, lr: float, warmup: int, seed: int, x, y, rt: Runtime) -> dict:
     """One run, and what it shows."""
     folder = Path(config.out_dir) / "runs" / run_name(norm, lr, warmup, seed)
-    words = ["train_gpt2.py", "--resume", "--log_dir", folder.resolve(), "--data_dir", Path(config.data_dir).resolve()]
+    words = ["train_gpt2.py", "--resume", "--log_dir", folder, "--data_dir", config.data_dir]
     constants = dict(norm=norm, max_lr=lr, min_lr=lr / 10, warmup_steps=warmup, seed=seed, block_size=config.T)
     for key in ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "max_steps", "val_tokens"):
         constants[key] = getattr(config, key)
     constants |= dict(device=config.device, dtype=config.dtype, compile=config.compile)
-    constants |= dict(val_every=config.gradients_every, checkpoint_every=config.gradients_every)
+    constants |= dict(val_every=config.max_steps, checkpoint_every=config.gradients_every)
     constants |= dict(rolling_every=0, sample_every=0, hellaswag_every=0)
     words += [word for key, value in constants.items() for word in (f"--{key}", value)]
     diverged = False
@@ -234,8 +234,8 @@ def summarize(config: Config, results: Results):
     head = ("placement", "learning rate", "validation loss", "diverged", "spikes, largest (nats)", "survived")
     text = "\n\n".join(
         (
-            f"{len(config.seeds)} seeds each, mean and standard deviation; {config.n_layer} layers of width "
-            f"{config.n_embd}, {config.max_steps} steps of {config.total_batch_size} tokens; unigram loss {unigram:.3f}",
+            f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of {config.total_batch_size} "
+            f"tokens; mean and standard deviation of {len(config.seeds)} seeds; unigram loss {unigram:.3f}",
             table(head, rows),
             table(("placement", "largest learning rate survived"), survivals),
             f"Gradient of the last layer at initialization, falling as depth to the power:\n\n{slopes(results)}",
@@ -284,6 +284,8 @@ def draw_init(config: Config, results: Results):
             law = norms[0] * (np.array(depths) / depths[0]) ** -0.5
             left.plot(depths, law, color="grey", ls=":", label="1 / sqrt(depth)")
     left.set(xscale="log", title="Last layer, by depth", xlabel="layers")
+    left.set_xticks(depths, depths)
+    left.minorticks_off()
     right.set(title=f"Each of {config.n_layer} layers", xlabel="layer")
     for ax in (left, right):
         ax.set(yscale="log", ylabel="gradient norm at initialization")

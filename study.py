@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -58,7 +59,7 @@ class Results(dict):
 
     def run_all(self, jobs: dict[str, Callable], num_parallel: int, desc: str):
         """Do the jobs whose names are no keys yet, several at a time; each is called with `run_stage` for its slot and
-        returns what is kept under its name. What is done is kept even if another fails."""
+        returns what is kept under its name. If one fails or we are stopped, the others are stopped, too."""
         slots = choose_slots(num_parallel)
         free, running = queue.Queue(), set()
         for slot in slots:
@@ -73,8 +74,8 @@ class Results(dict):
 
         missing = {name: job for name, job in jobs.items() if name not in self}
         pool = ThreadPoolExecutor(len(slots))
+        futures = {pool.submit(work, job): name for name, job in missing.items()}
         try:
-            futures = {pool.submit(work, job): name for name, job in missing.items()}
             with Progress(total=len(jobs), initial=len(jobs) - len(missing), desc=desc, unit="run") as bar:
                 for future in as_completed(futures):
                     self[futures[future]] = future.result()
@@ -82,9 +83,13 @@ class Results(dict):
                     say(f"{futures[future]}: done")
                     bar.update()
         finally:
-            for process in running.copy():
-                process.terminate()  # training writes a checkpoint first
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            told = set()
+            while not all(future.done() for future in futures):
+                for process in running - told:
+                    process.terminate()  # training writes a checkpoint first
+                    told.add(process)
+                time.sleep(0.1)
 
 
 def choose_slots(num_parallel: int) -> list[dict]:
