@@ -14,11 +14,12 @@ keeping one at least, in three orders:
                 loss's absolute gradient in a mask on the head's output, divided by the layer's norm; smallest first
     random      the control, from several seeds
 
-The other constants of how to read it: an order is worth something where its curve of perplexity lies below the random
-one's. A model whose heads really are redundant loses little by either; the report names the largest share that costs
-less than 5%, and model_pruned.pt is that model, which every other stage reads like any other.
+The order of the full model's scores is followed throughout, and nothing is trained in between. How to read it: an
+order is worth something where its perplexity lies below the random one's, and heads that are alike can be spared only
+if redundancy does, too. The report names the largest share that costs less than 5% of perplexity; model_pruned.pt is
+that model, which every other stage reads like any other. Finetuning or training on regains some of the loss.
 
-Run again after a stop, it goes on where it was. Results: report.md, results.json and pictures in head_study/.
+Run again after a stop, it goes on where it was. Results: report.md, results.json and pictures in log/head_study/.
 """
 
 import math
@@ -52,8 +53,8 @@ from pruning import (
 )
 from runtime import Runtime
 from scoring import stream_loss
-from shards import Shards, manifest_checksum, open_shards, shards_tokenizer
-from study import Results
+from shards import manifest_checksum, open_shards, shards_tokenizer
+from study import Results, read_windows
 from tokenizer import tokenizer_to_text
 
 ALIKE = 0.85  # cosine above which two heads are listed as a pair
@@ -66,7 +67,7 @@ ROUNDS = 7  # of the measurement of speed
 class Config:
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
     data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
-    out_dir: str = "head_study"  # report, numbers, pictures and the pruned model
+    out_dir: str = "log/head_study"  # report, numbers, pictures and the pruned model
     T: int = 1024  # sequence length in tokens; at most the model's context
     B: int = 8  # sequences per forward pass
     num_sequences: int = 32  # texts of T tokens for the patterns, and as many for the importance
@@ -94,18 +95,26 @@ def main(config: Config):
     train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
     if tokenizer_to_text(shards_tokenizer(config.data_dir)) != tokenizer_to_text(enc):
         raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {config.model}")
+    if max(count_heads(model, share) for share in config.shares) > sum(model.config.heads) - model.config.n_layer:
+        raise ValueError(
+            f"a share of {max(config.shares)} leaves layers of {config.model} without a head: lower shares"
+        )
     examples = load_hellaswag(config)
     settings = asdict(config) | dict(model=checkpoint.identity(config.model), data=manifest_checksum(config.data_dir))
-    results = Results(config.out_dir, settings | dict(dtype=str(rt.dtype), examples=len(examples)))
+    settings |= dict(dtype=str(rt.dtype), examples=len(examples))
+    for key in ("data_dir", "out_dir", "device", "hellaswag_data", "hellaswag_limit"):
+        del settings[key]
+    results = Results(config.out_dir, settings)
 
     if "similarity" not in results:
-        similarity, patterns = attention_similarity(model, windows(val, config)[:, :-1], rt, SHOWN)
+        texts, _ = read_windows(val, config.num_sequences, config.T)
+        similarity, patterns = attention_similarity(model, texts, rt, SHOWN)
         draw_patterns(results, model.config, patterns)
         results["similarity"] = similarity.round(4).tolist()
         results.save()
     if "importance" not in results:
-        tokens = windows(train, config)
-        importance = head_importance(model, tokens[:, :-1], tokens[:, 1:], config.B, rt)
+        texts, targets = read_windows(train, config.num_sequences, config.T)
+        importance = head_importance(model, texts, targets, config.B, rt)
         results["importance"] = importance.tolist()
         results.save()
     similarity = np.array(results["similarity"])
@@ -142,15 +151,6 @@ def load_hellaswag(config: Config) -> list[dict]:
         return []
 
 
-def windows(shards: Shards, config: Config) -> torch.Tensor:
-    """num_sequences windows of T + 1 tokens, evenly spaced over the split's first shard. int64 (N, T + 1)."""
-    last = shards.lengths[0] - config.T - 1
-    if last < 0:
-        raise ValueError(f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1: lower T")
-    starts = np.linspace(0, last, config.num_sequences).astype(int)
-    return torch.from_numpy(np.stack([shards.read(0, n, n + config.T + 1) for n in starts]).astype(np.int64))
-
-
 def count_heads(model: GPT, share: float) -> int:
     """Heads that are removed for a share of all."""
     return round(share * sum(model.config.heads))
@@ -161,8 +161,6 @@ def make_plan(config: Config, model: GPT, orders: dict[str, list[list[Head]]]) -
     plan = {"whole model": []}
     for share in config.shares:
         count = count_heads(model, share)
-        if count > len(orders["importance"][0]):
-            raise ValueError(f"a share of {share} leaves layers of {config.model} without a head: lower it")
         for order, sequences in orders.items():
             for number, sequence in enumerate(sequences):
                 plan[model_name(order, number, share)] = sequence[:count]
@@ -347,9 +345,10 @@ def draw_pruning(config: Config, results: Results, orders: dict):
         for order, color in zip(orders, ("tab:orange", "tab:blue", "grey")):
             found = [values(results, orders, order, share, key) for share in shares]
             ax.plot(shares, [np.mean(v) for v in found], color=color, marker="o", label=order)
+            if max(map(max, found)) > 5 * found[0][0]:
+                ax.set_yscale("log")
             ax.fill_between(shares, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, lw=0)
         ax.set(ylabel=title)
-    axes[0].set(yscale="log")
     limit = (1 + COST) * results["whole model"]["perplexity"]
     axes[0].axhline(limit, color="grey", ls=":", label=f"{COST:.0%} more")
     parameters = [values(results, orders, "importance", share, "parameters")[0] for share in shares]

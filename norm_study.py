@@ -18,8 +18,8 @@ Post-LN has much larger gradients near the output at initialization, and needs w
     spike        steps in a row with a training loss above the median of the 20 steps before by more than 6 robust
                  standard deviations (1.4826 times their median deviation) and 0.2 nats; its size is the largest excess
 
-Run again after a stop, it goes on where it was. Results: report.md, results.json and pictures in norm_study/. The runs'
-logs are kept, their checkpoints are not.
+Run again after a stop, it goes on where it was; with more learning rates or warmups it adds those. Results: report.md,
+results.json and pictures in log/norm_study/. The runs' logs are kept, their checkpoints are not.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from files import write_text
 from model import GPT, GPTConfig
 from runtime import Runtime
 from shards import manifest_checksum, open_shards, shards_tokenizer
-from study import Results, StageFailed, read_stream, stop_like_ctrl_c
+from study import Results, StageFailed, read_stream, read_windows, stop_like_ctrl_c
 
 NORMS = {"pre": "tab:blue", "post": "tab:orange"}
 INITS = {"gpt2": "-", "xavier": "--"}
@@ -50,7 +50,7 @@ SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_NATS = 20, 6, 0.2
 @dataclass
 class Config:
     data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
-    out_dir: str = "norm_study"  # report, numbers, pictures and the runs' logs
+    out_dir: str = "log/norm_study"  # report, numbers, pictures and the runs' logs
     # what is compared
     learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3)  # highest ones; each falls to a tenth
     warmups: tuple[int, ...] = (0, 200)  # steps of linear warmup
@@ -89,16 +89,11 @@ def main(config: Config):
     settings = asdict(config) | dict(data=manifest_checksum(config.data_dir))
     for key in ("data_dir", "out_dir", "learning_rates", "warmups", "device", "num_parallel"):
         del settings[key]  # a folder moved, a grid made larger: what is known holds
-    val = open_shards(config.data_dir, "val")
     enc = shards_tokenizer(config.data_dir)
     shape = GPTConfig(
         block_size=config.T, vocab_size=enc.n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd
     )
-    tokens = val.read(0, 0, min(config.B * config.T + 1, val.lengths[0]))
-    count = (len(tokens) - 1) // config.T * config.T
-    if not count:
-        raise ValueError(f"{val.paths[0]} holds {len(tokens)} tokens, fewer than T + 1: lower T")
-    x, y = (torch.from_numpy(tokens[n : n + count].astype(np.int64)).view(-1, config.T).to(rt.device) for n in (0, 1))
+    x, y = (part.to(rt.device) for part in read_windows(open_shards(config.data_dir, "val"), 8, config.T))
     results = Results(config.out_dir, settings)
 
     if "unigram_loss" not in results:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from console import Progress, say
 from files import write_text, write_whole
+from shards import Shards
 
 ROOT = Path(__file__).parent
 
@@ -143,3 +145,13 @@ def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     points = [(int(step), float(value)) for step, name, value in lines if name == stream]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens x (count, T) int64, evenly spaced over the split's first shard, and y, one token ahead."""
+    last = shards.lengths[0] - T - 1
+    if last < 0:
+        raise ValueError(f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: lower T")
+    starts = np.linspace(0, last, count).astype(int)
+    tokens = torch.from_numpy(np.stack([shards.read(0, n, n + T + 1) for n in starts]).astype(np.int64))
+    return tokens[:, :-1], tokens[:, 1:]

@@ -22,8 +22,8 @@ How to read it: bytes per token grow with the logarithm of the vocabulary, so th
 saves compute in the blocks, and adds embeddings, which are most of a small model. Fragmentation costs where terms are
 cut into pieces that mean nothing. The best size is where bits per byte are lowest at the compute that one can afford.
 
-Run again after a stop, it goes on where it was. Results: report.md, results.json and tradeoff.png in tokenizer_study/.
-The runs' logs are kept, their checkpoints are not.
+Run again after a stop, it goes on where it was. Results: report.md, results.json and tradeoff.png in
+log/tokenizer_study/. The runs' logs are kept, their checkpoints are not.
 """
 
 import itertools
@@ -66,7 +66,7 @@ ROUNDS = 5  # of the measurement of encoding speed
 class Config:
     source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "parquet"  # as in fineweb.py
     data_files: tuple[str, ...] = ()  # as in fineweb.py; none for parquet = the first file of FineWeb-Edu sample-10BT
-    out_dir: str = "tokenizer_study"  # report, numbers, picture, vocabularies, shards and the runs' logs
+    out_dir: str = "log/tokenizer_study"  # report, numbers, picture, vocabularies, shards and the runs' logs
     vocab_sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 50257)  # tokens of the BPEs, besides GPT-2's
     learn_bytes: int = 1_000_000_000  # of the text to learn them from, at most
     held_out_bytes: int = 10_000_000  # of the held-out text to look at, at most
@@ -277,12 +277,17 @@ def train(run, config: Config, results: Results, name: str, seed: int, texts: li
     run([*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], folder / "output.txt")
 
     model, enc = checkpoint.load_model(folder / "model_final.pt")
-    tokens, _ = encode_texts(enc, pa.array(texts))
-    loss = stream_loss(model.to(rt.device), tokens, config.B, T, rt)
+    loss, bits = bits_per_byte(model.to(rt.device), enc, texts, config.B, T, rt)
     for path in checkpoint.candidates(folder):
         path.unlink()
-    bits = loss * (len(tokens) - 1) / math.log(2)
-    return dict(loss=loss, bits_per_byte=bits / sum(len(text.encode()) for text in texts))
+    return dict(loss=loss, bits_per_byte=bits)
+
+
+def bits_per_byte(model: GPT, enc: tiktoken.Encoding, texts: list[str], B: int, T: int, rt: Runtime):
+    """Mean loss of the texts in nats per token, and in bits per byte of UTF-8."""
+    tokens, _ = encode_texts(enc, pa.array(texts))
+    loss = stream_loss(model, tokens, B, T, rt)
+    return loss, loss * (len(tokens) - 1) / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 def summarize(config: Config, results: Results, names: list[str], terms: dict[str, list[str]]):
@@ -362,9 +367,10 @@ def draw(config: Config, results: Results, names: list[str], kinds: list[str]):
     for name in names:
         right.plot([found[name]["vocab_size"]] * len(bits[name]), bits[name], "_", color="C0", alpha=0.6)
     right.set(title="Models trained on the same bytes (strokes: seeds)", ylabel="bits per byte, held out")
+    ticks = sorted({each["vocab_size"] for each in found.values()})
     for ax in (left, middle, right):
         ax.set(xscale="log", xlabel="tokens in the vocabulary")
-        ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+        ax.set_xticks(ticks, [f"{size:,}" for size in ticks], rotation=30)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")

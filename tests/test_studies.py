@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import ROOT, SMALL_RUN, command, ok, one_line
 
-import checkpoint
+import head_study
 import norm_study
 import tokenizer_study
-from files import write_text
 from model import GPT, GPTConfig
 from runtime import Runtime
-from shards import open_shards, shards_tokenizer
+from shards import shards_tokenizer
 from tokenizer import load_tokenizer, train_tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -94,7 +93,7 @@ def test_unigram_loss_by_hand(tmp_path):
 
 
 NORM_RUN = [*TINY, *"--B 4 --T 32 --total_batch_size 128 --max_steps 12 --gradients_every 6 --val_tokens 1000".split()]
-NORM_RUN += "--warmups 0 4 --depths 2 4 --seeds 1 --num_parallel 2".split()
+NORM_RUN += "--warmups 4 --depths 2 4 --seeds 1 --num_parallel 2".split()
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +107,17 @@ def norm_folder(data_dir, tmp_path_factory):
 def test_norm_study_reports_curves_gradients_and_divergence(norm_folder):
     out, _, result = norm_folder
     results = json.loads((out / "results.json").read_text())
-    fine, broken = results["pre_lr_0.001_warmup_0_seed_1"], results["pre_lr_1e+30_warmup_0_seed_1"]
+    fine, broken = results["pre_lr_0.001_warmup_4_seed_1"], results["pre_lr_1e+30_warmup_4_seed_1"]
     assert fine["diverged"] is None
     assert fine["val"] == pytest.approx(
-        float((out / "runs/pre_lr_0.001_warmup_0_seed_1/log.txt").read_text().split()[-1])
+        float((out / "runs/pre_lr_0.001_warmup_4_seed_1/log.txt").read_text().split()[-1])
     )
     assert [step for step, _ in fine["gradients"]] == [6, 12]
     assert all(len(norms) == 2 for _, norms in fine["gradients"])
     assert broken["diverged"] >= 1
     assert broken["val"] is None
     report = (out / "report.md").read_text()
-    assert "| pre, warmup 0  | 1e+30         | none finite     | 1 of 1   |" in report
+    assert "| pre, warmup 4  | 1e+30         | none finite     | 1 of 1   |" in report
     assert report in result.stdout
     for name in ("loss_curves", "learning_rates", "gradients_at_init", "gradients_in_training"):
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -131,7 +130,7 @@ def test_a_finished_study_is_not_done_again_and_a_larger_grid_goes_on(norm_folde
     before = {path: path.stat().st_mtime for path in out.rglob("log.txt")}
     ok(command(*words, "--learning_rates", "1e-3", "2e-3", "1e30"))
     assert all(path.stat().st_mtime == time for path, time in before.items())
-    assert len(list(out.rglob("log.txt"))) == len(before) + 4
+    assert len(list(out.rglob("log.txt"))) == len(before) + 2
 
 
 def test_other_settings_are_refused(norm_folder):
@@ -143,7 +142,7 @@ def test_other_settings_are_refused(norm_folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_study_takes_its_runs_along_and_goes_on(data_dir, tmp_path, number):
     words = ["norm_study.py", "--data_dir", data_dir, "--out_dir", tmp_path, *NORM_RUN, "--learning_rates", "1e-3"]
-    words += ["--max_steps", "100000", "--warmups", "0"]
+    words += ["--max_steps", "100000"]
     study = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.rglob("log.txt"))) < 2:
@@ -163,3 +162,177 @@ def test_a_failing_run_ends_the_study_with_its_own_error(data_dir, tmp_path):
     error = one_line(command(*words))
     assert "total_batch_size 100 is not divisible by" in error
     assert "output.txt" in error
+
+
+# Redundant heads
+
+
+@pytest.fixture(scope="module")
+def model_file(data_dir, tmp_path_factory) -> Path:
+    """A model that has learned a little, on the tokenizer of the shards."""
+    folder = tmp_path_factory.mktemp("model")
+    words = ["--n_head", 4, "--max_steps", 30, "--data_dir", data_dir, "--log_dir", folder]
+    ok(command("train_gpt2.py", *SMALL_RUN, *words))
+    return folder / "model_final.pt"
+
+
+HEAD_RUN = "--B 4 --num_sequences 4 --shares 0.25 0.5 --random_orders 2 --val_tokens 1500 --device cpu".split()
+
+
+def test_head_study(data_dir, model_file, tmp_path):
+    examples = [
+        dict(ind=n, activity_label="Reading", ctx_a="A file is", ctx_b="read", ctx=f"A file is read {n}", label=n % 4,
+             endings=["line by line.", "at once.", "never.", "and then closed."])
+        for n in range(6)
+    ]  # fmt: skip
+    (tmp_path / "hellaswag.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    words = ["head_study.py", "--model", model_file, "--data_dir", data_dir, "--out_dir", tmp_path / "study", *HEAD_RUN]
+    words += ["--hellaswag_data", tmp_path / "hellaswag.jsonl"]
+    output = ok(command(*words)).stdout
+    path = tmp_path / "study" / "results.json"
+    results = json.loads(path.read_text())
+    assert np.diag(results["similarity"]) == pytest.approx([1] * 8, abs=1e-3)
+    assert len(results) == 4 + 1 + 2 * 4  # settings, similarity, importance, speed; the whole model; shares and orders
+    whole, half = results["whole model"], results["importance 0.5"]
+    evaluate = ["evaluate.py", "--models", model_file, "--benchmarks", "val", "--val_data", data_dir]
+    evaluate += ["--val_tokens", 1500, "--out_dir", tmp_path / "evaluation", "--device", "cpu"]
+    ok(command(*evaluate))
+    evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert whole["loss"] == pytest.approx(evaluation[0]["metrics"][0]["value"], abs=1e-6)
+    assert sum(half["heads"]) == 4
+    assert whole["parameters"] - half["parameters"] == 4 * (3 * (32 * 8 + 8) + 8 * 32)
+    assert 0 <= half["hellaswag"] <= 1
+    assert "largest share that costs less than 5% of perplexity" in output
+    for name in ("patterns", "similarity_by_layer", "similarity", "pruning"):
+        assert (tmp_path / "study" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+    # what is missing is done again, and nothing else
+    results["random 1 0.5"]["loss"] = "known"
+    del results["redundancy 0.25"]
+    path.write_text(json.dumps(results))
+    ok(command(*words))
+    again = json.loads(path.read_text())
+    assert again["random 1 0.5"]["loss"] == "known"
+    assert again["redundancy 0.25"]["perplexity"] > 1
+    path.write_text("{")
+    assert "results.json is damaged" in one_line(command(*words))
+
+
+def test_head_study_refuses(data_dir, model_file, tmp_path):
+    words = ["--data_dir", data_dir, "--out_dir", tmp_path / "study", *HEAD_RUN, "--hellaswag_limit", 0]
+    with pytest.raises(OSError, match="no checkpoint"):
+        here(head_study, *words, "--model", tmp_path / "model.pt")
+    words += ["--model", model_file]
+    with pytest.raises(ValueError, match="leaves layers of .* without a head"):
+        here(head_study, *words, "--shares", 0.9)
+    with pytest.raises(ValueError, match="lower T"):
+        here(head_study, *words, "--data_dir", shards_of(np.zeros(50), tmp_path / "short", data_dir))
+    with pytest.raises(ValueError, match="shares must"):
+        head_study.Config(shares=(1.5,))
+
+
+def shards_of(tokens: np.ndarray, folder: Path, like: Path) -> Path:
+    """Shards of the same tokens for both splits, with the tokenizer of other ones."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.save(folder / f"x_{split}_0.npy", tokens.astype(np.uint16))
+    manifest = json.loads((like / "manifest.json").read_text())
+    shards = [dict(name=f"x_{split}_0.npy", tokens=len(tokens)) for split in ("train", "val")]
+    (folder / "manifest.json").write_text(json.dumps(manifest | dict(shards=shards)))
+    (folder / manifest["tokenizer"]).write_text((like / manifest["tokenizer"]).read_text())
+    return folder
+
+
+def here(module, *words):
+    """A study in this process: no seconds spent on starting another."""
+    module.main(tyro.cli(module.Config, args=[str(word) for word in words]))
+
+
+# Vocabulary size
+
+
+def test_smaller_vocabularies_are_the_beginnings_of_larger_ones():
+    texts = [path.read_text() for path in sorted(ROOT.glob("*.py"))]
+    large, small = train_tokenizer(texts, 1500)[0], train_tokenizer(texts, 700)[0]
+    first = {token: rank for token, rank in large._mergeable_ranks.items() if rank < 699}
+    assert small._mergeable_ranks == first
+
+
+def test_terms_by_hand():
+    text = 'The os.path module (see utf8 and file_name, or camelCase) is a well-known "abstraction-layer"; the modules'
+    words, terms = tokenizer_study.find_terms([text, "the Implementations. The other see"], count=100)
+    assert set(terms["code-like"]) == {"os.path", "utf8", "file_name", "camelCase"}
+    assert set(terms["compound"]) == {"well-known", "abstraction-layer"}
+    assert terms["long"] == ["Implementations"]
+    assert set(terms["rare"]) == {"module", "modules", "other"}
+    assert words["see"] == 2
+    assert words["the"] == 2
+    assert words["The"] == 2
+
+
+TOKENIZER_RUN = [*TINY, *"--context_bytes 64 --sequences 4 --B 4 --max_steps 12 --seeds 1".split()]
+TOKENIZER_RUN += "--vocab_sizes 300 600 --num_parallel 2".split()
+
+
+def test_tokenizer_study(tmp_path):
+    text = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py"))) + "Ünïcödé " * 50
+    (tmp_path / "text.txt").write_text(text)
+    out = tmp_path / "study"
+    words = ["tokenizer_study.py", "--source", "text", "--data_files", tmp_path / "text.txt", "--out_dir", out]
+    words += TOKENIZER_RUN
+    output = ok(command(*words)).stdout
+    results = json.loads((out / "results.json").read_text())
+    size = len(text.encode())
+    assert results["bytes"]["text_bytes"] == size
+
+    # what is held out lies before the training text of every vocabulary, and none has seen it
+    config = tokenizer_study.Config(source="text", out_dir=str(out), vocab_sizes=(300, 600))
+    names = [path.name for path in (out / "shards").iterdir() if path.is_dir()]
+    (held_out,) = tokenizer_study.held_out(config, out, names)
+    assert text.startswith(held_out)
+    assert 0.05 * size < len(held_out.encode()) <= 0.1 * size
+    learned_from = "".join(tokenizer_study.training_texts(config, out / "text"))
+    assert text.endswith(learned_from)
+    assert len(held_out) + len(learned_from) <= len(text)
+
+    for name in ("300", "600"):
+        found, enc = results[f"vocabulary {name}"], load_tokenizer(out / f"vocab_{name}.tiktoken")
+        tokens = len(enc.encode_ordinary(text))
+        assert found["vocab_size"] == enc.n_vocab == int(name)
+        assert results[f"shards {name}"]["tokens"] == tokens + 1
+        assert found["T"] == round(64 * (tokens + 1) / size)  # all models read as many bytes
+        assert found["bytes_per_token"] == pytest.approx(
+            len(held_out.encode()) / len(enc.encode_ordinary(held_out)), rel=1e-9
+        )
+        settings = json.loads((out / "runs" / f"{name}_seed_1" / "config.json").read_text())["constants"]
+        assert settings["total_batch_size"] == 4 * found["T"]
+        assert 1 < results[f"{name} seed 1"]["bits_per_byte"] < 8
+    assert results["vocabulary 600"]["tokens_per_word"] < results["vocabulary 300"]["tokens_per_word"]
+    assert (out / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "report.md").read_text() in output + "\n"
+    before = {path: path.stat().st_mtime for path in out.rglob("*.npy")}
+    ok(command(*words))
+    assert all(path.stat().st_mtime == time for path, time in before.items())
+
+
+def test_bits_per_byte_by_hand(data_dir, tmp_path):
+    """A model that has learned nothing gives every token the same probability."""
+    enc = shards_tokenizer(data_dir)
+    texts = ["import os\n", "and Ünïcode"]
+    model = GPT(GPTConfig(block_size=8, vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        model.wte.weight.zero_()
+    count = sum(1 + len(enc.encode_ordinary(text)) for text in texts) - 1  # all but the first end-of-text token
+    expected = count * math.log2(enc.n_vocab) / sum(len(text.encode()) for text in texts)
+    assert tokenizer_study.bits_per_byte(model, enc, texts, 4, 8, CPU)[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokenizer_study_refuses(tmp_path):
+    (tmp_path / "text.txt").write_text("too little text " * 40)
+    words = ["tokenizer_study.py", "--source", "text", "--data_files", tmp_path / "text.txt", *TOKENIZER_RUN]
+    words += ["--out_dir", tmp_path / "study"]
+    assert "the texts give only" in one_line(command(*words))
+    with pytest.raises(ValueError, match="sequences 4 is not divisible by B 3"):
+        tokenizer_study.Config(sequences=4, B=3)
+    missing = [*words[:4], tmp_path / "no.txt", *words[5:-1], tmp_path / "other"]
+    assert "no file matches" in one_line(command(*missing))
