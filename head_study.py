@@ -273,7 +273,8 @@ def pruning_table(config: Config, model: GPT, results: Results, orders: dict) ->
     if "hellaswag" not in results["whole model"]:
         del figures["HellaSwag"]
     head = ["heads removed", *(f"{name}, {order}" for name in figures for order in orders)]
-    rows = []
+    rate = statistics.median(speed["whole"] for speed in results["speed"].values())
+    rows, whole_speed = [], dict(whole=rate, pruned=rate)
     for share in (0.0, *sorted(config.shares)):
         count = count_heads(model, share)
         row = [f"{share:.0%} ({count})"]
@@ -282,11 +283,11 @@ def pruning_table(config: Config, model: GPT, results: Results, orders: dict) ->
                 found = values(results, orders, order, share, key)
                 low, mean, high = (style.format(f(found)) for f in (min, np.mean, max))
                 row.append(mean if len(found) == 1 else f"{mean} ({low} to {high})")
-        speed = results["speed"][f"{share:g}"] if share else dict(pruned=1, whole=1)
+        speed = results["speed"][f"{share:g}"] if share else whole_speed
         cache = 2 * 4 * (sum(model.config.heads) - count) * model.config.head_dim
         row.append(f"{values(results, orders, 'importance', share, 'parameters')[0]:,}")
-        rows.append((*row, f"{cache:,}", f"{speed['pruned'] / speed['whole']:.2f}"))
-    return table((*head, "parameters", "KV cache, bytes a token", "speed"), rows)
+        rows.append((*row, f"{cache:,}", f"{speed['pruned']:,.0f} ({speed['pruned'] / speed['whole']:.2f})"))
+    return table((*head, "parameters", "KV cache, bytes a token", "tokens/s (to the whole model's)"), rows)
 
 
 def draw_patterns(results: Results, config: GPTConfig, patterns: np.ndarray):

@@ -2,7 +2,7 @@
 
     python tokenizer_study.py                    # a file of FineWeb-Edu (0.7B tokens); 24 runs of GPT-2 (124M)
     python tokenizer_study.py --source pydoc --vocab_sizes 1024 2048 4096 8192 16384 --n_layer 4 --n_head 4 \\
-        --n_embd 64 --context_bytes 256 --sequences 8 --B 8 --max_steps 400   # in small, on the quickstart's data
+        --n_embd 64 --context_bytes 256 --sequences 8 --B 8 --max_steps 300 --max_lr 3e-3   # in small, on 2 cores
 
 Byte-level BPEs of several sizes are learned from the same text, beside GPT-2's own if it can be had. fineweb.py shards
 the text with each, train_gpt2.py trains a model on each, both as commands. What is held out is the same for all: the
