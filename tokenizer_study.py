@@ -122,10 +122,12 @@ def main(config: Config):
 
     texts = held_out(config, folder, list(vocabularies))
     words, terms = find_terms(texts, config.terms)
-    for name in vocabularies:
+    encodings = {name: shards_tokenizer(folder / "shards" / name) for name in vocabularies}
+    if "encoding_speed" not in results:
+        results["encoding_speed"] = encoding_speeds(encodings, texts)
+    for name, enc in encodings.items():
         if f"vocabulary {name}" not in results:
-            enc = shards_tokenizer(folder / "shards" / name)
-            numbers = describe(config, enc, texts, words, terms)
+            numbers = describe(enc, texts, words, terms)
             numbers |= costs(config, enc, results["bytes"]["text_bytes"], results[f"shards {name}"]["tokens"])
             results[f"vocabulary {name}"] = numbers
             results.save()
@@ -134,7 +136,7 @@ def main(config: Config):
         for name, seed in itertools.product(vocabularies, config.seeds)
     }
     results.run_all(jobs, config.num_parallel, "training")
-    summarize(config, results, list(vocabularies), terms)
+    summarize(config, results, encodings, terms)
 
 
 def shard(run, config: Config, tokenizer: Path | str, out_dir: Path) -> dict:
@@ -225,26 +227,32 @@ def find_terms(texts: list[str], count: int) -> tuple[Counter, dict[str, list[st
     return words, {kind: rng.permutation(sorted(found))[:count].tolist() for kind, found in terms.items()}
 
 
-def describe(config: Config, enc: tiktoken.Encoding, texts: list[str], words: Counter, terms: dict) -> dict:
-    """How a vocabulary cuts the held-out text, and how fast."""
-    array, seconds = pa.array(texts), []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        _, lengths = encode_texts(enc, array)
-        seconds.append(time.perf_counter() - began)
-    text_bytes = sum(len(text.encode()) for text in texts)
+def describe(enc: tiktoken.Encoding, texts: list[str], words: Counter, terms: dict) -> dict:
+    """How a vocabulary cuts the held-out text."""
+    _, lengths = encode_texts(enc, pa.array(texts))
     pieces = {word: len(enc.encode_ordinary(" " + word)) for word in words}
     total = words.total()
     by_kind = {kind: [len(enc.encode_ordinary(" " + term)) for term in found] for kind, found in terms.items() if found}
     return dict(
         vocab_size=enc.n_vocab,
-        bytes_per_token=text_bytes / (sum(lengths) - len(texts)),
+        bytes_per_token=sum(len(text.encode()) for text in texts) / (sum(lengths) - len(texts)),
         tokens_per_word=sum(pieces[word] * n for word, n in words.items()) / total,
         words_whole=sum(n for word, n in words.items() if pieces[word] == 1) / total,
         tokens_per_term={kind: statistics.mean(counts) for kind, counts in by_kind.items()},
         terms_whole={kind: counts.count(1) / len(counts) for kind, counts in by_kind.items()},
-        megabytes_per_second=text_bytes / statistics.median(seconds) / 1e6,
     )
+
+
+def encoding_speeds(encodings: dict[str, tiktoken.Encoding], texts: list[str]) -> dict[str, float]:
+    """MB/s of the vocabularies on one core, one after the other, several times: medians."""
+    array, seconds = pa.array(texts), {name: [] for name in encodings}
+    for _ in range(ROUNDS):
+        for name, enc in encodings.items():
+            began = time.perf_counter()
+            encode_texts(enc, array)
+            seconds[name].append(time.perf_counter() - began)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    return {name: megabytes / statistics.median(values) for name, values in seconds.items()}
 
 
 def costs(config: Config, enc: tiktoken.Encoding, text_bytes: int, tokens: int) -> dict:
@@ -290,8 +298,8 @@ def bits_per_byte(model: GPT, enc: tiktoken.Encoding, texts: list[str], B: int, 
     return loss, loss * (len(tokens) - 1) / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def summarize(config: Config, results: Results, names: list[str], terms: dict[str, list[str]]):
-    encodings = {name: shards_tokenizer(results.folder / "shards" / name) for name in names}
+def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.Encoding], terms: dict[str, list[str]]):
+    names = list(encodings)
     kinds = [kind for kind in KINDS if terms[kind]]
     rows, by_kind = [], []
     for name in names:
@@ -300,7 +308,7 @@ def summarize(config: Config, results: Results, names: list[str], terms: dict[st
         rows.append((
             name, f"{found['bytes_per_token']:.2f}", f"{found['tokens_per_word']:.3f}", f"{found['words_whole']:.1%}",
             str(found["T"]), f"{found['parameters'] / 1e6:.2f}M", f"{found['embedding_share']:.1%}",
-            f"{found['flops_per_byte'] / 1e6:.3g}", f"{found['megabytes_per_second']:.1f}",
+            f"{found['flops_per_byte'] / 1e6:.3g}", f"{results['encoding_speed'][name]:.1f}",
             f"{np.mean(bits):.4f} ± {np.std(bits, ddof=min(1, len(bits) - 1)):.4f}",
         ))  # fmt: skip
         cells = (f"{found['tokens_per_term'][k]:.2f} ({found['terms_whole'][k]:.0%})" for k in kinds)
