@@ -14,14 +14,17 @@ keeping one at least, in three orders:
                 loss's absolute gradient in a mask on the head's output, divided by the layer's norm; smallest first
     random      the control, from several seeds
 
-The order of the full model's scores is followed throughout, and nothing is trained in between. How to read it: an
-order is worth something where its perplexity lies below the random one's, and heads that are alike can be spared only
-if redundancy does, too. The report names the largest share that costs less than 5% of perplexity; model_pruned.pt is
-that model, which every other stage reads like any other. Finetuning or training on regains some of the loss.
+The scores are those of the whole model throughout, and nothing is trained in between. Redundancy is taken on the
+validation text on which perplexity is, importance on training text. How to read it: an order is worth something where
+its perplexity lies below the random one's, and heads that are alike can be spared only if redundancy does, too. The
+report names the largest share that costs less than 5% of perplexity; model_pruned.pt is the best such model, which
+every other stage reads like any other.
 
 Run again after a stop, it goes on where it was. Results: report.md, results.json and pictures in log/head_study/.
 """
 
+import hashlib
+import json
 import math
 import statistics
 import time
@@ -37,7 +40,7 @@ import checkpoint
 import hellaswag
 import runtime
 from console import Progress, cli, say, table
-from files import write_text
+from files import write_text, write_whole
 from model import GPT, GPTConfig
 from pruning import (
     Head,
@@ -80,9 +83,9 @@ class Config:
     dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
 
     def __post_init__(self):
-        for name in ("T", "B", "num_sequences", "random_orders", "val_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, least in (("T", 2), ("B", 1), ("num_sequences", 1), ("random_orders", 1), ("val_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
         if not self.shares or not all(0 < share < 1 for share in self.shares):
             raise ValueError("shares must hold at least one, each between 0 and 1")
 
@@ -95,36 +98,34 @@ def main(config: Config):
     train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
     if tokenizer_to_text(shards_tokenizer(config.data_dir)) != tokenizer_to_text(enc):
         raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {config.model}")
-    if max(count_heads(model, share) for share in config.shares) > sum(model.config.heads) - model.config.n_layer:
-        raise ValueError(
-            f"a share of {max(config.shares)} leaves layers of {config.model} without a head: lower shares"
-        )
+    tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
+    if len(tokens) <= config.T:
+        raise ValueError(f"{len(tokens)} validation tokens do not fill T = {config.T}: lower T or raise val_tokens")
+    config.shares = usable_shares(config, model)
     examples = load_hellaswag(config)
     settings = asdict(config) | dict(model=checkpoint.identity(config.model), data=manifest_checksum(config.data_dir))
-    settings |= dict(dtype=str(rt.dtype), examples=len(examples))
-    for key in ("data_dir", "out_dir", "device", "hellaswag_data", "hellaswag_limit"):
+    settings |= dict(dtype=str(rt.dtype), hellaswag=hashlib.sha256(json.dumps(examples).encode()).hexdigest())
+    for key in ("data_dir", "out_dir", "B", "device", "hellaswag_data", "hellaswag_limit"):
         del settings[key]
     results = Results(config.out_dir, settings)
 
-    if "similarity" not in results:
+    if not (results.folder / "similarity.npy").exists():
         texts, _ = read_windows(val, config.num_sequences, config.T)
         similarity, patterns = attention_similarity(model, texts, rt, SHOWN)
         draw_patterns(results, model.config, patterns)
-        results["similarity"] = similarity.round(4).tolist()
-        results.save()
+        with write_whole(results.folder / "similarity.npy") as file:  # 1,200 x 1,200 for GPT-2 XL
+            np.save(file, similarity)
+    similarity = np.load(results.folder / "similarity.npy")
     if "importance" not in results:
         texts, targets = read_windows(train, config.num_sequences, config.T)
-        importance = head_importance(model, texts, targets, config.B, rt)
-        results["importance"] = importance.tolist()
+        results["importance"] = head_importance(model, texts, targets, config.B, rt).tolist()
         results.save()
-    similarity = np.array(results["similarity"])
     orders = {
         "redundancy": [order_by_redundancy(model.config, similarity)],
         "importance": [order_by_importance(model.config, np.array(results["importance"]))],
         "random": [order_at_random(model.config, seed) for seed in range(config.random_orders)],
     }
     plan = make_plan(config, model, orders)
-    tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
     for name, removed in Progress(plan.items(), desc="pruned models", unit="model"):
         if name not in results:
             pruned = prune_heads(model, remaining(model.config, removed))
@@ -136,7 +137,7 @@ def main(config: Config):
             for share in Progress(config.shares, desc="speed", unit="model", leave=False)
         }
         results.save()
-    summarize(config, model, enc, results, orders)
+    summarize(config, model, enc, rt, results, similarity, orders)
 
 
 def load_hellaswag(config: Config) -> list[dict]:
@@ -149,6 +150,19 @@ def load_hellaswag(config: Config) -> list[dict]:
             raise
         say(f"warning: going on without HellaSwag: {error}")
         return []
+
+
+def usable_shares(config: Config, model: GPT) -> tuple[float, ...]:
+    """The shares that stand for different numbers of heads. Raises ValueError if one leaves a layer without any."""
+    by_count = {count_heads(model, share): share for share in sorted(config.shares, reverse=True)}
+    by_count.pop(0, None)
+    if not by_count:
+        raise ValueError(f"the shares {config.shares} of {sum(model.config.heads)} heads are not one: raise shares")
+    if max(by_count) > sum(model.config.heads) - model.config.n_layer:
+        raise ValueError(
+            f"a share of {max(config.shares)} leaves layers of {config.model} without a head: lower shares"
+        )
+    return tuple(sorted(by_count.values()))
 
 
 def count_heads(model: GPT, share: float) -> int:
@@ -189,25 +203,32 @@ def compare_speed(model: GPT, removed: list[Head], tokens: np.ndarray, config: C
     count = min(config.B, (len(tokens) - 1) // config.T) * config.T
     x, y = (torch.from_numpy(tokens[n : n + count].astype(np.int64)).view(-1, config.T).to(rt.device) for n in (0, 1))
     rates = {"whole": [], "pruned": []}
-    for round in range(ROUNDS + 1):  # the first warms up
+    for n in range(ROUNDS + 1):  # the first warms up
         for name, candidate in (("whole", model), ("pruned", pruned)):
             began = time.perf_counter()
             with rt.autocast():
                 candidate(x, y).item()
-            if round:
+            if n:
                 rates[name].append(count / (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in rates.items()}
+    return {name: statistics.median(measured) for name, measured in rates.items()}
 
 
-def summarize(config: Config, model: GPT, enc: tiktoken.Encoding, results: Results, orders: dict):
-    similarity = np.array(results["similarity"])
+def summarize(
+    config: Config,
+    model: GPT,
+    enc: tiktoken.Encoding,
+    rt: Runtime,
+    results: Results,
+    similarity: np.ndarray,
+    orders: dict[str, list[list[Head]]],
+):
     best = {order: cheap_share(config, results, orders, order) for order in orders}
     text = "\n\n".join(
         (
             f"{config.model}: {sum(model.config.heads)} heads in {model.config.n_layer} layers",
             layers_table(model.config, similarity),
             f"Pairs above {ALIKE}:\n\n{list_pairs(model.config, similarity)}",
-            pruning_table(config, model, results, orders),
+            pruning_table(config, model, rt, results, orders),
             f"Random: mean (lowest to highest) of {config.random_orders} orders.",
             table(
                 ("order", f"largest share that costs less than {COST:.0%} of perplexity"),
@@ -221,13 +242,13 @@ def summarize(config: Config, model: GPT, enc: tiktoken.Encoding, results: Resul
         state = dict(model=pruned.state_dict(), config=pruned.config_dict(), tokenizer=tokenizer_to_text(enc), step=0)
         checkpoint.save(results.folder / "model_pruned.pt", state)
         text += f"\n\nmodel_pruned.pt: {best[order]:.0%} of the heads removed by {order}"
+    write_text(results.folder / "report.md", text + "\n")
     draw_similarity(results, model.config, similarity)
     draw_pruning(config, results, orders)
-    write_text(results.folder / "report.md", text + "\n")
     say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them")
 
 
-def values(results: Results, orders: dict, order: str, share: float, key: str) -> list[float]:
+def figures_of(results: Results, orders: dict, order: str, share: float, key: str) -> list[float]:
     """A figure of the models that an order gives at a share of removed heads: one, or one for each random order."""
     if not share:
         return [results["whole model"][key]]
@@ -239,7 +260,7 @@ def cheap_share(config: Config, results: Results, orders: dict, order: str) -> f
     cheap = 0.0
     for share in sorted(config.shares):
         limit = (1 + COST) * results["whole model"]["perplexity"]
-        if np.mean(values(results, orders, order, share, "perplexity")) >= limit:
+        if np.mean(figures_of(results, orders, order, share, "perplexity")) >= limit:
             break
         cheap = share
     return cheap
@@ -268,7 +289,7 @@ def list_pairs(config: GPTConfig, similarity: np.ndarray) -> str:
     return "\n".join(f"- layer {layer}: {', '.join(lines[layer])}" for layer in sorted(lines)) or "none"
 
 
-def pruning_table(config: Config, model: GPT, results: Results, orders: dict) -> str:
+def pruning_table(config: Config, model: GPT, rt: Runtime, results: Results, orders: dict) -> str:
     figures = {"perplexity": ("perplexity", "{:.2f}"), "HellaSwag": ("hellaswag", "{:.2%}")}
     if "hellaswag" not in results["whole model"]:
         del figures["HellaSwag"]
@@ -280,12 +301,12 @@ def pruning_table(config: Config, model: GPT, results: Results, orders: dict) ->
         row = [f"{share:.0%} ({count})"]
         for key, style in figures.values():
             for order in orders:
-                found = values(results, orders, order, share, key)
+                found = figures_of(results, orders, order, share, key)
                 low, mean, high = (style.format(f(found)) for f in (min, np.mean, max))
                 row.append(mean if len(found) == 1 else f"{mean} ({low} to {high})")
         speed = results["speed"][f"{share:g}"] if share else whole_speed
-        cache = 2 * 4 * (sum(model.config.heads) - count) * model.config.head_dim
-        row.append(f"{values(results, orders, 'importance', share, 'parameters')[0]:,}")
+        cache = 2 * torch.finfo(rt.dtype).bits // 8 * (sum(model.config.heads) - count) * model.config.head_dim
+        row.append(f"{figures_of(results, orders, 'importance', share, 'parameters')[0]:,}")
         rows.append((*row, f"{cache:,}", f"{speed['pruned']:,.0f} ({speed['pruned'] / speed['whole']:.2f})"))
     return table((*head, "parameters", "KV cache, bytes a token", "tokens/s (to the whole model's)"), rows)
 
@@ -344,7 +365,7 @@ def draw_pruning(config: Config, results: Results, orders: dict):
     shares = [0.0, *sorted(config.shares)]
     for ax, (key, title) in zip(axes, panels.items()):
         for order, color in zip(orders, ("tab:orange", "tab:blue", "grey")):
-            found = [values(results, orders, order, share, key) for share in shares]
+            found = [figures_of(results, orders, order, share, key) for share in shares]
             ax.plot(shares, [np.mean(v) for v in found], color=color, marker="o", label=order)
             if max(map(max, found)) > 5 * found[0][0]:
                 ax.set_yscale("log")
@@ -352,7 +373,7 @@ def draw_pruning(config: Config, results: Results, orders: dict):
         ax.set(ylabel=title)
     limit = (1 + COST) * results["whole model"]["perplexity"]
     axes[0].axhline(limit, color="grey", ls=":", label=f"{COST:.0%} more")
-    parameters = [values(results, orders, "importance", share, "parameters")[0] for share in shares]
+    parameters = [figures_of(results, orders, "importance", share, "parameters")[0] for share in shares]
     speeds = [1.0, *(s["pruned"] / s["whole"] for s in (results["speed"][f"{share:g}"] for share in shares[1:]))]
     right.plot(shares, np.array(parameters) / parameters[0], marker="o", label="parameters")
     right.plot(shares, speeds, marker="o", label="tokens/s, forward pass")

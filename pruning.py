@@ -26,9 +26,12 @@ Head = tuple[int, int]
 
 
 def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
-    """A model without the heads of each layer that are not in `keep`. Raises ValueError if a layer would have none."""
-    check(model.config, keep)
-    config, state = model.config, model.state_dict()
+    """A model without the heads of each layer that are not in `keep`; it shares no memory with the whole one.
+
+    Raises ValueError if a layer would have none.
+    """
+    check_keep(model.config, keep)
+    config, state = model.config, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer, heads in enumerate(keep):
         heads = torch.tensor(sorted(heads), device=model.wte.weight.device)
         width = (heads[:, None] * config.head_dim + torch.arange(config.head_dim, device=heads.device)).flatten()
@@ -36,12 +39,13 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
         for name in ("c_attn.weight", "c_attn.bias"):
             state[attn + name] = state[attn + name].unflatten(0, (3, -1))[:, width].flatten(0, 1)
         state[attn + "c_proj.weight"] = state[attn + "c_proj.weight"][:, width]
-    pruned = GPT(replace(config, heads_kept=tuple(map(len, keep)))).to(model.wte.weight.device)
-    pruned.load_state_dict(state)
+    with torch.device("meta"):  # no weights are drawn that would be overwritten
+        pruned = GPT(replace(config, heads_kept=tuple(map(len, keep))))
+    pruned.load_state_dict(state, assign=True)
     return pruned.train(model.training)
 
 
-def check(config: GPTConfig, keep: list[list[int]]):
+def check_keep(config: GPTConfig, keep: list[list[int]]):
     fits = len(keep) == config.n_layer and all(
         heads and len(set(heads)) == len(heads) and set(heads) <= set(range(count))
         for heads, count in zip(keep, config.heads)
@@ -52,7 +56,7 @@ def check(config: GPTConfig, keep: list[list[int]]):
 
 def head_masks(model: GPT, keep: list[list[int]]) -> list[torch.Tensor]:
     """For each layer a mask (1, n_head): 1 for the heads that stay, 0 for the others."""
-    check(model.config, keep)
+    check_keep(model.config, keep)
     masks = [torch.zeros(1, count, device=model.wte.weight.device) for count in model.config.heads]
     for mask, heads in zip(masks, keep):
         mask[:, heads] = 1
@@ -150,6 +154,7 @@ def head_importance(model: GPT, x: torch.Tensor, y: torch.Tensor, B: int, rt: Ru
 
 
 def order_by_importance(config: GPTConfig, importance: np.ndarray) -> list[Head]:
+    """The least important first; importance (heads,)."""
     heads = all_heads(config)
     return leave_one(config, [heads[i] for i in np.argsort(importance, kind="stable")])
 
@@ -166,7 +171,8 @@ def leave_one(config: GPTConfig, order: list[Head]) -> list[Head]:
 
 
 def order_by_redundancy(config: GPTConfig, similarity: np.ndarray) -> list[Head]:
-    """Of the two heads of a layer that are most alike, the one that is more like the others; again and again."""
+    """Of the two heads of a layer that are most alike, the one that is more like the others; again and again.
+    similarity (heads, heads)."""
     heads, removed = all_heads(config), {}
     for i, j in similar_pairs(config, similarity):
         if i in removed or j in removed:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+import checkpoint
 from console import Progress, say
 from files import write_text, write_whole
 from shards import Shards
@@ -59,30 +60,44 @@ class Results(dict):
         with write_whole(self.folder / name) as file:
             figure.savefig(file, format="png", dpi=150)
 
-    def run_all(self, jobs: dict[str, Callable], num_parallel: int, desc: str):
-        """Do the jobs whose names are no keys yet, several at a time; each is called with `run_stage` for its slot and
-        returns what is kept under its name. If one fails or we are stopped, the others are stopped, too."""
-        slots = choose_slots(num_parallel)
+    def run_all(
+        self,
+        commands: dict[str, tuple[list, Path]],
+        read: Callable[[str, str | None], dict],
+        device: str,
+        num_parallel: int,
+        desc: str,
+    ):
+        """Run those of the commands (words, log file) whose names are no keys yet, several at a time, and keep what
+        `read(name, error)` makes of each; `error` is what the command ended with, None if it went well.
+
+        Checkpoints in the log file's folder are removed when what they show is kept. If `read` raises an error, or we
+        are stopped, the commands that still run are stopped, too.
+        """
+        slots = choose_slots(num_parallel, device)
         free, running = queue.Queue(), set()
         for slot in slots:
             free.put(slot)
 
-        def work(job: Callable):
+        def run(words: list, log: Path) -> str | None:
             slot = free.get()
             try:
-                return job(lambda words, log: run_stage(words, log, slot, running, self.lock.fileno()))
+                return run_stage(words, log, slot, running, self.lock.fileno())
             finally:
                 free.put(slot)
 
-        missing = {name: job for name, job in jobs.items() if name not in self}
         pool = ThreadPoolExecutor(len(slots))
-        futures = {pool.submit(work, job): name for name, job in missing.items()}
+        futures = {pool.submit(run, *command): name for name, command in commands.items() if name not in self}
         try:
-            with Progress(total=len(jobs), initial=len(jobs) - len(missing), desc=desc, unit="run") as bar:
+            with Progress(total=len(commands), initial=len(commands) - len(futures), desc=desc, unit="run") as bar:
+                for name in commands.keys() & self.keys():
+                    remove_checkpoints(commands[name][1].parent)
                 for future in as_completed(futures):
-                    self[futures[future]] = future.result()
+                    name = futures[future]
+                    self[name] = read(name, future.result())
                     self.save()
-                    say(f"{futures[future]}: done")
+                    remove_checkpoints(commands[name][1].parent)
+                    say(f"{name}: done")
                     bar.update()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -94,22 +109,26 @@ class Results(dict):
                 time.sleep(0.1)
 
 
-def choose_slots(num_parallel: int) -> list[dict]:
+def remove_checkpoints(folder: Path):
+    for path in checkpoint.candidates(folder):
+        path.unlink()
+
+
+def choose_slots(num_parallel: int, device: str) -> list[dict]:
     """What tells the processes that run at a time from each other: a GPU each, or a share of the CPU's cores."""
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        return [dict(CUDA_VISIBLE_DEVICES=gpus[n % count]) for n in range(num_parallel or count)]
+    if device.startswith(("auto", "cuda")) and torch.cuda.is_available():
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        if ":" in device:
+            gpus = [gpus[int(device.split(":")[1])]]
+        return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(num_parallel or len(gpus))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = num_parallel or cores
     return [dict(OMP_NUM_THREADS=str(max(1, cores // count)))] * count
 
 
-def run_stage(words: list, log: Path, slot: dict, running: set, lock: int) -> str:
-    """Run `python WORDS...` in this repository, its output added to the file `log`; return what it wrote to stderr.
-
-    Raises ValueError with the command's own error line if it fails.
-    """
+def run_stage(words: list, log: Path, slot: dict, running: set, lock: int) -> str | None:
+    """Run `python WORDS...` with a script of this repository, its output added to the file `log`; return the error that
+    it ended with, if it did."""
     command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
@@ -123,15 +142,11 @@ def run_stage(words: list, log: Path, slot: dict, running: set, lock: int) -> st
     running.add(process)
     code = process.wait()
     running.discard(process)
-    output = log.read_text("utf-8", "replace")[start:]
-    if code:
-        errors = [line for line in output.splitlines() if "error: " in line] or [f"exit code {code}"]
-        raise StageFailed(f"{words[0]} failed ({errors[-1].removeprefix('error: ')}): {log} says how")
-    return output
-
-
-class StageFailed(ValueError):
-    pass
+    if not code:
+        return None
+    output = log.read_bytes()[start:].decode("utf-8", "replace")
+    errors = [line for line in output.splitlines() if "error: " in line] or [f"exit code {code}"]
+    return f"{words[0]} failed ({errors[-1].removeprefix('error: ')}): {log} says how"
 
 
 def stop_like_ctrl_c():
@@ -143,7 +158,7 @@ def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:
     """Steps and values of a stream of a run's log.txt."""
     path = folder / "log.txt"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    points = [(int(step), float(value)) for step, name, value in lines if name == stream]
+    points = [(int(line[0]), float(line[2])) for line in lines if len(line) == 3 and line[1] == stream]
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -6,17 +6,17 @@
 
 Byte-level BPEs of several sizes are learned from the same text, beside GPT-2's own if it can be had. fineweb.py shards
 the text with each, train_gpt2.py trains a model on each, both as commands. What is held out is the same for all: the
-beginning of the text, as far as it is in every vocabulary's validation shard. No vocabulary has seen it.
+beginning of the text, as far as it is in every vocabulary's validation shard. None of ours has seen it.
 
-The models see the same text: as many sequences a step, of as many bytes, for as many steps, so that a sequence has
-fewer tokens where tokens are longer. They are compared in bits per byte, the only unit that does not depend on how the
-text is cut: a loss per token is lower for shorter tokens, whatever the model is worth. Technical terms come from the
-held-out text; a term belongs to the first kind that fits:
+The models read as much of the same corpus: as many sequences a step, of as many bytes, for as many steps, so that a
+sequence has fewer tokens where tokens are longer. They are compared in bits per byte, the only unit that does not
+depend on how the text is cut: a loss per token is lower for shorter tokens, whatever the model is worth. Technical
+terms come from the held-out text; a term belongs to the first kind that fits:
 
-    code-like   a letter beside a digit, an underscore or dot inside, or a capital after a small letter: utf8, os.path
+    code-like   a digit after a letter, an underscore or a dot inside, or a capital after a small letter: utf8, os.path
     compound    words joined by hyphens
     long        12 letters and more
-    rare        4 to 11 letters, once in the held-out text
+    rare        4 to 11 letters, at most 3 times in the text that the vocabularies are learned from
 
 How to read it: bytes per token grow with the logarithm of the vocabulary, so that each doubling shortens sequences and
 saves compute in the blocks, and adds embeddings, which are most of a small model. Fragmentation costs where terms are
@@ -33,7 +33,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,9 +55,10 @@ from shards import open_shards, read_manifest, shards_tokenizer
 from study import Results, stop_like_ctrl_c
 from tokenizer import MIN_VOCAB_SIZE, encode_texts, encoding_of, load_tokenizer, tokenizer_to_text, train_tokenizer
 
-CODE_LIKE = re.compile(r"(?=\S*[A-Za-z])\S*(?:[A-Za-z]\d|\d[A-Za-z]|\w_\w|[A-Za-z]\.[A-Za-z]|[a-z][A-Z])\S*")
+CODE_LIKE = re.compile(r"(?!Ma?c[A-Z])(?=\S*[A-Za-z])\S*(?:[A-Za-z]\d|\w_\w|[A-Za-z]{2}\.[A-Za-z]{2}|[a-z][A-Z])\S*")
 COMPOUND = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)+")
 LETTERS = re.compile(r"[A-Za-z]+")
+RARE = 3  # times in the text to learn from, at most
 KINDS = ("code-like", "compound", "long", "rare")
 ROUNDS = 5  # of the measurement of encoding speed
 
@@ -96,57 +97,77 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.sequences % self.B:
             raise ValueError(f"sequences {self.sequences} is not divisible by B {self.B}")
-        if not self.seeds or self.num_parallel < 0:
-            raise ValueError("seeds must hold at least one, num_parallel must not be negative")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}: give different ones")
+        if self.max_lr <= 0 or self.num_parallel < 0:
+            raise ValueError("max_lr must be above 0, num_parallel not negative")
+        GPTConfig(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)  # refuses what can't be
 
 
 def main(config: Config):
     stop_like_ctrl_c()
     rt = runtime.start(config.device, config.dtype)
-    settings = asdict(config)
-    for key in ("out_dir", "device", "num_parallel"):
+    settings = asdict(config) | dict(dtype=str(rt.dtype))
+    for key in ("out_dir", "B", "device", "compile", "num_parallel"):
         del settings[key]
     results = Results(config.out_dir, settings)
     folder = results.folder
 
-    # the text as bytes, from which everything else reads it
+    # the text as bytes: what to learn vocabularies from, and what to hold out
     if not (folder / "bytes.tiktoken").exists():
         write_text(folder / "bytes.tiktoken", tokenizer_to_text(encoding_of({bytes([b]): b for b in range(256)})))
-    results.run_all({"bytes": lambda run: shard(run, config, folder / "bytes.tiktoken", folder / "text")}, 1, "reading")
+    shard(config, results, {"text": folder / "bytes.tiktoken"}, "reading")
     vocabularies = learn(config, folder)
-    jobs = {
-        f"shards {name}": lambda run, name=name, file=file: shard(run, config, file, folder / "shards" / name)
-        for name, file in vocabularies.items()
-    }
-    results.run_all(jobs, 1, "sharding")
+    shard(config, results, {f"shards/{name}": file for name, file in vocabularies.items()}, "sharding")
 
     texts = held_out(config, folder, list(vocabularies))
-    words, terms = find_terms(texts, config.terms)
+    words, terms = find_terms(
+        texts, count_words(training_texts(config, folder / "text", "counting words")), config.terms
+    )
     encodings = {name: shards_tokenizer(folder / "shards" / name) for name in vocabularies}
     if "encoding_speed" not in results:
         results["encoding_speed"] = encoding_speeds(encodings, texts)
     for name, enc in encodings.items():
         if f"vocabulary {name}" not in results:
             numbers = describe(enc, texts, words, terms)
-            numbers |= costs(config, enc, results["bytes"]["text_bytes"], results[f"shards {name}"]["tokens"])
-            results[f"vocabulary {name}"] = numbers
+            results[f"vocabulary {name}"] = numbers | costs(config, enc, results["text"], results[f"shards/{name}"])
             results.save()
-    jobs = {
-        run_name(name, seed): lambda run, name=name, seed=seed: train(run, config, results, name, seed, texts, rt)
-        for name, seed in itertools.product(vocabularies, config.seeds)
-    }
-    results.run_all(jobs, config.num_parallel, "training")
+
+    runs = {f"{name} seed {seed}": (name, seed) for name, seed in itertools.product(vocabularies, config.seeds)}
+    commands = {run: train_command(config, results, *what) for run, what in runs.items()}
+
+    def read(run: str, error: str | None) -> dict:
+        name = runs[run][0]
+        return read_run(commands[run][1].parent, error, texts, config.B, results[f"vocabulary {name}"]["T"], rt)
+
+    results.run_all(commands, read, config.device, config.num_parallel, "training")
     summarize(config, results, encodings, terms)
 
 
-def shard(run, config: Config, tokenizer: Path | str, out_dir: Path) -> dict:
-    """Let fineweb.py shard the text with a tokenizer; the numbers of tokens and bytes that came out."""
-    words = ["fineweb.py", "--source", config.source, "--tokenizer", tokenizer, "--out_dir", out_dir]
-    if config.data_files:
-        words += ["--data_files", *config.data_files]
-    run(words, out_dir.parent / f"{out_dir.name}.txt")
-    manifest = read_manifest(out_dir)
-    return dict(tokens=manifest["tokens"], text_bytes=manifest["tokens"] - manifest["documents"])  # if a byte each
+def shard(config: Config, results: Results, tokenizers: dict[str, Path | str], desc: str):
+    """Let fineweb.py shard the text into folders, each with its tokenizer; keep the numbers of tokens and documents."""
+    source = [
+        "fineweb.py",
+        "--source",
+        config.source,
+        *(["--data_files", *config.data_files] if config.data_files else []),
+    ]
+    commands = {}
+    for name, tokenizer in tokenizers.items():
+        out_dir = results.folder / name
+        words = [*source, "--tokenizer", tokenizer, "--out_dir", out_dir]
+        commands[name] = words, out_dir.with_name(out_dir.name + ".txt")
+
+    def read(name: str, error: str | None) -> dict:
+        if error:
+            raise ValueError(error)
+        manifest = read_manifest(results.folder / name)
+        numbers = {key: manifest[key] for key in ("tokens", "documents")}
+        if numbers["documents"] != results.get("text", numbers)["documents"]:
+            raise ValueError(f"{config.source} changed while it was read: choose another --out_dir")
+        return numbers
+
+    results.run_all(commands, read, config.device, 1, desc)
 
 
 def learn(config: Config, folder: Path) -> dict[str, Path | str]:
@@ -154,7 +175,7 @@ def learn(config: Config, folder: Path) -> dict[str, Path | str]:
     vocabularies are the beginnings of the largest."""
     files = {str(size): folder / f"vocab_{size}.tiktoken" for size in sorted(config.vocab_sizes)}
     if not all(file.exists() for file in files.values()):
-        enc, _ = train_tokenizer(training_texts(config, folder / "text"), max(config.vocab_sizes))
+        enc, _ = train_tokenizer(training_texts(config, folder / "text", "learning"), max(config.vocab_sizes))
         ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
         for name, file in files.items():
             write_text(file, tokenizer_to_text(encoding_of(dict(ranks[: int(name) - 1]))))  # <|endoftext|> comes last
@@ -166,11 +187,11 @@ def learn(config: Config, folder: Path) -> dict[str, Path | str]:
     return files | {"gpt2": "gpt2"}
 
 
-def training_texts(config: Config, folder: Path) -> Iterator[str]:
+def training_texts(config: Config, folder: Path, desc: str) -> Iterator[str]:
     """The documents of the training shards of bytes, learn_bytes of them."""
     train = open_shards(folder, "train")
     total, read = min(config.learn_bytes, train.num_tokens), 0
-    with Progress(total=total, unit="B", unit_scale=True, desc="learning the vocabularies") as bar:
+    with Progress(total=total, unit="B", unit_scale=True, desc=desc) as bar:
         for number, length in enumerate(train.lengths):
             for document in split_bytes(train.read(number, 0, length)):
                 yield document.decode("utf-8", "replace")
@@ -201,11 +222,22 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
         limit -= len(document)
         if limit <= 0:
             break
-    return list(filter(None, texts))
+    texts = list(filter(None, texts))
+    if not any(LETTERS.search(text) for text in texts):
+        raise ValueError("the held-out text has no words of Latin letters: give more text, or other text")
+    return texts
 
 
-def find_terms(texts: list[str], count: int) -> tuple[Counter, dict[str, list[str]]]:
-    """How often each word of letters occurs, and the technical terms of each kind: `count` of them, at random."""
+def count_words(texts: Iterable[str]) -> Counter:
+    counts = Counter()
+    for text in texts:
+        counts.update(LETTERS.findall(text))
+    return counts
+
+
+def find_terms(texts: list[str], known: Counter, count: int) -> tuple[Counter, dict[str, list[str]]]:
+    """How often each word of letters occurs in the texts, and the technical terms of each kind: `count` of them, at
+    random. `known` says how often words occur in the text to learn from."""
     words, terms = Counter(), {kind: set() for kind in KINDS}
     for text in texts:
         for word in text.split():
@@ -216,12 +248,12 @@ def find_terms(texts: list[str], count: int) -> tuple[Counter, dict[str, list[st
                 terms["code-like"].add(word)
             elif COMPOUND.fullmatch(word):
                 terms["compound"].add(word)
-    for word, occurrences in words.items():
-        if re.search("[a-z][A-Z]", word):
+    for word in words:
+        if CODE_LIKE.fullmatch(word):
             terms["code-like"].add(word)
         elif len(word) >= 12:
             terms["long"].add(word)
-        elif len(word) >= 4 and occurrences == 1:
+        elif len(word) >= 4 and known[word] <= RARE:
             terms["rare"].add(word)
     rng = np.random.default_rng(0)
     return words, {kind: rng.permutation(sorted(found))[:count].tolist() for kind, found in terms.items()}
@@ -255,8 +287,9 @@ def encoding_speeds(encodings: dict[str, tiktoken.Encoding], texts: list[str]) -
     return {name: megabytes / statistics.median(values) for name, values in seconds.items()}
 
 
-def costs(config: Config, enc: tiktoken.Encoding, text_bytes: int, tokens: int) -> dict:
+def costs(config: Config, enc: tiktoken.Encoding, text: dict, shards: dict) -> dict:
     """What follows for a model that reads the whole text: tokens in a sequence, parameters, training compute."""
+    tokens, text_bytes = shards["tokens"], text["tokens"] - text["documents"]  # a token a byte, and one a document
     T = max(1, round(config.context_bytes * tokens / text_bytes))
     shape = GPTConfig(T, enc.n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     with torch.device("meta"):
@@ -269,25 +302,25 @@ def costs(config: Config, enc: tiktoken.Encoding, text_bytes: int, tokens: int) 
     )
 
 
-def run_name(name: str, seed: int) -> str:
-    return f"{name} seed {seed}"
-
-
-def train(run, config: Config, results: Results, name: str, seed: int, texts: list[str], rt: Runtime) -> dict:
-    """A model on a vocabulary, and its bits per byte of the held-out text."""
-    T, folder = results[f"vocabulary {name}"]["T"], results.folder / "runs" / f"{name}_seed_{seed}"
-    words = ["train_gpt2.py", "--resume", "--log_dir", folder, "--data_dir", results.folder / "shards" / name]
+def train_command(config: Config, results: Results, name: str, seed: int) -> tuple[list, Path]:
+    """The words of the command that trains a model on a vocabulary, and the file for its output."""
+    T, log_dir = results[f"vocabulary {name}"]["T"], results.folder / "runs" / f"{name}_seed_{seed}"
     constants = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "B", "max_steps", "max_lr")}
     constants |= dict(T=T, block_size=T, total_batch_size=config.sequences * T, seed=seed)
     constants |= dict(min_lr=config.max_lr / 10, warmup_steps=config.max_steps // 10)
-    constants |= dict(device=config.device, dtype=config.dtype, compile=config.compile)
-    constants |= dict(val_every=0, sample_every=0, hellaswag_every=0, checkpoint_every=0)
-    run([*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], folder / "output.txt")
+    constants |= dict(device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile)
+    constants |= dict(val_every=0, sample_every=0, hellaswag_every=0, checkpoint_every=config.max_steps)
+    words = ["train_gpt2.py", "--resume", "--log_dir", log_dir, "--data_dir", results.folder / "shards" / name]
+    return [*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], log_dir / "output.txt"
 
+
+def read_run(folder: Path, error: str | None, texts: list[str], B: int, T: int, rt: Runtime) -> dict:
+    """A trained model's loss on the held-out text. Raises ValueError if the run failed."""
+    if error:
+        raise ValueError(error)
     model, enc = checkpoint.load_model(folder / "model_final.pt")
-    loss, bits = bits_per_byte(model.to(rt.device), enc, texts, config.B, T, rt)
-    for path in checkpoint.candidates(folder):
-        path.unlink()
+    loss, bits = bits_per_byte(model.to(rt.device), enc, texts, B, T, rt)
+    torch.cuda.empty_cache()  # for the runs on the same GPU
     return dict(loss=loss, bits_per_byte=bits)
 
 
@@ -304,7 +337,7 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
     rows, by_kind = [], []
     for name in names:
         found = results[f"vocabulary {name}"]
-        bits = [results[run_name(name, seed)]["bits_per_byte"] for seed in config.seeds]
+        bits = [results[f"{name} seed {seed}"]["bits_per_byte"] for seed in config.seeds]
         rows.append((
             name, f"{found['bytes_per_token']:.2f}", f"{found['tokens_per_word']:.3f}", f"{found['words_whole']:.1%}",
             str(found["T"]), f"{found['parameters'] / 1e6:.2f}M", f"{found['embedding_share']:.1%}",
@@ -317,11 +350,13 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
         "vocabulary", "bytes per token", "tokens per word", "words whole", f"tokens in {config.context_bytes} bytes",
         "parameters", "of them embeddings", "training MFLOP per byte", "encoding MB/s", "bits per byte",
     )  # fmt: skip
-    examples = [(term, *(cut(encodings[name], term) for name in names)) for kind in kinds for term in terms[kind][:3]]
+    examples = [
+        (escape(term), *(cut(encodings[name], term) for name in names)) for kind in kinds for term in terms[kind][:3]
+    ]
     text = "\n\n".join(
         (
-            f"{results['bytes']['text_bytes']:,} bytes of {config.source}; models of {config.n_layer} layers of width "
-            f"{config.n_embd}, {config.max_steps} steps of {config.sequences} x {config.context_bytes} bytes; bits per "
+            f"{results['text']['tokens'] - results['text']['documents']:,} bytes of {config.source}; models of "
+            f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of {config.sequences} x {config.context_bytes} bytes; bits per "
             f"byte of the held-out text, mean and standard deviation of {len(config.seeds)} seeds",
             table(head, rows),
             "Tokens per technical term (share kept whole):",
@@ -330,16 +365,21 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
             table(("term", *names), examples),
         )
     )
-    draw(config, results, names, kinds)
     write_text(results.folder / "terms.json", json.dumps(terms, indent=1) + "\n")
     write_text(results.folder / "report.md", text + "\n")
+    draw(config, results, names, kinds)
     say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json, {results.folder}/tradeoff.png")
 
 
 def cut(enc: tiktoken.Encoding, term: str) -> str:
     """A term after a blank, with a stroke between its tokens."""
     parts = (enc.decode_single_token_bytes(token) for token in enc.encode_ordinary(" " + term))
-    return "·".join(part.decode("utf-8", "replace").strip() for part in parts).strip("·")
+    return escape("·".join(part.decode("utf-8", "replace").strip() for part in parts).strip("·"))
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|")
 
 
 def draw(config: Config, results: Results, names: list[str], kinds: list[str]):
@@ -370,7 +410,7 @@ def draw(config: Config, results: Results, names: list[str], kinds: list[str]):
     )
     middle.set(title="Cost", ylim=(0, None))
 
-    bits = {name: [results[run_name(name, seed)]["bits_per_byte"] for seed in config.seeds] for name in names}
+    bits = {name: [results[f"{name} seed {seed}"]["bits_per_byte"] for seed in config.seeds] for name in names}
     plot(right, lambda name: np.mean(bits[name]), f"mean of {len(config.seeds)} seeds", "C0")
     for name in names:
         right.plot([found[name]["vocab_size"]] * len(bits[name]), bits[name], "_", color="C0", alpha=0.6)
