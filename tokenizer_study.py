@@ -332,7 +332,7 @@ def bits_per_byte(model: GPT, enc: tiktoken.Encoding, texts: list[str], B: int, 
 
 
 def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.Encoding], terms: dict[str, list[str]]):
-    names = list(encodings)
+    names, text_bytes = list(encodings), results["text"]["tokens"] - results["text"]["documents"]
     kinds = [kind for kind in KINDS if terms[kind]]
     rows, by_kind = [], []
     for name in names:
@@ -355,9 +355,9 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
     ]
     text = "\n\n".join(
         (
-            f"{results['text']['tokens'] - results['text']['documents']:,} bytes of {config.source}; models of "
-            f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of {config.sequences} x {config.context_bytes} bytes; bits per "
-            f"byte of the held-out text, mean and standard deviation of {len(config.seeds)} seeds",
+            f"{text_bytes:,} bytes of {config.source}; models of {config.n_layer} layers of width {config.n_embd}, "
+            f"{config.max_steps} steps of {config.sequences} x {config.context_bytes} bytes; bits per byte of the "
+            f"held-out text, mean and standard deviation of {len(config.seeds)} seeds",
             table(head, rows),
             "Tokens per technical term (share kept whole):",
             table(("vocabulary", *(f"{kind}, {len(terms[kind])}" for kind in kinds)), by_kind),

@@ -22,6 +22,7 @@ import lora
 from dataloader import SequenceLoader
 from descriptions import read_descriptions
 from model import GPT, IGNORE, GPTConfig
+from pruning import prune_heads
 from runtime import Runtime
 from tokenizer import tokenizer_to_text, train_tokenizer
 from training import make_optimizer, train_step
@@ -245,6 +246,17 @@ def test_a_rate_that_diverges_is_recorded_and_patience_stops_early(folder, tmp_p
 
 
 # the report's figures, by hand
+
+
+def test_a_pruned_model_is_finetuned_as_it_is(folder, tmp_path):
+    whole = checkpoint.load(folder / "model.pt")
+    pruned = prune_heads(checkpoint.build_model(whole, "model.pt"), [[0], [1]])
+    path = tmp_path / "pruned.pt"
+    checkpoint.save(path, whole | dict(model=pruned.state_dict(), config=pruned.config_dict()))
+    ok(run(folder, tmp_path / "out", "--init_from", path, "--learning_rates", "1e-3", "--num_epochs", 1))
+    best = checkpoint.load(tmp_path / "out" / "final_lr_0.001" / "model_best.pt")
+    assert best["config"]["heads_kept"] == (1, 1)
+    assert not torch.equal(best["model"]["h.0.attn.c_proj.weight"], pruned.h[0].attn.c_proj.weight)
 
 
 def test_figures_of_samples_by_hand():

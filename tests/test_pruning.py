@@ -199,7 +199,7 @@ def pruned_file(data_dir, tmp_path_factory):
     return path
 
 
-def test_it_trains_resumes_samples_and_exports(data_dir, pruned_file, tmp_path):
+def test_it_trains_resumes_evaluates_samples_and_exports(data_dir, pruned_file, tmp_path):
     words = ["train_gpt2.py", "--data_dir", data_dir, *SMALL_RUN, "--init_from", pruned_file, "--log_dir", tmp_path]
     words += ["--max_steps", 12, "--checkpoint_every", 6]
     ok(command(*words))
@@ -210,6 +210,8 @@ def test_it_trains_resumes_samples_and_exports(data_dir, pruned_file, tmp_path):
     again = checkpoint.load(final)
     assert again["config"]["heads_kept"] == (2, 1)
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in once["model"].items())
+    words = ["--benchmarks", "val", "--val_data", data_dir, "--out_dir", tmp_path / "evaluation", "--device", "cpu"]
+    assert "bits per byte" in ok(command("evaluate.py", "--models", final, *words)).stdout
     sample = command("sample.py", "--model", final, "--prompt", "import", "--max_tokens", 20, "--device", "cpu")
     assert "import" in ok(sample).stdout
     ok(command("export.py", "--model", final, "--out", tmp_path / "exported"))
