@@ -13,6 +13,8 @@ One file of tensors and plain values, readable with torch.load(..., weights_only
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tiktoken
@@ -32,6 +34,43 @@ def save(path: str | Path, checkpoint: dict):
             torch.save(checkpoint, file)
     except RuntimeError as error:  # torch's own writer hides the OSError of a full disk behind this
         raise OSError(f"{path} can't be written ({error.__context__ or error}): make room, then run again") from error
+
+
+class BackgroundSaver:
+    """Saves checkpoints while training goes on: `save` only waits for the one before and copies the state to host
+    memory, which it keeps for the next. What goes wrong is raised by the call that follows.
+    """
+
+    def __init__(self):
+        self.copy, self.writing = None, None
+        self.pool = ThreadPoolExecutor(1)
+
+    def save(self, path: str | Path, checkpoint: dict, then: Callable[[], None] = lambda: None):
+        """Write the checkpoint as it is now, then call `then`."""
+        self.wait()
+        self.copy = copy_into(self.copy, checkpoint)
+        self.writing = self.pool.submit(lambda: (save(path, self.copy), then()))
+
+    def wait(self):
+        """Until what was handed over is on the disk."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+
+def copy_into(copy, state):
+    """A copy of nested dicts and lists of tensors and plain values in host memory, into that of an earlier copy."""
+    if isinstance(state, torch.Tensor):
+        if not isinstance(copy, torch.Tensor) or (copy.shape, copy.dtype) != (state.shape, state.dtype):
+            copy = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return copy.copy_(state)
+    if isinstance(state, dict):
+        copy = copy if isinstance(copy, dict) else {}
+        return {key: copy_into(copy.get(key), value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        copy = copy if isinstance(copy, list | tuple) and len(copy) == len(state) else [None] * len(state)
+        return type(state)(copy_into(old, value) for old, value in zip(copy, state))
+    return state
 
 
 def load(path: str | Path) -> dict:

@@ -92,7 +92,7 @@ def main(config: Config):
     training, held_out = split(read_descriptions(config.data), config.seed)
     tuner = Finetuner(config, training, held_out, rt)
     if rt.is_main:
-        prepare_folder(out_dir, config.resume, tuner.settings)
+        prepare_folder(out_dir, config.resume or runtime.restarted(), tuner.settings)
     rt.barrier()
     lr = config.learning_rates[0] if len(config.learning_rates) == 1 else search(config, tuner, rt)
     folder = out_dir / f"final_lr_{decimal(lr)}"

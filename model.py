@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -168,6 +169,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # Post-LN blocks already end in a LayerNorm.
         self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
+        self.activation_checkpointing = False  # compute the blocks' activations again in the backward pass
         self.init_weights()
 
     @torch.no_grad()
@@ -202,7 +204,10 @@ class GPT(nn.Module):
             mask = cache.locate(positions)
         x = self.drop(self.wte(idx) + self.wpe(positions))
         for block in self.h:
-            x = block(x, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
         return self.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:

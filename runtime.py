@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -83,8 +84,11 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def start(device: Device = "auto", dtype: Dtype = "auto") -> Runtime:
-    """Choose device and dtype, and join the other ranks if `torchrun` started this process."""
+def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) -> Runtime:
+    """Choose device and dtype, and join the other ranks if `torchrun` started this process.
+
+    A rank that another one keeps waiting for `timeout` seconds gives up.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
@@ -92,8 +96,36 @@ def start(device: Device = "auto", dtype: Dtype = "auto") -> Runtime:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        check_launcher()
+        end_with_launcher()
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return Runtime(chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size)
+
+
+def check_launcher():
+    """Refuse restarts that can't work: workers that share torchrun's store read the addresses of those before them."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment")
+
+
+def end_with_launcher():
+    """End this process when `torchrun`, which watches over it, is gone: the others notice, and go on without it."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        print("error: torchrun is gone", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def choose_device(name: Device, local_rank: int) -> torch.device:

@@ -40,7 +40,7 @@ from runtime import Runtime, StopSignal
 from scoring import stream_loss
 from shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
 from tokenizer import tokenizer_from_text, tokenizer_to_text
-from training import learning_rate, make_optimizer, train_step
+from training import learning_rate, make_optimizer, optimizer_state, train_step
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Config:
     beta2: float = 0.95  # AdamW's decay of its square
     eps: float = 1e-8  # AdamW's epsilon
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+    shard_optimizer: bool = False  # each process keeps only its share of AdamW's states (ZeRO stage 1)
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads per block
@@ -71,6 +72,7 @@ class Config:
     vocab_size: int | None = None  # rows of the embedding; None = the tokenizer's, padded to a multiple of 128: 50304
     norm: Literal["pre", "post"] = "pre"  # LayerNorm before the sublayers (GPT-2), or after (the first Transformer)
     dropout: float = 0.0  # share of activations dropped
+    activation_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, slower
     init_from: str | None = None  # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
     # run
     resume: bool = False  # go on from the newest good checkpoint in log_dir, or start afresh where there is none
@@ -78,6 +80,7 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
     dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
+    timeout: float = 600  # seconds that a process waits for another one before it gives up
     deterministic: bool = False  # only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
     # now and then, in steps; 0 = never
     val_every: int = 100  # validation loss
@@ -106,10 +109,10 @@ def main(config: Config):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
-    rt = runtime.start(config.device, config.dtype)
-    log_dir = Path(config.log_dir)
+    rt = runtime.start(config.device, config.dtype, config.timeout)
+    log_dir, resume = Path(config.log_dir), config.resume or runtime.restarted()
     if rt.is_main:
-        prepare_folder(log_dir, config.resume)
+        prepare_folder(log_dir, resume)
     rt.barrier()
 
     # data
@@ -121,13 +124,15 @@ def main(config: Config):
     examples = hellaswag_examples(config, rt)
 
     # model, optimizer, and where an earlier run left them
-    resumed, path = checkpoint.load_newest(log_dir, rt.print) if config.resume else (None, None)
+    resumed, path = checkpoint.load_newest(log_dir, rt.print) if resume else (None, None)
     fixed = fixed_settings(config)
     if resumed:
         check_agreement(resumed, fixed, path)
     torch.manual_seed(config.seed)
     raw_model = make_model(config, enc, resumed, path).to(rt.device)
-    optimizer = make_optimizer(raw_model, config.max_lr, config.weight_decay, (config.beta1, config.beta2), config.eps)
+    raw_model.activation_checkpointing = config.activation_checkpointing
+    betas, sharded = (config.beta1, config.beta2), config.shard_optimizer and rt.world_size > 1
+    optimizer = make_optimizer(raw_model, config.max_lr, config.weight_decay, betas, config.eps, sharded)
     start_step = 0
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -167,15 +172,17 @@ def main(config: Config):
         if step and is_due(step, config.sample_every, max_steps) and rt.is_main:
             log.write(step, samples=draw_samples(raw_model, enc, config, rt))
 
+    saver = checkpoint.BackgroundSaver()  # used on rank 0
+
     def save(name: str, step: int) -> Path:
-        path = log_dir / name
+        path, optimizer_states = log_dir / name, optimizer_state(optimizer)
         if rt.is_main:
             state = dict(
                 model=raw_model.state_dict(), config=raw_model.config_dict(), tokenizer=tokenizer_to_text(enc),
-                step=step, optimizer=optimizer.state_dict(), run=fixed,
+                step=step, optimizer=optimizer_states, run=fixed,
             )  # fmt: skip
-            checkpoint.save(path, state)
-            checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep=0 if step == max_steps else 2)
+            keep = 0 if step == max_steps else 2
+            saver.save(path, state, then=lambda: checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep))
         return path
 
     flops = raw_model.flops_per_token(config.T)
@@ -192,6 +199,7 @@ def main(config: Config):
             loss, stop_asked = rt.sum(torch.stack([loss, loss.new_tensor(stop.number)])).tolist()
             loss, grad_norm = loss / rt.world_size, float(grad_norm)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                saver.wait()
                 raise ValueError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the last good "
                     f"checkpoint is {last_good}; lower max_lr or lengthen the warmup"
@@ -216,10 +224,13 @@ def main(config: Config):
             evaluate(step)
 
     if step < max_steps:
-        rt.print(f"stopped: saved {save(f'model_{step:05d}.pt', step)}; --resume goes on from there")
+        path = save(f"model_{step:05d}.pt", step)
+        saver.wait()
+        rt.print(f"stopped: saved {path}; --resume goes on from there")
         runtime.leave()
         sys.exit(128 + (stop.number or signal.SIGTERM))
     final = save("model_final.pt", step)
+    saver.wait()
     seconds = time.perf_counter() - began
     tokens = (step - start_step) * config.total_batch_size
     vals = log.values("val")

@@ -3,18 +3,38 @@
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from runtime import Runtime
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, sharded: bool = False
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) that decays tensors of two dimensions and more: matrices and embeddings,
-    not biases and LayerNorms. Fused into one kernel over all tensors."""
+    not biases and LayerNorms. Fused into one kernel over all tensors.
+
+    sharded: each rank keeps the states of its share of the parameters, updates these and sends them to the others
+    (Rajbhandari et al. 2020, "ZeRO", stage 1).
+    """
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     rest = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    options = dict(lr=lr, betas=betas, eps=eps, fused=True)
+    if sharded:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # late: it takes a second
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict | None:
+    """The whole state dict, the same whether it was sharded or not; on rank 0, None on the others. For all ranks."""
+    if hasattr(optimizer, "consolidate_state_dict"):  # a ZeroRedundancyOptimizer
+        optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if dist.get_rank() == 0 else None
+    return optimizer.state_dict()
 
 
 def learning_rate(step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:

@@ -46,6 +46,22 @@ def one_line(result: subprocess.CompletedProcess) -> str:
     return errors[0]
 
 
+def worker_of(launcher: subprocess.Popen, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    for pid in children:
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
+    raise AssertionError(f"no worker of rank {rank}")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Shards of a little text, under a vocabulary of 384 tokens: several for training, one for validation."""
