@@ -14,7 +14,7 @@ if (SHARED_DATA / "tiktoken").exists():
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other
 SMALL_MODEL = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64".split()
-SMALL_RUN = [*SMALL_MODEL, *"--B 4 --T 32 --total_batch_size 512 --warmup_steps 4 --max_lr 3e-3 --min_lr 3e-4".split()]
+SMALL_RUN = [*SMALL_MODEL, *"--B 4 --T 32 --total_batch_size 512 --warmup_steps 4 --max_lr 1e-3 --min_lr 1e-4".split()]
 SMALL_RUN += "--val_every 10 --val_tokens 1000 --sample_every 0 --hellaswag_every 0".split()
 SMALL_RUN += "--device cpu --dtype float32".split()
 

@@ -29,7 +29,7 @@ from two_hosts import log, make_data  # noqa: E402
 
 MODEL = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --B 4 --T 64 --total_batch_size 512 --device cpu".split()
 RUN = [*MODEL, *"--dtype float32 --warmup_steps 10 --val_every 100 --val_tokens 2000 --dropout 0.1".split()]
-RUN += "--sample_every 0 --hellaswag_every 0 --checkpoint_every 0 --rolling_every 7 --resume".split()
+RUN += "--sample_every 0 --hellaswag_every 0 --checkpoint_every 2000 --rolling_every 7 --resume".split()
 os.environ |= dict(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 

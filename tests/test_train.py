@@ -101,7 +101,7 @@ def test_a_run_leaves_what_the_design_says(reference):
     assert records[10]["val"] == pytest.approx(dict(stream(reference, "val"))[10], abs=1e-6)
     assert len(records[15]["samples"]) == 4
     config = json.loads((reference / "config.json").read_text())
-    assert config["constants"]["max_lr"] == 3e-3
+    assert config["constants"]["max_lr"] == 1e-3
     assert config["data"]["source"] == "text"
     checkpoint = weights(reference / "model_final.pt")
     assert checkpoint["step"] == STEPS
@@ -114,11 +114,11 @@ def test_a_run_leaves_what_the_design_says(reference):
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine(reference):
     rates = [json.loads(line).get("lr") for line in (reference / "metrics.jsonl").read_text().splitlines()]
-    assert rates[0] == pytest.approx(3e-3 / 4)
-    assert rates[3] == pytest.approx(3e-3)
+    assert rates[0] == pytest.approx(1e-3 / 4)
+    assert rates[3] == pytest.approx(1e-3)
     halfway = 4 + (STEPS - 4) // 2
-    assert rates[halfway] == pytest.approx((3e-3 + 3e-4) / 2)
-    assert rates[29] == pytest.approx(3e-4 + 0.5 * (3e-3 - 3e-4) * (1 + math.cos(math.pi * 25 / 26)))
+    assert rates[halfway] == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rates[29] == pytest.approx(1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * 25 / 26)))
 
 
 @pytest.mark.parametrize("B", [8, 16])
