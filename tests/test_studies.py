@@ -154,11 +154,13 @@ def test_other_settings_are_refused(norm_folder):
     assert "holds a study with max_steps=12, not 13: choose another --out_dir" in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_study_takes_its_runs_along_and_goes_on(data_dir, tmp_path, number):
     words = ["norm_study.py", "--data_dir", data_dir, "--out_dir", tmp_path, *NORM_RUN, "--learning_rates", "1e-3"]
     words += ["--max_steps", "100000"]
-    study = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell in the background ignores it
+    words = list(map(str, words))
+    study = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.rglob("log.txt"))) < 2:
         assert time.monotonic() < deadline

@@ -93,7 +93,7 @@ def test_a_run_leaves_what_the_design_says(reference):
     assert names == {
         "config.json", "log.txt", "metrics.jsonl", "model_00010.pt", "model_00020.pt", "model_final.pt",
     }  # fmt: skip
-    assert losses(reference)[-1] < losses(reference)[0] - 0.5
+    assert losses(reference)[-1] < losses(reference)[0] - 0.2
     assert [step for step, _ in stream(reference, "val")] == [0, 10, 20, 30]
     records = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(STEPS + 1))
