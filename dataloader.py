@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from model import IGNORE
+from loss import IGNORE
 from shards import Shards
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), whole, in one file.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), whole but for its loss.
 
     model = GPT(GPTConfig())                     # random weights, 124M
     model = GPT.from_pretrained("gpt2")          # OpenAI's weights; or a folder in Hugging Face's layout
@@ -21,6 +21,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from loss import linear_cross_entropy
+
 SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -31,7 +33,6 @@ HF_FIXED = dict(  # what may vary in Hugging Face's configurations, but not here
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
 )  # fmt: skip
-IGNORE = -100  # a target with this value does not count in the loss
 
 
 @dataclass
@@ -409,53 +410,3 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, to
         outside = probs.cumsum(-1) - probs >= top_p  # the tokens before it already reach top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, an eighth of the tokens at a time.
-
-    Each part's gradient is computed while its logits are there, so that they need not be kept or computed again:
-    of the (N, V) logits only an eighth ever exists.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
-        valid = targets != IGNORE
-        count = valid.sum().clamp(min=1)
-        w = weight.to(dtype)
-        loss = torch.zeros((), device=x.device)
-        grads_x = []
-        grad_w = None  # summed in float32
-        part = max(256, math.ceil(len(x) / 8))
-        rows = torch.arange(part, device=x.device)
-        for xs, ts, vs in zip(x.to(dtype).split(part), targets.split(part), valid.split(part)):
-            logits = (xs @ w.t()).float()
-            logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
-            ts = ts.where(vs, 0)[:, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += ((lse - logits.gather(1, ts))[:, 0] * vs).sum()
-            if needs_grad:
-                grad = logits.sub_(lse).exp_()  # softmax, then minus one at the target
-                grad[rows[: len(ts)], ts[:, 0]] -= 1  # not scatter_add_: it has no deterministic CUDA kernel
-                grad = grad.mul_((vs / count)[:, None]).to(dtype)
-                grads_x.append(grad @ w)
-                product = grad.t() @ xs
-                grad_w = product.float() if grad_w is None else grad_w.add_(product)
-        if needs_grad:
-            ctx.save_for_backward(torch.cat(grads_x).to(x.dtype), grad_w.to(weight.dtype))
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_w * grad_loss, None, None, None, None
-
-
-def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Mean loss in nats (scalar, float32) of hidden states x (N, C) against targets (N,) int64 under the logits
-    x @ weight.T, of which only the first vocab_size columns count. Matrix products run in autocast's dtype."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, needs_grad)

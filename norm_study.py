@@ -42,7 +42,7 @@ from files import write_text
 from model import GPT, GPTConfig
 from runtime import Runtime
 from shards import manifest_checksum, open_shards, shards_tokenizer
-from study import Results, read_stream, read_windows, stop_like_ctrl_c
+from study import Results, mean_and_deviation, read_stream, read_windows, stop_like_ctrl_c, train_command
 
 NORMS = {"pre": "tab:blue", "post": "tab:orange"}
 INITS = {"gpt2": "-", "xavier": "--"}
@@ -76,13 +76,15 @@ class Config:
     def __post_init__(self):
         for name in ("learning_rates", "warmups", "seeds", "depths"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < (name == "depths"):
-                raise ValueError(f"{name} is {values}: give different values, none negative")
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}: give different values")
         for name in ("gradients_every", "B", "T", "total_batch_size", "max_steps", "val_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if min(self.learning_rates) <= 0 or self.num_parallel < 0:
-            raise ValueError("learning_rates must be above 0, num_parallel not negative")
+        if min(self.learning_rates) <= 0 or min(self.depths) <= 0:
+            raise ValueError("learning_rates and depths must be above 0")
+        if min(self.warmups) < 0 or min(self.seeds) < 0 or self.num_parallel < 0:
+            raise ValueError("warmups, seeds and num_parallel must not be negative")
 
 
 def main(config: Config):
@@ -104,7 +106,7 @@ def main(config: Config):
         results["gradients_at_init"] = gradients_at_init(config, shape, x, y, rt)
         results.save()
     grid = list(itertools.product(NORMS, config.learning_rates, config.warmups, config.seeds))
-    commands = {run_name(*point): train_command(config, results.folder, *point) for point in grid}
+    commands = {run_name(*point): run_command(config, results.folder, *point) for point in grid}
 
     def read(name: str, error: str | None) -> dict:
         return read_run(results.folder / "runs" / name, error, x, y, rt)
@@ -158,17 +160,14 @@ def layer_gradients(model: GPT, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -
     return [float(gradient.norm()) for gradient in torch.autograd.grad(loss, weights)]
 
 
-def train_command(config: Config, folder: Path, norm: str, lr: float, warmup: int, seed: int) -> tuple[list, Path]:
+def run_command(config: Config, folder: Path, norm: str, lr: float, warmup: int, seed: int) -> tuple[list, Path]:
     """The words of one run's command, and the file for its output."""
-    log_dir = folder / "runs" / run_name(norm, lr, warmup, seed)
     constants = dict(norm=norm, max_lr=lr, min_lr=lr / 10, warmup_steps=warmup, seed=seed, block_size=config.T)
     for key in ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "max_steps", "val_tokens"):
         constants[key] = getattr(config, key)
-    constants |= dict(device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile)
     constants |= dict(val_every=config.max_steps, checkpoint_every=config.gradients_every)
     constants |= dict(rolling_every=0, sample_every=0, hellaswag_every=0)
-    words = ["train_gpt2.py", "--resume", "--log_dir", log_dir, "--data_dir", config.data_dir]
-    return [*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], log_dir / "output.txt"
+    return train_command(config, folder / "runs" / run_name(norm, lr, warmup, seed), config.data_dir, **constants)
 
 
 def read_run(folder: Path, error: str | None, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -> dict:
@@ -219,16 +218,11 @@ def summarize(config: Config, results: Results):
             spikes = [size for run in runs for size in run["spikes"]]
             alive = survived(runs, unigram)
             largest = lr if alive else largest
-            rows.append(
-                (
-                    f"{norm}, warmup {warmup}",
-                    f"{lr:g}",
-                    mean_and_deviation(vals),
-                    f"{len(runs) - len(vals)} of {len(runs)}",
-                    f"{len(spikes)}, {max(spikes):.2f}" if spikes else "0",
-                    "yes" if alive else "no",
-                )  # fmt: skip
-            )
+            rows.append((
+                f"{norm}, warmup {warmup}", f"{lr:g}", mean_and_deviation(vals) if vals else "none finite",
+                f"{len(runs) - len(vals)} of {len(runs)}", f"{len(spikes)}, {max(spikes):.2f}" if spikes else "0",
+                "yes" if alive else "no",
+            ))  # fmt: skip
         survivals.append((f"{norm}, warmup {warmup}", "none" if largest is None else f"{largest:g}"))
     head = ("placement", "learning rate", "validation loss", "diverged", "spikes, largest (nats)", "survived")
     text = "\n\n".join(
@@ -246,12 +240,6 @@ def summarize(config: Config, results: Results):
     draw_learning_rates(config, results)
     draw_gradients(config, results)
     say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them")
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    if not values:
-        return "none finite"
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=min(1, len(values) - 1)):.3f}"
 
 
 def last_layer(results: Results, norm: str, init: str) -> tuple[list[int], list[float]]:

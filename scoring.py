@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from console import Progress
-from model import GPT, IGNORE
+from loss import IGNORE
+from model import GPT
 from runtime import Runtime
 
 MAX_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # of the rows that are computed together, padding included

@@ -41,7 +41,9 @@ class Results(dict):
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they are when read
         self.path = self.folder / "results.json"
         super().__init__(settings=settings)
-        if self.path.exists():
+        if not self.path.exists():
+            self.save()  # before any other file of the study
+        else:
             try:
                 self |= json.loads(self.path.read_text())
                 found = self["settings"].items()
@@ -152,6 +154,20 @@ def run_stage(words: list, log: Path, slot: dict, running: set, lock: int) -> st
 def stop_like_ctrl_c():
     """SIGTERM ends a study as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def train_command(config, log_dir: Path, data_dir: str | Path, **constants) -> tuple[list, Path]:
+    """The words of the command that trains a model with these constants and a study's device, dtype and compile, and
+    the file for its output."""
+    constants |= dict(device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile)
+    words = ["train_gpt2.py", "--resume", "--log_dir", log_dir, "--data_dir", data_dir]
+    return [*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], log_dir / "output.txt"
+
+
+def mean_and_deviation(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard deviation, of the seeds for instance."""
+    deviation = np.std(values, ddof=min(1, len(values) - 1))
+    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:

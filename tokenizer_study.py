@@ -11,12 +11,7 @@ beginning of the text, as far as it is in every vocabulary's validation shard. N
 The models read as much of the same corpus: as many sequences a step, of as many bytes, for as many steps, so that a
 sequence has fewer tokens where tokens are longer. They are compared in bits per byte, the only unit that does not
 depend on how the text is cut: a loss per token is lower for shorter tokens, whatever the model is worth. Technical
-terms come from the held-out text; a term belongs to the first kind that fits:
-
-    code-like   a digit after a letter, an underscore or a dot inside, or a capital after a small letter: utf8, os.path
-    compound    words joined by hyphens
-    long        12 letters and more
-    rare        4 to 11 letters, at most 3 times in the text that the vocabularies are learned from
+terms come from the held-out text: code-like, compound, long and rare ones, as fragmentation.py defines them.
 
 How to read it: bytes per token grow with the logarithm of the vocabulary, so that each doubling shortens sequences and
 saves compute in the blocks, and adds embeddings, which are most of a small model. Fragmentation costs where terms are
@@ -29,11 +24,7 @@ log/tokenizer_study/. The runs' logs are kept, their checkpoints are not.
 import itertools
 import json
 import math
-import re
-import statistics
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,19 +39,13 @@ import checkpoint
 import runtime
 from console import Progress, cli, say, table
 from files import write_text
+from fragmentation import KINDS, LETTERS, count_words, describe, encoding_speeds, find_terms
 from model import GPT, GPTConfig
 from runtime import Runtime
 from scoring import stream_loss
 from shards import open_shards, read_manifest, shards_tokenizer
-from study import Results, stop_like_ctrl_c
+from study import Results, mean_and_deviation, stop_like_ctrl_c, train_command
 from tokenizer import MIN_VOCAB_SIZE, encode_texts, encoding_of, load_tokenizer, tokenizer_to_text, train_tokenizer
-
-CODE_LIKE = re.compile(r"(?!Ma?c[A-Z])(?=\S*[A-Za-z])\S*(?:[A-Za-z]\d|\w_\w|[A-Za-z]{2}\.[A-Za-z]{2}|[a-z][A-Z])\S*")
-COMPOUND = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)+")
-LETTERS = re.compile(r"[A-Za-z]+")
-RARE = 3  # times in the text to learn from, at most
-KINDS = ("code-like", "compound", "long", "rare")
-ROUNDS = 5  # of the measurement of encoding speed
 
 
 @dataclass
@@ -121,9 +106,8 @@ def main(config: Config):
     shard(config, results, {f"shards/{name}": file for name, file in vocabularies.items()}, "sharding")
 
     texts = held_out(config, folder, list(vocabularies))
-    words, terms = find_terms(
-        texts, count_words(training_texts(config, folder / "text", "counting words")), config.terms
-    )
+    known = count_words(training_texts(config, folder / "text", "counting words"))
+    words, terms = find_terms(texts, known, config.terms)
     encodings = {name: shards_tokenizer(folder / "shards" / name) for name in vocabularies}
     if "encoding_speed" not in results:
         results["encoding_speed"] = encoding_speeds(encodings, texts)
@@ -134,7 +118,7 @@ def main(config: Config):
             results.save()
 
     runs = {f"{name} seed {seed}": (name, seed) for name, seed in itertools.product(vocabularies, config.seeds)}
-    commands = {run: train_command(config, results, *what) for run, what in runs.items()}
+    commands = {run: run_command(config, results, *what) for run, what in runs.items()}
 
     def read(run: str, error: str | None) -> dict:
         name = runs[run][0]
@@ -146,12 +130,9 @@ def main(config: Config):
 
 def shard(config: Config, results: Results, tokenizers: dict[str, Path | str], desc: str):
     """Let fineweb.py shard the text into folders, each with its tokenizer; keep the numbers of tokens and documents."""
-    source = [
-        "fineweb.py",
-        "--source",
-        config.source,
-        *(["--data_files", *config.data_files] if config.data_files else []),
-    ]
+    source = ["fineweb.py", "--source", config.source]
+    if config.data_files:
+        source += ["--data_files", *config.data_files]
     commands = {}
     for name, tokenizer in tokenizers.items():
         out_dir = results.folder / name
@@ -228,65 +209,6 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
     return texts
 
 
-def count_words(texts: Iterable[str]) -> Counter:
-    counts = Counter()
-    for text in texts:
-        counts.update(LETTERS.findall(text))
-    return counts
-
-
-def find_terms(texts: list[str], known: Counter, count: int) -> tuple[Counter, dict[str, list[str]]]:
-    """How often each word of letters occurs in the texts, and the technical terms of each kind: `count` of them, at
-    random. `known` says how often words occur in the text to learn from."""
-    words, terms = Counter(), {kind: set() for kind in KINDS}
-    for text in texts:
-        for word in text.split():
-            word = word.strip("\"'`()[]{}<>,.;:!?*=|/-_")
-            if LETTERS.fullmatch(word):
-                words[word] += 1
-            elif CODE_LIKE.fullmatch(word):
-                terms["code-like"].add(word)
-            elif COMPOUND.fullmatch(word):
-                terms["compound"].add(word)
-    for word in words:
-        if CODE_LIKE.fullmatch(word):
-            terms["code-like"].add(word)
-        elif len(word) >= 12:
-            terms["long"].add(word)
-        elif len(word) >= 4 and known[word] <= RARE:
-            terms["rare"].add(word)
-    rng = np.random.default_rng(0)
-    return words, {kind: rng.permutation(sorted(found))[:count].tolist() for kind, found in terms.items()}
-
-
-def describe(enc: tiktoken.Encoding, texts: list[str], words: Counter, terms: dict) -> dict:
-    """How a vocabulary cuts the held-out text."""
-    _, lengths = encode_texts(enc, pa.array(texts))
-    pieces = {word: len(enc.encode_ordinary(" " + word)) for word in words}
-    total = words.total()
-    by_kind = {kind: [len(enc.encode_ordinary(" " + term)) for term in found] for kind, found in terms.items() if found}
-    return dict(
-        vocab_size=enc.n_vocab,
-        bytes_per_token=sum(len(text.encode()) for text in texts) / (sum(lengths) - len(texts)),
-        tokens_per_word=sum(pieces[word] * n for word, n in words.items()) / total,
-        words_whole=sum(n for word, n in words.items() if pieces[word] == 1) / total,
-        tokens_per_term={kind: statistics.mean(counts) for kind, counts in by_kind.items()},
-        terms_whole={kind: counts.count(1) / len(counts) for kind, counts in by_kind.items()},
-    )
-
-
-def encoding_speeds(encodings: dict[str, tiktoken.Encoding], texts: list[str]) -> dict[str, float]:
-    """MB/s of the vocabularies on one core, one after the other, several times: medians."""
-    array, seconds = pa.array(texts), {name: [] for name in encodings}
-    for _ in range(ROUNDS):
-        for name, enc in encodings.items():
-            began = time.perf_counter()
-            encode_texts(enc, array)
-            seconds[name].append(time.perf_counter() - began)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    return {name: megabytes / statistics.median(values) for name, values in seconds.items()}
-
-
 def costs(config: Config, enc: tiktoken.Encoding, text: dict, shards: dict) -> dict:
     """What follows for a model that reads the whole text: tokens in a sequence, parameters, training compute."""
     tokens, text_bytes = shards["tokens"], text["tokens"] - text["documents"]  # a token a byte, and one a document
@@ -302,16 +224,15 @@ def costs(config: Config, enc: tiktoken.Encoding, text: dict, shards: dict) -> d
     )
 
 
-def train_command(config: Config, results: Results, name: str, seed: int) -> tuple[list, Path]:
+def run_command(config: Config, results: Results, name: str, seed: int) -> tuple[list, Path]:
     """The words of the command that trains a model on a vocabulary, and the file for its output."""
-    T, log_dir = results[f"vocabulary {name}"]["T"], results.folder / "runs" / f"{name}_seed_{seed}"
+    T = results[f"vocabulary {name}"]["T"]
     constants = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "B", "max_steps", "max_lr")}
     constants |= dict(T=T, block_size=T, total_batch_size=config.sequences * T, seed=seed)
     constants |= dict(min_lr=config.max_lr / 10, warmup_steps=config.max_steps // 10)
-    constants |= dict(device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile)
     constants |= dict(val_every=0, sample_every=0, hellaswag_every=0, checkpoint_every=config.max_steps)
-    words = ["train_gpt2.py", "--resume", "--log_dir", log_dir, "--data_dir", results.folder / "shards" / name]
-    return [*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], log_dir / "output.txt"
+    folder = results.folder
+    return train_command(config, folder / "runs" / f"{name}_seed_{seed}", folder / "shards" / name, **constants)
 
 
 def read_run(folder: Path, error: str | None, texts: list[str], B: int, T: int, rt: Runtime) -> dict:
@@ -342,7 +263,7 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
             name, f"{found['bytes_per_token']:.2f}", f"{found['tokens_per_word']:.3f}", f"{found['words_whole']:.1%}",
             str(found["T"]), f"{found['parameters'] / 1e6:.2f}M", f"{found['embedding_share']:.1%}",
             f"{found['flops_per_byte'] / 1e6:.3g}", f"{results['encoding_speed'][name]:.1f}",
-            f"{np.mean(bits):.4f} ± {np.std(bits, ddof=min(1, len(bits) - 1)):.4f}",
+            mean_and_deviation(bits, 4),
         ))  # fmt: skip
         cells = (f"{found['tokens_per_term'][k]:.2f} ({found['terms_whole'][k]:.0%})" for k in kinds)
         by_kind.append((name, *cells))
@@ -402,12 +323,8 @@ def draw(config: Config, results: Results, names: list[str], kinds: list[str]):
     plot(middle, lambda name: found[name]["embedding_share"], "embeddings, share of the parameters", "C0")
     top = max(each["flops_per_byte"] for each in found.values())
     plot(middle, lambda name: found[name]["flops_per_byte"] / top, "training compute per byte, to the highest", "C1")
-    plot(
-        middle,
-        lambda name: found[name]["T"] / found[own[0]]["T"],
-        "tokens in a sequence, to the smallest vocabulary",
-        "C2",
-    )
+    longest = found[own[0]]["T"]
+    plot(middle, lambda name: found[name]["T"] / longest, "tokens in a sequence, to the smallest vocabulary", "C2")
     middle.set(title="Cost", ylim=(0, None))
 
     bits = {name: [results[f"{name} seed {seed}"]["bits_per_byte"] for seed in config.seeds] for name in names}

@@ -21,7 +21,8 @@ import finetune_report
 import lora
 from dataloader import SequenceLoader
 from descriptions import read_descriptions
-from model import GPT, IGNORE, GPTConfig
+from loss import IGNORE
+from model import GPT, GPTConfig
 from pruning import prune_heads
 from runtime import Runtime
 from tokenizer import tokenizer_to_text, train_tokenizer

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 import checkpoint
 import export
 import tokenizer
-from model import GPT, IGNORE, SIZES, GPTConfig, KVCache, linear_cross_entropy
+from loss import IGNORE, linear_cross_entropy
+from model import GPT, SIZES, GPTConfig, KVCache
 
 V = 300  # no multiple of 128: wte has padding rows
 TINY = dict(block_size=256, vocab_size=V, n_layer=3, n_head=4, n_embd=64)

@@ -40,6 +40,7 @@ def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint
     assert losses(tmp_path / "log") == pytest.approx(losses(two_processes), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_worker_was_killed(data_dir, tmp_path, two_processes, monkeypatch):
     words = arguments(data_dir, tmp_path / "log", "--rolling_every", 1)  # without --resume: the restart implies it
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -15,8 +15,10 @@ import torch
 import tyro
 from conftest import ROOT, SMALL_RUN, command, ok, one_line
 
+import fragmentation
 import head_study
 import norm_study
+import study
 import tokenizer_study
 from model import GPT, GPTConfig
 from runtime import Runtime
@@ -73,7 +75,7 @@ def test_pictures_of_any_number_of_measurements(norm_folder):
     for count in (1, 3, 6, 12, 48):
         for norm in ("pre", "post"):
             results[norm_study.run_name(norm, 1e-3, 4, 1)]["gradients"] = [(n, [1.0, 2.0]) for n in range(1, count + 1)]
-        drawn = norm_study.Results.__new__(norm_study.Results)
+        drawn = study.Results.__new__(study.Results)
         drawn.update(results)
         drawn.save_picture = lambda name, figure: None
         norm_study.draw_gradients(config, drawn)
@@ -160,20 +162,24 @@ def test_a_stopped_study_takes_its_runs_along_and_goes_on(data_dir, tmp_path, nu
     words += ["--max_steps", "100000"]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell in the background ignores it
     words = list(map(str, words))
-    study = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.rglob("log.txt"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert "is in use by a study" in one_line(command(*words))
-    study.send_signal(number)
-    assert "error: interrupted" in study.communicate(timeout=60)[1]
-    assert study.returncode == 130
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.rglob("log.txt"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert "is in use by a study" in one_line(command(*words))
+        process.send_signal(number)
+        assert "error: interrupted" in process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # its runs, if the study left them behind
     outputs = [path.read_text() for path in tmp_path.rglob("output.txt")]
     assert len(outputs) == 2
     assert all("stopped: saved" in output for output in outputs)
 
 
+@pytest.mark.slow
 def test_what_was_trained_but_not_yet_read_is_not_trained_again(norm_folder):
     out, words, _ = norm_folder
     path = out / "results.json"
@@ -198,6 +204,13 @@ def test_a_failing_run_ends_the_study_with_its_own_error(data_dir, tmp_path):
     error = one_line(command(*words))
     assert "total_batch_size 100 is not divisible by" in error
     assert "output.txt" in error
+
+
+def test_files_of_a_stopped_study_are_not_taken_for_those_of_another(tmp_path):
+    """The settings are known from the beginning, not from the first result on."""
+    study.Results(tmp_path, dict(T=64)).lock.close()
+    with pytest.raises(ValueError, match="holds a study with T=64, not 128"):
+        study.Results(tmp_path, dict(T=128))
 
 
 # Redundant heads
@@ -299,9 +312,9 @@ def test_smaller_vocabularies_are_the_beginnings_of_larger_ones():
 def test_terms_by_hand():
     text = 'The os.path module (see utf8 and file_name, or camelCase) is a well-known "abstraction-layer"; the modules'
     more = "the Implementations. The other see, e.g. U.S. McDonald in the 1990s"
-    known = tokenizer_study.count_words(["module see see-see, see! and the other", "other: other, other"])
+    known = fragmentation.count_words(["module see see-see, see! and the other", "other: other, other"])
     assert known == dict(module=1, see=4, other=4, the=1) | {"and": 1}
-    words, terms = tokenizer_study.find_terms([text, more], known, count=100)
+    words, terms = fragmentation.find_terms([text, more], known, count=100)
     assert set(terms["code-like"]) == {"os.path", "utf8", "file_name", "camelCase"}
     assert set(terms["compound"]) == {"well-known", "abstraction-layer"}
     assert terms["long"] == ["Implementations"]

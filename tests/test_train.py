@@ -215,7 +215,10 @@ def test_a_second_signal_after_five_seconds_ends_at_once(pause, ends):
     process.communicate()
 
 
-@pytest.mark.parametrize("first, then", [(TORCHRUN, (sys.executable,)), ((sys.executable,), TORCHRUN)])
+@pytest.mark.parametrize(
+    "first, then",
+    [(TORCHRUN, (sys.executable,)), pytest.param((sys.executable,), TORCHRUN, marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_with_another_number_of_processes(data_dir, tmp_path, reference, first, then):
     log_dir = tmp_path / "log"
     process = launch(arguments(data_dir, log_dir, "--rolling_every", 1), first)

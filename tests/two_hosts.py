@@ -51,6 +51,11 @@ def remove_cable():
         subprocess.run(["ip", "netns", "delete", f"host-{host}"], stderr=subprocess.DEVNULL)
 
 
+def pids(host: str) -> list[int]:
+    listed = subprocess.run(["ip", "netns", "pids", f"host-{host}"], capture_output=True, text=True).stdout
+    return list(map(int, listed.split()))
+
+
 class Job:
     """A run of train_gpt2.py on both hosts."""
 
@@ -77,11 +82,10 @@ class Job:
 
     def worker(self, host: str) -> int:
         """The process that trains on a host."""
-        pids = subprocess.run(["ip", "netns", "pids", f"host-{host}"], capture_output=True, text=True).stdout.split()
-        for pid in pids:
+        for pid in pids(host):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if any(word.endswith(b"train_gpt2.py") for word in words) and b"torch.distributed.run" not in words:
-                return int(pid)
+                return pid
         raise RuntimeError(f"nothing trains on host {host}")
 
     def wait_for_step(self, step: int, seconds: float = 240):
@@ -119,13 +123,14 @@ def compare(found: Path, expected: Path) -> float:
 
 
 def undisturbed(job: Job):
-    pass
+    finish(job)
 
 
 def worker_killed(job: Job):
     for step, host in ((40, "b"), (80, "a")):
         job.wait_for_step(step)
         os.kill(job.worker(host), signal.SIGKILL)
+    finish(job)
 
 
 def launcher_killed(job: Job):
@@ -135,6 +140,7 @@ def launcher_killed(job: Job):
     job.launchers["b"].wait()
     time.sleep(3)
     job.launchers["b"] = job.launch("b")
+    finish(job)
 
 
 def cut_for_20_seconds(job: Job):
@@ -142,27 +148,41 @@ def cut_for_20_seconds(job: Job):
     plug("b", "down")
     time.sleep(20)
     plug("b", "up")
+    finish(job)
 
 
-SCENARIOS = {f.__name__: f for f in (undisturbed, worker_killed, launcher_killed, cut_for_20_seconds)}
+def elastic(job: Job):
+    """Host b goes for good; host a goes on alone, with the same global batch."""
+    job.wait_for_step(60)
+    job.launchers["b"].kill()
+    os.kill(job.worker("b"), signal.SIGKILL)
+    finish(job, hosts=["a"])
 
 
-def restarts_used_up(folder: Path, data: Path, reference: Path):
+def restarts_used_up(job: Job):
     """A worker dies and there is no restart left: both sides end, each with a clear line."""
-    job = Job(folder, data, max_restarts=0)
     job.wait_for_step(40)
     os.kill(job.worker("b"), signal.SIGKILL)
-    ends(job)
+    fail(job)
 
 
-def cut_for_good(folder: Path, data: Path, reference: Path):
-    job = Job(folder, data, max_restarts=0)
+def cut_for_good(job: Job):
     job.wait_for_step(40)
     plug("b", "down")
-    ends(job)
+    fail(job)
 
 
-def ends(job: Job):
+def finish(job: Job, hosts: list[str] = tuple(HOSTS)):
+    """The run ends well, with the losses of one process."""
+    codes = job.wait(300, hosts)
+    assert not any(codes.values()), f"{codes}\n{job.outputs()}"
+    difference = compare(job.folder / "log", job.folder.parent / "one")
+    print(f"    largest difference to one process: {difference:.1e}")
+    assert difference < 1e-4
+
+
+def fail(job: Job):
+    """Both sides end, and say why."""
     began = time.monotonic()
     codes = job.wait(60)
     seconds = time.monotonic() - began
@@ -173,43 +193,26 @@ def ends(job: Job):
     assert "lost the connection" in "".join(lines["a"])
 
 
-def elastic(folder: Path, data: Path, reference: Path):
-    """Host b goes for good; host a goes on alone, with the same global batch."""
-    job = Job(folder, data, nnodes="1:2")
-    job.wait_for_step(60)
-    job.launchers["b"].kill()
-    os.kill(job.worker("b"), signal.SIGKILL)
-    assert job.wait(240, ["a"]) == dict(a=0), job.outputs()
-    print(f"    largest difference to one process: {compare(folder / 'log', reference):.1e}")
-    assert compare(folder / "log", reference) < 1e-4
-
-
-OTHERS = {f.__name__: f for f in (restarts_used_up, cut_for_good, elastic)}
+SCENARIOS = {  # what happens, and torchrun's settings
+    undisturbed: {}, worker_killed: {}, launcher_killed: {}, cut_for_20_seconds: {}, elastic: dict(nnodes="1:2"),
+    restarts_used_up: dict(max_restarts=0), cut_for_good: dict(max_restarts=0),
+}  # fmt: skip
 
 
 def main():
-    names = sys.argv[1:] or [*SCENARIOS, *OTHERS]
+    scenarios = {scenario.__name__: scenario for scenario in SCENARIOS}
     work = Path(tempfile.mkdtemp(prefix="two_hosts_"))
     data = make_data(work)
     subprocess.run([sys.executable, ROOT / "train_gpt2.py", "--data_dir", data, "--log_dir", work / "one", *RUN],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     failed = []
-    for name in names:
+    for name in sys.argv[1:] or scenarios:
         print(name, flush=True)
         remove_cable()
         lay_cable()
-        began, job = time.monotonic(), None
+        began = time.monotonic()
         try:
-            if name in OTHERS:
-                OTHERS[name](work / name, data, work / "one")
-            else:
-                job = Job(work / name, data)
-                SCENARIOS[name](job)
-                codes = job.wait(300)
-                assert not any(codes.values()), f"{codes}\n{job.outputs()}"
-                difference = compare(work / name / "log", work / "one")
-                print(f"    largest difference to one process: {difference:.1e}")
-                assert difference < 1e-4
+            scenarios[name](Job(work / name, data, **SCENARIOS[scenarios[name]]))
         except AssertionError as error:
             failed.append(name)
             print(f"    FAILED: {error}")
@@ -223,8 +226,7 @@ def main():
 
 def kill_all():
     for host in HOSTS:
-        pids = subprocess.run(["ip", "netns", "pids", f"host-{host}"], capture_output=True, text=True).stdout
-        for pid in map(int, pids.split()):
+        for pid in pids(host):
             os.kill(pid, signal.SIGKILL)
 
 
