@@ -55,6 +55,7 @@ class Config:
     max_steps: int | None = None  # optimizer steps; None = 19073, which is 10B tokens, unless num_epochs is given
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
     # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
     warmup_steps: int = 715  # of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
     min_lr: float = 6e-5  # learning rate at the last step, down a cosine
@@ -96,6 +97,8 @@ class Config:
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:
             raise ValueError("give max_steps or num_epochs, not both")
+        if self.shard_optimizer and self.optimizer != "adamw":
+            raise ValueError(f"shard_optimizer shards AdamW's states, not {self.optimizer}'s: leave one of them out")
         intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "rolling_every")
         for name in (*intervals, "warmup_steps", "grad_clip"):
             if getattr(self, name) < 0:
@@ -132,7 +135,8 @@ def main(config: Config):
     raw_model = make_model(config, enc, resumed, path).to(rt.device)
     raw_model.activation_checkpointing = config.activation_checkpointing
     betas, sharded = (config.beta1, config.beta2), config.shard_optimizer and rt.world_size > 1
-    optimizer = make_optimizer(raw_model, config.max_lr, config.weight_decay, betas, config.eps, sharded)
+    muon = config.optimizer == "muon"
+    optimizer = make_optimizer(raw_model, config.max_lr, config.weight_decay, betas, config.eps, sharded, muon)
     start_step = 0
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -272,8 +276,8 @@ def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
 
 
 def fixed_settings(config: Config) -> dict:
-    """What a resumed run must share with the run that it goes on from: it decides which tokens come when."""
-    keys = ("seed", "T", "total_batch_size")
+    """What a resumed run must share with the run that it goes on from: which tokens come when, and the optimizer."""
+    keys = ("seed", "T", "total_batch_size", "optimizer")
     return {key: getattr(config, key) for key in keys} | dict(data=manifest_checksum(config.data_dir))
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step, the hot path: parameter groups, AdamW, the schedule, and accumulate - clip - step."""
+"""One optimizer step, the hot path: parameter groups, AdamW and Muon, the schedule, and accumulate - clip - step."""
 
 import math
 
@@ -9,19 +9,61 @@ import torch.nn as nn
 from runtime import Runtime
 
 
+class Optimizers:
+    """Several optimizers, each of its own parameters, as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
 def make_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, sharded: bool = False
-) -> torch.optim.Optimizer:
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    sharded: bool = False,
+    muon: bool = False,
+) -> torch.optim.Optimizer | Optimizers:
     """AdamW (Loshchilov & Hutter 2019) that decays tensors of two dimensions and more: matrices and embeddings,
     not biases and LayerNorms. Fused into one kernel over all tensors.
 
     sharded: each rank keeps the states of its share of the parameters, updates these and sends them to the others
     (Rajbhandari et al. 2020, "ZeRO", stage 1).
+    muon: the blocks' matrices are left to Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
+    networks"), with updates as large as AdamW's, so that both take the same learning rate and weight decay (Liu et al.
+    2025, "Muon is Scalable for LLM Training").
     """
-    decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = {name: p for name, p in trained.items() if muon and name.startswith("h.") and p.dim() == 2}
+    others = [p for name, p in trained.items() if name not in hidden]
+    groups = [
+        dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0),
+    ]
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
+    if muon:
+        like_adamw = dict(lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        return Optimizers(torch.optim.Muon(hidden.values(), **like_adamw), torch.optim.AdamW(groups, **options))
     if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # late: it takes a second
 
@@ -29,7 +71,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **options)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict | None:
+def optimizer_state(optimizer: torch.optim.Optimizer | Optimizers) -> dict | list | None:
     """The whole state dict, the same whether it was sharded or not; on rank 0, None on the others. For all ranks."""
     if hasattr(optimizer, "consolidate_state_dict"):  # a ZeroRedundancyOptimizer
         optimizer.consolidate_state_dict(to=0)
@@ -47,7 +89,7 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, max_lr: float, m
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     batch: list[tuple],
     lr: float,
     grad_clip: float,
