@@ -11,35 +11,40 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, an eighth of the tokens at a time.
 
     Each part's gradient is computed while its logits are there, so that they need not be kept or computed again:
-    of the (N, V) logits only an eighth ever exists.
+    of the (N, V) logits only an eighth ever exists, and it is passed over no more than need be.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
         valid = targets != IGNORE
-        count = valid.sum().clamp(min=1)
+        share = (valid / valid.sum().clamp(min=1))[:, None]  # of each token in the mean
         w = weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         grads_x = []
-        grad_w = None  # summed in float32
+        grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
         part = max(256, math.ceil(len(x) / 8))
         rows = torch.arange(part, device=x.device)
-        for xs, ts, vs in zip(x.to(dtype).split(part), targets.split(part), valid.split(part)):
+        for xs, ts, vs, ss in zip(x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)):
             logits = (xs @ w.t()).float()
             logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
             ts = ts.where(vs, 0)[:, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += ((lse - logits.gather(1, ts))[:, 0] * vs).sum()
+            target_logits = logits.gather(1, ts)
+            highest, likeliest = logits.max(-1, keepdim=True)
+            probs = torch.softmax(logits, -1, out=logits)
+            lse = highest - probs.gather(1, likeliest).log()
+            loss += ((lse - target_logits) * ss).sum()
             if needs_grad:
-                grad = logits.sub_(lse).exp_()  # softmax, then minus one at the target
-                grad[rows[: len(ts)], ts[:, 0]] -= 1  # not scatter_add_: it has no deterministic CUDA kernel
-                grad = grad.mul_((vs / count)[:, None]).to(dtype)
-                grads_x.append(grad @ w)
-                product = grad.t() @ xs
-                grad_w = product.float() if grad_w is None else grad_w.add_(product)
+                probs[rows[: len(ts)], ts[:, 0]] -= 1  # not scatter_add_: it has no deterministic CUDA kernel
+                grad = probs.to(dtype)
+                grads_x.append((grad @ w) * ss)
+                shared_x = (xs * ss).to(dtype)
+                if dtype == weight.dtype:
+                    grad_w.addmm_(grad.t(), shared_x)
+                else:
+                    grad_w.add_(grad.t() @ shared_x)
         if needs_grad:
-            ctx.save_for_backward(torch.cat(grads_x).to(x.dtype), grad_w.to(weight.dtype))
-        return loss / count
+            ctx.save_for_backward(torch.cat(grads_x).to(x.dtype), grad_w)
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
