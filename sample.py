@@ -10,6 +10,7 @@ A sample ends after max_tokens, or where the model ends its text.
 
 import codecs
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import runtime
 from checkpoint import load_model
 from console import Progress, cli, say
 from files import write_text
+from packing import can_pack, packed
 
 
 @dataclass
@@ -52,11 +54,14 @@ def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
     model, enc = load_model(config.model)
     model.to(rt.device).eval()
+    autocast = rt.autocast()
+    if can_pack(rt.device, rt.dtype):
+        model, autocast = packed(model, rt.dtype), nullcontext()
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     jobs = [(prompt, enc.encode_ordinary(prompt)) for prompt in prompts for _ in range(config.num_samples)]
     batch_size = 1 if config.stream else config.batch_size
     samples = []
-    with Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream) as bar, rt.autocast():
+    with Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream) as bar, autocast:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             ids = [tokens for _, tokens in batch]
