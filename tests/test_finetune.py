@@ -202,7 +202,8 @@ def test_an_existing_run_is_refused_and_resuming_a_finished_one_repeats_nothing(
     assert "dropout=0.1" in one_line(run(folder, whole, "--resume", "--dropout", 0.2))
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--lora_rank", 4), marks=pytest.mark.slow)], ids=["all", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--lora_rank", 4)], ids=["all", "lora"])
 def test_killed_again_and_again_it_ends_with_the_same_weights(folder, whole, tmp_path, more):
     if more:
         whole = tmp_path / "whole"

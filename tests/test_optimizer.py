@@ -65,6 +65,7 @@ def test_a_muon_run_learns_and_resumes_to_the_bit(data_dir, tmp_path, reference,
     assert losses(log_dir) == losses(reference)
 
 
+@pytest.mark.slow
 def test_two_processes_draw_muons_curve(data_dir, tmp_path, reference):
     process = launch(arguments(data_dir, tmp_path / "log", "--optimizer", "muon"), TORCHRUN)
     out, err = process.communicate(timeout=120)

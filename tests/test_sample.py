@@ -1,5 +1,6 @@
 """Sampling and exporting, as a person does it after training."""
 
+import importlib
 import sys
 
 import pytest
@@ -92,12 +93,20 @@ def test_wrong_inputs_end_in_one_line(model, capsys, flags, expected):
     assert expected in errors[0]
 
 
-def test_help_names_every_constant_and_its_default():
-    for script in ("fineweb", "train_gpt2", "sample", "export", "plot"):
-        text = ok(command(f"{script}.py", "--help")).stdout
-        assert f"python {script}.py" in text
-        for name in __import__(script).Config.__dataclass_fields__:
-            assert f"--{name}" in text or name == "runs", (script, name)
+SCRIPTS = """fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data finetune sample export plot bench
+norm_study head_study tokenizer_study optimizer_study""".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_constant(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stopped:
+        run(module, "--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python {script}.py" in text
+    for name in module.Config.__dataclass_fields__:
+        assert f"--{name}" in text or name == "runs", (script, name)
 
 
 def test_a_wrong_flag_is_one_line():

@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL_RUN, command, ok, one_line
 import fragmentation
 import head_study
 import norm_study
+import optimizer_study
 import study
 import tokenizer_study
 from model import GPT, GPTConfig
@@ -297,6 +298,39 @@ def shards_of(tokens: np.ndarray, folder: Path, like: Path) -> Path:
 def here(module, *words):
     """A study in this process: no seconds spent on starting another."""
     module.main(tyro.cli(module.Config, args=[str(word) for word in words]))
+
+
+# AdamW against Muon
+
+
+def test_what_muon_needs_by_hand():
+    shares = [0.25, 0.5, 1.0]
+    assert (
+        optimizer_study.needed_share(shares, [3.0, 2.0, 1.0], 2.5) == "0.35"
+    )  # halfway between 1/4 and 1/2, as powers
+    assert optimizer_study.needed_share(shares, [3.0, 2.0, 1.0], 2.0) == "0.50"
+    assert optimizer_study.needed_share(shares, [3.0, 2.0, 1.0], 3.5) == "at most 0.25"
+    assert optimizer_study.needed_share(shares, [3.0, 2.0, 1.0], 0.5) == "more than 1.00"
+
+
+def test_optimizer_study(data_dir, tmp_path):
+    words = ["optimizer_study.py", "--data_dir", data_dir, "--out_dir", tmp_path, *TINY, "--learning_rates", "1e-3"]
+    words += "--seeds 1 --shares 0.5 --B 4 --T 32 --total_batch_size 128 --max_steps 12 --warmup_steps 4".split()
+    words += "--val_every 6 --val_tokens 1000 --num_parallel 2".split()
+    output = ok(command(*words)).stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    half = results["muon_lr_0.001_share_0.5_seed_1"]
+    assert half["steps"] == [0, 6]
+    settings = json.loads((tmp_path / "runs" / "muon_lr_0.001_share_0.5_seed_1" / "config.json").read_text())[
+        "constants"
+    ]
+    assert (settings["optimizer"], settings["max_steps"], settings["warmup_steps"]) == ("muon", 6, 2)
+    assert results["adamw_lr_0.001_share_1_seed_1"]["steps"] == [0, 6, 12]
+    assert half["val"] == half["vals"][-1]
+    assert (tmp_path / "report.md").read_text() in output
+    assert "muon's best learning rate is at the end of the grid: widen it" in output
+    assert (tmp_path / "optimizers.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 # Vocabulary size
