@@ -69,6 +69,7 @@ SHAPES = {  # (n_layer, n_head, n_embd), micro-batches B, T
 }
 MEMORY_SHAPE = {"cpu": ((6, 6, 384), 8, 1024), "cuda": ((12, 12, 768), 16, 1024)}
 NEW_TOKENS, PROMPT = 256, 16  # of the texts that are generated
+CHECKPOINTED = f"{OURS}, --activation_checkpointing"
 READ = "limit: the weights read once a token, float32"
 
 
@@ -230,19 +231,18 @@ def matrix_products(shape: GPTConfig, N: int, rt: Runtime) -> dict[str, Callable
 def memory(config: Config, rt: Runtime) -> list[Figure]:
     sizes, B, T = MEMORY_SHAPE[rt.device.type]
     row = f"memory {sizes[0]} x {sizes[2]}, B={B}, T={T}"
-    names = [OURS, TRANSFORMERS, *scripts_of(config)]
-    peaks = {}
+    names, peaks = [OURS, TRANSFORMERS, *scripts_of(config), CHECKPOINTED], {}
     for name in Progress(names, desc=row, unit="process", leave=False):
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a new process: peaks do not fall again
             peaks[name] = pool.apply(peak_memory, (name, config, sizes, B, T))
-    ours = peaks[OURS]
-    return [Figure(row, f"{name}, as shipped", peak / 1e6, "MB", peak / ours) for name, peak in peaks.items()]
+    return [Figure(row, name, peak / 1e6, "MB", peak / peaks[OURS]) for name, peak in peaks.items()]
 
 
 def peak_memory(name: str, config: Config, sizes: tuple, B: int, T: int) -> int:
     """Bytes at the peak of three steps of an implementation as it is shipped."""
     rt = runtime.start(config.device)
-    its = build(name, shape_of(sizes, T), scripts_of(config), rt)
+    its = build(OURS if name == CHECKPOINTED else name, shape_of(sizes, T), scripts_of(config), rt)
+    its.model.activation_checkpointing = name == CHECKPOINTED
     x, y = torch.randint(50257, (2, B, T), device=rt.device)
     step = training_step(its, its.optimizer(), *its.shipped, x, y, rt)
     for _ in range(3):
