@@ -6,7 +6,7 @@
     python bench.py --rows tokenize --data_files 'corpus/*.parquet'
 
 Needs requirements-dev.txt. nanoGPT and build-nanogpt are read from folders of yours (git clone them). What is compared
-runs in one process, one candidate after the other, round after round; figures are medians. Rows:
+runs in turn, one candidate after the other, round after round; figures are medians. Rows:
 
     train       a training step: every implementation as it is shipped, and compiled with fused AdamW in each dtype
     memory      most memory that a process holds during three steps, each candidate in a process of its own
@@ -31,7 +31,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -70,7 +73,8 @@ SHAPES = {  # (n_layer, n_head, n_embd), micro-batches B, T
 MEMORY_SHAPE = {"cpu": ((6, 6, 384), 8, 1024), "cuda": ((12, 12, 768), 16, 1024)}
 NEW_TOKENS, PROMPT = 256, 16  # of the texts that are generated
 CHECKPOINTED = f"{OURS}, --activation_checkpointing"
-READ = "limit: the weights read once a token, float32"
+LIMIT = "limit"
+READ = f"{LIMIT}: the weights read once a token, float32"
 
 
 @dataclass
@@ -165,18 +169,19 @@ def synchronize(rt: Runtime):
 
 
 def train(config: Config, rt: Runtime) -> list[Figure]:
+    """Each implementation in a process of its own, as it is used: they run in turn all the same."""
     figures = []
     for sizes, batches, T in SHAPES[rt.device.type]:
         for B in batches:
             row = f"train {sizes[0]} x {sizes[2]}, B={B}, T={T}"
-            shape = shape_of(sizes, T)
-            x, y = torch.randint(50257, (2, B, T), device=rt.device)
-            candidates = {}
-            for name in (OURS, TRANSFORMERS, *scripts_of(config)):
-                candidates |= training_candidates(name, shape, x, y, config, rt)
-            products = matrix_products(shape, B * T, rt)
-            seconds = medians(candidates | products, config.rounds, rt, row)
-            limit = min(seconds[name] for name in products)
+            with ExitStack() as stack:
+                candidates = {}
+                for name in (OURS, TRANSFORMERS, *scripts_of(config), LIMIT):
+                    process = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+                    labels = process.submit(load_candidates, name, config, sizes, B, T).result()
+                    candidates |= {label: partial(run_in, process, label) for label in labels}
+                seconds = medians(candidates, config.rounds, rt, row)
+            limit = min(taken for name, taken in seconds.items() if name.startswith(LIMIT))
             shipped = seconds.get(next(iter(candidates)))
             for name, taken in seconds.items():
                 ratio = taken / shipped if shipped else None
@@ -184,17 +189,35 @@ def train(config: Config, rt: Runtime) -> list[Figure]:
     return figures
 
 
-def training_candidates(name: str, shape: GPTConfig, x, y, config: Config, rt: Runtime) -> dict[str, Callable]:
-    """A step of an implementation as it is shipped, and compiled with fused AdamW in the dtypes of the device."""
-    its = build(name, shape, scripts_of(config), rt)
-    optimizer, fused = its.optimizer(), fused_adamw(its.model)
-    dtype, compiled = its.shipped
-    label = f"{name}, as shipped: {dtype_name(dtype)}{', compiled' if compiled else ''}"
-    candidates = {label: training_step(its, optimizer, dtype, compiled, x, y, rt)}
-    for dtype in dtypes(rt):
-        label = f"{name}, best settings: {dtype_name(dtype)}, compiled, fused AdamW"
-        candidates[label] = training_step(its, fused, dtype, True, x, y, rt)
-    return candidates
+CANDIDATES = {}  # of this process
+
+
+def load_candidates(name: str, config: Config, sizes: tuple, B: int, T: int) -> list[str]:
+    """Make a step of an implementation as it is shipped, and compiled with fused AdamW in the dtypes of the device."""
+    rt, shape = runtime.start(config.device), shape_of(sizes, T)
+    if name == LIMIT:
+        steps = matrix_products(shape, B * T, rt)
+    else:
+        its = build(name, shape, scripts_of(config), rt)
+        x, y = torch.randint(50257, (2, B, T), device=rt.device)
+        dtype, compiled = its.shipped
+        label = f"{name}, as shipped: {dtype_name(dtype)}{', compiled' if compiled else ''}"
+        steps, fused = {label: training_step(its, its.optimizer(), dtype, compiled, x, y, rt)}, fused_adamw(its.model)
+        for dtype in dtypes(rt):
+            label = f"{name}, best settings: {dtype_name(dtype)}, compiled, fused AdamW"
+            steps[label] = training_step(its, fused, dtype, True, x, y, rt)
+    CANDIDATES.update(steps)
+    return list(steps)
+
+
+def run_in(process: ProcessPoolExecutor, label: str):
+    process.submit(run_candidate, label).result()
+
+
+def run_candidate(label: str):
+    CANDIDATES[label]()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def dtypes(rt: Runtime) -> list[torch.dtype]:
@@ -225,7 +248,7 @@ def matrix_products(shape: GPTConfig, N: int, rt: Runtime) -> dict[str, Callable
 
         return run
 
-    return {f"limit: {dtype_name(dtype)} matrix products alone": products(dtype) for dtype in dtypes(rt)}
+    return {f"{LIMIT}: {dtype_name(dtype)} matrix products alone": products(dtype) for dtype in dtypes(rt)}
 
 
 def memory(config: Config, rt: Runtime) -> list[Figure]:
@@ -386,11 +409,11 @@ def start(config: Config, rt: Runtime) -> list[Figure]:
         def until_first_step(compile: str):
             log_dir = Path(folder) / str(time.monotonic_ns())
             command = [sys.executable, ROOT / "train_gpt2.py", *words, "--log_dir", log_dir, "--compile", compile]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             while process.poll() is None and not read_stream(log_dir, "train")[0]:
                 time.sleep(0.01)
             if process.poll() is not None:
-                raise ValueError(f"train_gpt2.py ended before its first step: {' '.join(map(str, command))}")
+                raise ValueError(f"train_gpt2.py ended before its first step: {process.communicate()[1]}")
             process.kill()
             process.wait()
 

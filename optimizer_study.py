@@ -1,6 +1,6 @@
 """AdamW against Muon: how many tokens does each need for the same validation loss?
 
-    python optimizer_study.py                    # GPT-2 (124M), 26 runs of up to 262M tokens, as many at a time as GPUs
+    python optimizer_study.py                    # GPT-2 (124M), 24 runs of up to 262M tokens, as many at a time as GPUs
     python optimizer_study.py --data_dir datasets/corpus_4096 --n_layer 4 --n_head 4 --n_embd 128 --B 16 --T 128 \\
         --total_batch_size 2048 --max_steps 800 --warmup_steps 80 --learning_rates 1e-3 2e-3 4e-3 8e-3 1.6e-2 \\
         --val_tokens 65536                       # in small

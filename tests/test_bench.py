@@ -1,6 +1,7 @@
 """bench.py in miniature: that it runs what it names, and nothing else; no times are tested."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(SCRIPT)
     monkeypatch.setitem(bench.SHAPES, "cpu", [((1, 2, 8), (2,), 8)])
     monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
     monkeypatch.setattr(bench, "shape_of", lambda sizes, T: GPTConfig(T, 50257, 0, *sizes))
     return tmp_path
 
