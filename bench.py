@@ -23,7 +23,6 @@ are compared by optimizer_study.py.
 import copy
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import subprocess
@@ -124,12 +123,14 @@ def describe(rt: Runtime) -> dict:
     """The machine and the versions."""
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else cpu_name()
     packages = {package: version(package) for package in ("torch", "transformers", "tiktoken", "numpy")}
-    return dict(device=name, cores=len(os.sched_getaffinity(0)), python=platform.python_version()) | packages
+    return dict(device=name, cores=runtime.num_cores(), python=platform.python_version()) | packages
 
 
 def cpu_name() -> str:
-    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return found[0].split(":")[1].strip() if found else platform.processor()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def scripts_of(config: Config) -> dict[str, Path]:
@@ -367,7 +368,7 @@ def generate(config: Config, rt: Runtime) -> list[Figure]:
 
 def tokenize(config: Config, rt: Runtime) -> list[Figure]:
     """Both on a process per core; fineweb.py with all that the command does, its start included."""
-    cores = len(os.sched_getaffinity(0))
+    cores = runtime.num_cores()
     kind = "parquet" if config.data_files else "pydoc"
     source = fineweb.Source(fineweb.Config(source=kind, data_files=config.data_files))
     TEXTS[:] = [text for _, batch in source.batches(START) for text in batch.to_pylist()]

@@ -103,6 +103,11 @@ def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) 
     return Runtime(chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size)
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def check_launcher():
     """Refuse restarts that can't work: workers that share torchrun's store read the addresses of those before them."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))

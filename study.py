@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import checkpoint
 from console import Progress, say
 from files import write_text, write_whole
+from runtime import num_cores
 from shards import Shards
 
 ROOT = Path(__file__).parent
@@ -123,7 +124,7 @@ def choose_slots(num_parallel: int, device: str) -> list[dict]:
         if ":" in device:
             gpus = [gpus[int(device.split(":")[1])]]
         return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(num_parallel or len(gpus))]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     count = num_parallel or cores
     return [dict(OMP_NUM_THREADS=str(max(1, cores // count)))] * count
 
