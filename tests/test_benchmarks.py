@@ -307,6 +307,7 @@ def stream(log_dir: Path, name: str) -> list[tuple[int, float]]:
     return [(int(step), float(value)) for step, stream, value in lines if stream == name]
 
 
+@pytest.mark.slow
 def test_training_evaluates_alike_whatever_the_number_of_processes(data_dir, folder, tmp_path):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt2.py"]
     ok(train(data_dir, folder, tmp_path / "one", "--max_steps", 6))

@@ -226,6 +226,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(folder, whole, tmp
     assert steps == [str(step) for step in range(21)], "the log holds every step once"
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(folder, whole, tmp_path):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune.py"]
     ok(run(folder, tmp_path, "--dropout", 0, start=two))

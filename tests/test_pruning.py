@@ -199,6 +199,7 @@ def pruned_file(data_dir, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_evaluates_samples_and_exports(data_dir, pruned_file, tmp_path):
     words = ["train_gpt2.py", "--data_dir", data_dir, *SMALL_RUN, "--init_from", pruned_file, "--log_dir", tmp_path]
     words += ["--max_steps", 12, "--checkpoint_every", 6]

@@ -143,6 +143,7 @@ def test_norm_study_reports_curves_gradients_and_divergence(norm_folder):
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_not_done_again_and_a_larger_grid_goes_on(norm_folder):
     out, words, _ = norm_folder
     before = {path: path.stat().st_mtime for path in out.rglob("log.txt")}
