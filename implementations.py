@@ -55,9 +55,11 @@ def ours(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
 def transformers(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    sizes = dict(vocab_size=shape.padded_vocab_size, n_positions=shape.block_size)
-    config = GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, **sizes, **none)
+    config = GPT2Config(
+        vocab_size=shape.padded_vocab_size, n_positions=shape.block_size,
+        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
     model = GPT2LMHeadModel(config).to(rt.device)
     optimizer = lambda: torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)  # noqa: E731
     # labels are the inputs: the model itself shifts them

@@ -124,9 +124,8 @@ def choose_slots(num_parallel: int, device: str) -> list[dict]:
         if ":" in device:
             gpus = [gpus[int(device.split(":")[1])]]
         return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(num_parallel or len(gpus))]
-    cores = num_cores()
-    count = num_parallel or cores
-    return [dict(OMP_NUM_THREADS=str(max(1, cores // count)))] * count
+    count = num_parallel or num_cores()
+    return [dict(OMP_NUM_THREADS=str(max(1, num_cores() // count)))] * count
 
 
 def run_stage(words: list, log: Path, slot: dict, running: set, lock: int) -> str | None:
