@@ -40,7 +40,7 @@ import tiktoken
 from console import Progress, cli, say
 from files import write_text
 from shards import START, ShardWriter
-from tokenizer import encode_texts, load_tokenizer, tokenizer_to_text, train_tokenizer
+from tokenizer import encode_texts, encoding_of, load_tokenizer, tokenizer_to_text, train_tokenizer
 
 HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),
@@ -323,7 +323,8 @@ def encode_batch(texts: pa.StringArray) -> tuple[np.ndarray, list[int]]:
 def encode(batches, enc: tiktoken.Encoding, num_workers: int) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
     """Tokenize batches in worker processes, in order, a few batches ahead: memory does not grow with the source."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, init_worker, (enc,))
+    by_value = encoding_of(enc._mergeable_ranks)  # GPT-2's is pickled as a name: each worker would read its files again
+    pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
     pending = deque()
     try:
         stops = {signal.SIGINT, signal.SIGTERM}

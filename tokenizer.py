@@ -93,7 +93,7 @@ def encode_texts(enc: tiktoken.Encoding, texts: "pyarrow.StringArray") -> tuple[
     import pyarrow.compute as pc  # late: only the sharding needs it
 
     quick, cuts = quick_encoding(enc), {CUT}
-    if pc.any(pc.match_substring(texts, CUT)).as_py():
+    if any("\0" in text for text in filter(None, texts.to_pylist())):
         quick, cuts = enc, set()
     else:
         texts = pc.replace_substring_regex(texts, f"([{BLANK}])([{BLANK}][^{BLANK}])", rf"\1{CUT}\2")
