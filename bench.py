@@ -195,7 +195,7 @@ CANDIDATES = {}  # of this process
 
 def load_candidates(name: str, config: Config, sizes: tuple, B: int, T: int) -> list[str]:
     """Make a step of an implementation as it is shipped, and compiled with fused AdamW in the dtypes of the device."""
-    rt, shape = runtime.start(config.device), shape_of(sizes, T)
+    rt, shape = start_as(name, config), shape_of(sizes, T)
     if name == LIMIT:
         steps = matrix_products(shape, B * T, rt)
     else:
@@ -209,6 +209,14 @@ def load_candidates(name: str, config: Config, sizes: tuple, B: int, T: int) -> 
             steps[label] = training_step(its, fused, dtype, True, x, y, rt)
     CANDIDATES.update(steps)
     return list(steps)
+
+
+def start_as(name: str, config: Config) -> Runtime:
+    """What a process of that name begins with: ours sets up the allocator, too."""
+    if name in (OURS, CHECKPOINTED):
+        return runtime.start(config.device)
+    device = runtime.choose_device(config.device, local_rank=0)
+    return Runtime(device, runtime.choose_dtype(device, "auto"))
 
 
 def run_in(process: ProcessPoolExecutor, label: str):
@@ -264,7 +272,7 @@ def memory(config: Config, rt: Runtime) -> list[Figure]:
 
 def peak_memory(name: str, config: Config, sizes: tuple, B: int, T: int) -> int:
     """Bytes at the peak of three steps of an implementation as it is shipped."""
-    rt = runtime.start(config.device)
+    rt = start_as(name, config)
     its = build(OURS if name == CHECKPOINTED else name, shape_of(sizes, T), scripts_of(config), rt)
     its.model.activation_checkpointing = name == CHECKPOINTED
     x, y = torch.randint(50257, (2, B, T), device=rt.device)

@@ -37,7 +37,7 @@ from runlog import RunLog
 from runtime import Runtime
 from scoring import stream_loss
 from tokenizer import tokenizer_to_text
-from training import learning_rate, make_optimizer, train_step
+from training import compile_model, learning_rate, make_optimizer, train_step
 
 SEARCH = "finetune_hyperparameter_search"
 
@@ -150,7 +150,7 @@ class Finetuner:
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.to(rt.device)
         compiled = config.compile == "on" or (config.compile == "auto" and rt.device.type == "cuda")
-        self.eval_model = self.train_model = torch.compile(self.model) if compiled else self.model
+        self.eval_model = self.train_model = compile_model(self.model) if compiled else self.model
         if rt.world_size > 1:
             devices = [rt.device] if rt.device.type == "cuda" else None
             self.train_model = DistributedDataParallel(self.eval_model, device_ids=devices)

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from model import GPT, GPTConfig
 from runtime import Runtime
-from training import make_optimizer, train_step
+from training import compile_model, make_optimizer, train_step
 
 LR, WEIGHT_DECAY, BETAS, EPS = 6e-4, 0.1, (0.9, 0.95), 1e-8
 OURS, TRANSFORMERS, NANOGPT, BUILD_NANOGPT = "this project", "transformers", "nanoGPT", "build-nanogpt"
@@ -107,10 +107,10 @@ def training_step(
     its: Implementation, optimizer: torch.optim.Optimizer, dtype: torch.dtype, compiled: bool, x, y, rt: Runtime
 ) -> Callable[[], None]:
     """A whole step on one micro-batch: forward, backward, clip, AdamW. Ours is that of train_gpt2.py."""
-    model = torch.compile(its.model) if compiled else its.model
     if isinstance(its.model, GPT):
-        rt = Runtime(rt.device, dtype)
+        model, rt = compile_model(its.model) if compiled else its.model, Runtime(rt.device, dtype)
         return lambda: train_step(model, optimizer, [(x, y)], LR, 1.0, rt)
+    model = torch.compile(its.model) if compiled else its.model
 
     def step():
         with torch.autocast(rt.device.type, dtype) if dtype != torch.float32 else nullcontext():

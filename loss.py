@@ -24,14 +24,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
         part = max(256, math.ceil(len(x) / 8))
         rows = torch.arange(part, device=x.device)
+        buffer = torch.empty(part, len(w), dtype=dtype, device=x.device)  # new memory is dear on CPUs
         for xs, ts, vs, ss in zip(x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)):
-            logits = (xs @ w.t()).float()
+            logits = torch.mm(xs, w.t(), out=buffer[: len(xs)]).float()
             logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
             ts = ts.where(vs, 0)[:, None]
             target_logits = logits.gather(1, ts)
-            highest, likeliest = logits.max(-1, keepdim=True)
+            highest = logits.amax(-1, keepdim=True)
             probs = torch.softmax(logits, -1, out=logits)
-            lse = highest - probs.gather(1, likeliest).log()
+            lse = highest - probs.amax(-1, keepdim=True).log()
             loss += ((lse - target_logits) * ss).sum()
             if needs_grad:
                 probs[rows[: len(ts)], ts[:, 0]] -= 1  # not scatter_add_: it has no deterministic CUDA kernel
@@ -49,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_w * grad_loss, None, None, None, None
+        return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None, None
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -171,6 +171,7 @@ class GPT(nn.Module):
         # Post-LN blocks already end in a LayerNorm.
         self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
         self.activation_checkpointing = False  # compute the blocks' activations again in the backward pass
+        self.loss = linear_cross_entropy
         self.init_weights()
 
     @torch.no_grad()
@@ -223,7 +224,7 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+        return self.loss(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
 
     def num_params(self) -> int:
         """Parameters, the tied embedding once and padding rows not at all: 124,439,808 for GPT-2."""

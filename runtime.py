@@ -4,6 +4,7 @@ A stage that computes calls `start(device, dtype)` first. Under `torchrun` the r
 Gloo on CPUs.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass
@@ -95,12 +98,22 @@ def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         check_launcher()
         end_with_launcher()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return Runtime(chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size)
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory of large tensors for the next ones: by default it goes back to the kernel, which hands
+    it out again in zeroed pages, in each step anew."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def num_cores() -> int:

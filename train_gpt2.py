@@ -40,7 +40,7 @@ from runtime import Runtime, StopSignal
 from scoring import stream_loss
 from shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
 from tokenizer import tokenizer_from_text, tokenizer_to_text
-from training import learning_rate, make_optimizer, optimizer_state, train_step
+from training import compile_model, learning_rate, make_optimizer, optimizer_state, train_step
 
 
 @dataclass
@@ -144,7 +144,7 @@ def main(config: Config):
         rt.print(f"resuming from {path}, step {start_step}")
         del resumed
     compiled = config.compile == "on" or (config.compile == "auto" and rt.device.type == "cuda")
-    model = torch.compile(raw_model) if compiled else raw_model  # for evaluation; shares its weights with raw_model
+    model = compile_model(raw_model) if compiled else raw_model  # for evaluation; shares its weights with raw_model
     train_model = model
     if rt.world_size > 1:
         devices = [rt.device] if rt.device.type == "cuda" else None

@@ -1,4 +1,5 @@
-"""One optimizer step, the hot path: parameter groups, AdamW and Muon, the schedule, and accumulate - clip - step."""
+"""One optimizer step, the hot path: torch.compile, parameter groups, AdamW and Muon, the schedule, and
+accumulate - clip - step."""
 
 import math
 
@@ -6,7 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from model import GPT
 from runtime import Runtime
+
+
+def compile_model(model: GPT) -> nn.Module:
+    """The model under torch.compile; on CPUs without its loss, which works in place where compiled code would copy."""
+    if model.wte.weight.device.type == "cpu":
+        model.loss = torch.compiler.disable(model.loss)
+    return torch.compile(model)
 
 
 class Optimizers:

@@ -18,6 +18,7 @@ import export
 import tokenizer
 from loss import IGNORE, linear_cross_entropy
 from model import GPT, SIZES, GPTConfig, KVCache
+from training import compile_model
 
 V = 300  # no multiple of 128: wte has padding rows
 TINY = dict(block_size=256, vocab_size=V, n_layer=3, n_head=4, n_embd=64)
@@ -686,7 +687,8 @@ def test_dropout_acts_at_each_site_in_training_only(site):
 
 
 @pytest.mark.slow
-def test_compiled_model_equals_the_eager_one():
+@pytest.mark.parametrize("compile", [torch.compile, compile_model])  # all of it as on GPUs, and as on CPUs
+def test_compiled_model_equals_the_eager_one(compile):
     model = random_model(n_layer=1)
     idx, targets = random_tokens(2, 48), random_tokens(2, 48, seed=2)
     expected = model(idx, targets)
@@ -694,7 +696,7 @@ def test_compiled_model_equals_the_eager_one():
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     text = model.generate([[1, 2, 3]], 20, temperature=0)
     model.zero_grad()
-    compiled = torch.compile(model)
+    compiled = compile(model)
     loss = compiled(idx, targets)
     loss.backward()
     assert abs(loss.item() - expected.item()) < 1e-4
