@@ -212,11 +212,11 @@ def load_candidates(name: str, config: Config, sizes: tuple, B: int, T: int) -> 
 
 
 def start_as(name: str, config: Config) -> Runtime:
-    """What a process of that name begins with: ours sets up the allocator, too."""
-    if name in (OURS, CHECKPOINTED):
-        return runtime.start(config.device)
-    device = runtime.choose_device(config.device, local_rank=0)
-    return Runtime(device, runtime.choose_dtype(device, "auto"))
+    """What a process begins with that trains with the implementation of that name."""
+    rt = runtime.start(config.device)
+    if name == OURS:
+        rt.keep_freed_memory()
+    return rt
 
 
 def run_in(process: ProcessPoolExecutor, label: str):

@@ -88,6 +88,7 @@ class Config:
 
 def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
+    rt.keep_freed_memory()
     out_dir = Path(config.out_dir)
     training, held_out = split(read_descriptions(config.data), config.seed)
     tuner = Finetuner(config, training, held_out, rt)

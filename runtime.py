@@ -77,6 +77,15 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device)
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
+    def keep_freed_memory(self):
+        """On a CPU, have glibc keep the memory of large tensors for the next ones, as PyTorch does on GPUs: otherwise
+        it goes back to the kernel, which hands it out again as pages of zeros, in each step anew."""
+        if self.device.type == "cpu" and sys.platform == "linux":
+            libc = ctypes.CDLL(None)
+            if hasattr(libc, "mallopt"):  # musl has none
+                libc.mallopt(M_MMAP_MAX, 0)
+                libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
     def peak_memory(self) -> int:
         """Most bytes that this rank has held so far: of GPU memory, on a CPU of resident memory."""
         if self.device.type == "cuda":
@@ -98,22 +107,12 @@ def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    if chosen.type == "cpu":
-        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         check_launcher()
         end_with_launcher()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return Runtime(chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size)
-
-
-def keep_freed_memory():
-    """Have glibc keep the memory of large tensors for the next ones: by default it goes back to the kernel, which hands
-    it out again in zeroed pages, in each step anew."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def num_cores() -> int:

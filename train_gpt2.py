@@ -113,6 +113,8 @@ def main(config: Config):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
     rt = runtime.start(config.device, config.dtype, config.timeout)
+    if not config.activation_checkpointing:  # where memory matters more than time
+        rt.keep_freed_memory()
     log_dir, resume = Path(config.log_dir), config.resume or runtime.restarted()
     if rt.is_main:
         prepare_folder(log_dir, resume)
