@@ -143,8 +143,8 @@ def shape_of(sizes: tuple[int, int, int], T: int) -> GPTConfig:
 
 
 def medians(candidates: dict[str, Callable], rounds: int, rt: Runtime, desc: str) -> dict[str, float]:
-    """Seconds that each takes; they run in turn, after a first time that does not count. What does not fit the GPU's
-    memory is left out."""
+    """Seconds that each takes, or that it returns itself (a float); they run in turn, after a first time that does not
+    count. What does not fit the GPU's memory is left out."""
     seconds = {name: [] for name in candidates}
     with Progress(total=len(candidates) * (rounds + 1), desc=desc, unit="run", leave=False) as bar:
         for n in range(rounds + 1):
@@ -152,14 +152,14 @@ def medians(candidates: dict[str, Callable], rounds: int, rt: Runtime, desc: str
                 synchronize(rt)
                 began = time.perf_counter()
                 try:
-                    candidates[name]()
+                    own = candidates[name]()
                     synchronize(rt)
                 except torch.OutOfMemoryError:
                     say(f"{desc}: {name}: out of memory")
                     del seconds[name]
                     continue
                 if n:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(own if isinstance(own, float) else time.perf_counter() - began)
                 bar.update()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -219,14 +219,18 @@ def start_as(name: str, config: Config) -> Runtime:
     return rt
 
 
-def run_in(process: ProcessPoolExecutor, label: str):
-    process.submit(run_candidate, label).result()
+def run_in(process: ProcessPoolExecutor, label: str) -> float:
+    return process.submit(run_candidate, label).result()
 
 
-def run_candidate(label: str):
-    CANDIDATES[label]()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def run_candidate(label: str) -> float:
+    """Seconds of a step that follows another one, as steps do: the first finds the others' data in the caches."""
+    for _ in range(2):
+        began = time.perf_counter()
+        CANDIDATES[label]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def dtypes(rt: Runtime) -> list[torch.dtype]:
