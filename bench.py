@@ -8,7 +8,8 @@
 Needs requirements-dev.txt. nanoGPT and build-nanogpt are read from folders of yours (git clone them). What is compared
 runs in turn, one candidate after the other, round after round; figures are medians. Rows:
 
-    train       a training step: every implementation as it is shipped, and compiled with fused AdamW in each dtype
+    train       a training step, the second of two: every implementation as it is shipped, and compiled with fused AdamW
+                in each dtype
     memory      most memory that a process holds during three steps, each candidate in a process of its own
     hellaswag   examples scored per second, beside a plain loop: four padded rows an example, all logits
     generate    greedy text of 256 tokens, one and eight texts at a time
