@@ -1,5 +1,4 @@
-"""One optimizer step, the hot path: torch.compile, parameter groups, AdamW and Muon, the schedule, and
-accumulate - clip - step."""
+"""The hot path of training: torch.compile, parameter groups, AdamW and Muon, the schedule, and one step on a batch."""
 
 import math
 
