@@ -26,13 +26,12 @@ from pathlib import Path
 
 import tiktoken
 
-import benchmark
-import runtime
-from benchmark import Metric, accuracy, encode_request
-from console import cli
+from common import runtime, tasks
+from common.console import cli
+from common.runtime import Runtime
+from common.scoring import Request, score
+from common.tasks import Metric, accuracy, encode_request
 from model import GPT
-from runtime import Runtime
-from scoring import Request, score
 
 HUB = "cam-cst/cbt"
 KINDS = ("CN", "NE", "V", "P")
@@ -65,7 +64,7 @@ class Question:
 
 
 def main(config: Config):
-    benchmark.run(config, "Children's Book Test (chance 10%)", load, evaluate)
+    tasks.run(config, "Children's Book Test (chance 10%)", load, evaluate)
 
 
 def load(path: str | None = None, limit: int | None = None) -> list[Question]:

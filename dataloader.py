@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from common.shards import Shards
 from loss import IGNORE
-from shards import Shards
 
 
 class WindowOrder:

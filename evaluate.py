@@ -20,20 +20,18 @@ from typing import Literal
 import numpy as np
 import tiktoken
 
-import benchmark
 import cbt
-import checkpoint
 import hellaswag
 import lambada
-import runtime
-from benchmark import Metric, reference
-from console import cli, table
-from files import checksum, write_text
+from common import checkpoint, runtime, tasks
+from common.console import cli, table
+from common.files import checksum, write_text
+from common.runtime import Runtime
+from common.scoring import stream_loss
+from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from common.tasks import Metric, reference
+from common.tokenizer import tokenizer_to_text
 from model import GPT, SIZES
-from runtime import Runtime
-from scoring import stream_loss
-from shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
-from tokenizer import tokenizer_to_text
 
 BENCHMARKS = {"hellaswag": hellaswag, "lambada": lambada, "cbt": cbt}
 OPENAI_VAL_LOSS = {"gpt2": 3.2924}  # on FineWeb-Edu's first shard: build-nanogpt
@@ -104,7 +102,7 @@ def run_benchmark(title: str, model: GPT, enc: tiktoken.Encoding, config: Config
         return validation(model, enc, config, rt)
     module = BENCHMARKS[title]
     data = getattr(config, f"{title}_data")
-    examples = benchmark.load_on_all_ranks(lambda: module.load(data, config.limit), rt)
+    examples = tasks.load_on_all_ranks(lambda: module.load(data, config.limit), rt)
     return module.evaluate(model, enc, examples, rt)[0]
 
 

@@ -7,9 +7,9 @@ transformers' GPT2LMHeadModel and AutoTokenizer read it, and so does every stage
 
 from dataclasses import dataclass
 
-import tokenizer
-from checkpoint import load_model
-from console import cli, say
+from common import tokenizer
+from common.checkpoint import load_model
+from common.console import cli, say
 
 
 @dataclass

@@ -25,19 +25,17 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import lora
-import runtime
-from console import Progress, cli, table
+from common import checkpoint, lora, runtime
+from common.console import Progress, cli, table
+from common.files import checksum, write_text
+from common.optim import compile_model, learning_rate, make_optimizer, train_step
+from common.runlog import RunLog
+from common.runtime import Runtime
+from common.scoring import stream_loss
+from common.tokenizer import tokenizer_to_text
 from dataloader import SequenceLoader
-from descriptions import read_descriptions
-from files import checksum, write_text
-from finetune_report import draw_losses, draw_search, report
-from runlog import RunLog
-from runtime import Runtime
-from scoring import stream_loss
-from tokenizer import tokenizer_to_text
-from training import compile_model, learning_rate, make_optimizer, train_step
+from fantasy.descriptions import read_descriptions
+from fantasy.report import draw_losses, draw_search, report
 
 SEARCH = "finetune_hyperparameter_search"
 

@@ -37,10 +37,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from console import Progress, cli, say
-from files import write_text
-from shards import START, ShardWriter
-from tokenizer import encode_texts, encoding_of, load_tokenizer, tokenizer_to_text, train_tokenizer
+from common.console import Progress, cli, say
+from common.files import write_text
+from common.shards import START, ShardWriter
+from common.tokenizer import encode_texts, encoding_of, load_tokenizer, tokenizer_to_text, train_tokenizer
 
 HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),

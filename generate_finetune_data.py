@@ -26,10 +26,10 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from console import Progress, cli, say
-from descriptions import DELIMITER, OFFLINE, Dataset
-from grammar import as_text, describe
-from locations import CULTURES, PromptSeed, prompt_seeds
+from common.console import Progress, cli, say
+from fantasy.descriptions import DELIMITER, OFFLINE, Dataset
+from fantasy.grammar import as_text, describe
+from fantasy.locations import CULTURES, PromptSeed, prompt_seeds
 
 ATTEMPTS = 6  # to get one description; then another seed takes its place
 REJECTED_IN_A_ROW = 100  # answers, and the run ends instead of paying for more

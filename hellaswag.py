@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-import benchmark
-import runtime
-from benchmark import Metric, accuracy, encode_request
-from console import cli
+from common import runtime, tasks
+from common.console import cli
+from common.runtime import Runtime
+from common.scoring import Request, score
+from common.tasks import Metric, accuracy, encode_request
 from model import GPT
-from runtime import Runtime
-from scoring import Request, score
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -54,7 +53,7 @@ class Config:
 
 
 def main(config: Config):
-    metrics = benchmark.run(config, "HellaSwag (chance 25%)", load, evaluate)
+    metrics = tasks.run(config, "HellaSwag (chance 25%)", load, evaluate)
     if metrics:
         Path(config.results).parent.mkdir(parents=True, exist_ok=True)
         with open(config.results, "a") as file:
@@ -73,7 +72,7 @@ def result_line(metrics: list[Metric]) -> dict:
 
 def load(path: str | None = None, limit: int | None = None) -> list[dict]:
     """The examples: of a file, or of the validation set, downloaded if need be. Raises OSError or ValueError."""
-    return benchmark.read_jsonl(path or benchmark.fetch(URL, PATH, SHA256), parse, limit)
+    return tasks.read_jsonl(path or tasks.fetch(URL, PATH, SHA256), parse, limit)
 
 
 def parse(example: dict) -> dict:

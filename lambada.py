@@ -19,13 +19,12 @@ from dataclasses import dataclass
 
 import tiktoken
 
-import benchmark
-import runtime
-from benchmark import Metric, accuracy, encode_request
-from console import cli
+from common import runtime, tasks
+from common.console import cli
+from common.runtime import Runtime
+from common.scoring import score
+from common.tasks import Metric, accuracy, encode_request
 from model import GPT
-from runtime import Runtime
-from scoring import score
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
@@ -56,12 +55,12 @@ class Config:
 
 
 def main(config: Config):
-    benchmark.run(config, "LAMBADA", load, evaluate)
+    tasks.run(config, "LAMBADA", load, evaluate)
 
 
 def load(path: str | None = None, limit: int | None = None) -> list[tuple[str, str]]:
     """Passages as (what comes before, last word with the blank before it). Raises OSError or ValueError."""
-    return benchmark.read_jsonl(path or benchmark.fetch(URL, PATH, SHA256), parse, limit)
+    return tasks.read_jsonl(path or tasks.fetch(URL, PATH, SHA256), parse, limit)
 
 
 def parse(line: dict) -> tuple[str, str]:

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # drawn without pyplot, so without a display
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from console import cli, say
-from files import write_whole
+from common.console import cli, say
+from common.files import write_whole
 
 OTHER_NAMES = {"train": "loss", "acc_norm": "hella"}  # log.txt's and hellaswag_results.jsonl's for metrics.jsonl's
 OPENAI_LOSS = {"124M": 3.2924}  # of OpenAI's GPT-2 on the validation shard of FineWeb-Edu

@@ -14,11 +14,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import runtime
-from checkpoint import load_model
-from console import Progress, cli, say
-from files import write_text
-from packing import can_pack, packed
+from common import runtime
+from common.checkpoint import load_model
+from common.console import Progress, cli, say
+from common.cpu import can_pack, packed
+from common.files import write_text
 
 
 @dataclass

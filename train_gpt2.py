@@ -27,20 +27,18 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import benchmark
-import checkpoint
 import hellaswag
-import runtime
-from console import Progress, cli
+from common import checkpoint, runtime, tasks
+from common.console import Progress, cli
+from common.files import write_text
+from common.optim import compile_model, learning_rate, make_optimizer, optimizer_state, train_step
+from common.runlog import RunLog
+from common.runtime import Runtime, StopSignal
+from common.scoring import stream_loss
+from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from dataloader import TrainLoader
-from files import write_text
 from model import GPT, GPTConfig
-from runlog import RunLog
-from runtime import Runtime, StopSignal
-from scoring import stream_loss
-from shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
-from tokenizer import tokenizer_from_text, tokenizer_to_text
-from training import compile_model, learning_rate, make_optimizer, optimizer_state, train_step
 
 
 @dataclass
@@ -271,7 +269,7 @@ def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
     if not config.hellaswag_every:
         return []
     try:
-        return benchmark.load_on_all_ranks(lambda: hellaswag.load(config.hellaswag_data), rt)
+        return tasks.load_on_all_ranks(lambda: hellaswag.load(config.hellaswag_data), rt)
     except (OSError, ValueError) as error:
         rt.print(f"warning: training without HellaSwag: {error}")
         return []

@@ -13,14 +13,13 @@ import torch
 from conftest import ROOT, SMALL_RUN, command, ok, one_line
 from transformers import GPT2LMHeadModel
 
-import benchmark
 import cbt
-import checkpoint
 import hellaswag
 import lambada
+from common import checkpoint, tasks
+from common.runtime import Runtime
+from common.tokenizer import save_pretrained, tokenizer_to_text, train_tokenizer
 from model import GPT, GPTConfig
-from runtime import Runtime
-from tokenizer import save_pretrained, tokenizer_to_text, train_tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 TEXT = (ROOT / "README.md").read_text() + (ROOT / "model.py").read_text()
@@ -167,7 +166,7 @@ def test_requests_are_tokenized_as_the_whole_text(shared_data):
     enc, _ = train_tokenizer([TEXT], 500)
     contexts = [line["ctx"] for line in map(json.loads, (shared_data / "hellaswag_val_2000.jsonl").open())][:300]
     for context in [*contexts, "", "word", "a  b", "a\n b", " a", "a b  ", "end. ", "a \n", "it 's"]:
-        request = benchmark.encode_request(enc, context, [" end", "x", "  two", "\n"])
+        request = tasks.encode_request(enc, context, [" end", "x", "  two", "\n"])
         for continuation, ids in zip((" end", "x", "  two", "\n"), request.continuations):
             whole = enc.encode_ordinary(context + continuation)
             before = enc.encode_ordinary(context.rstrip())
@@ -282,15 +281,15 @@ def server():
 
 def test_a_download_is_whole_and_happens_once(server, tmp_path):
     sha256 = hashlib.sha256(Server.content).hexdigest()
-    path = benchmark.fetch(server + "/whole", tmp_path / "new" / "data.jsonl", sha256)
+    path = tasks.fetch(server + "/whole", tmp_path / "new" / "data.jsonl", sha256)
     assert path.read_bytes() == Server.content
-    assert benchmark.fetch("http://127.0.0.1:9/gone", path, sha256) == path
+    assert tasks.fetch("http://127.0.0.1:9/gone", path, sha256) == path
 
 
 @pytest.mark.parametrize("page", ["/cut", "/missing", "/whole"])
 def test_a_failed_download_is_an_error_and_leaves_nothing(server, tmp_path, page):
     with pytest.raises(OSError, match="give --data FILE"):
-        benchmark.fetch(server + page, tmp_path / "data.jsonl", "0" * 64)
+        tasks.fetch(server + page, tmp_path / "data.jsonl", "0" * 64)
     assert not list(tmp_path.iterdir())
 
 
@@ -375,8 +374,8 @@ def test_evaluate_is_one_table_and_computes_nothing_twice(data_dir, folder, tmp_
 def test_bits_per_byte_by_hand_under_either_vocabulary(data_dir, folder, tmp_path):
     """A model that gives every token the same probability: bits per byte are tokens per byte times log2 of theirs."""
     import evaluate
-    from shards import open_shards
-    from tokenizer import load_tokenizer
+    from common.shards import open_shards
+    from common.tokenizer import load_tokenizer
 
     shard = open_shards(data_dir, "val")
     tokens = shard.read(0, 0, 400)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.shards import open_shards
 from dataloader import TrainLoader
-from shards import open_shards
 
 T = 8
 LENGTHS = [400, 253, 97]  # tokens of the training shards: 49 + 31 + 12 windows of 8

@@ -15,18 +15,17 @@ import torch
 from conftest import ROOT, command, ok, one_line
 from torch.nn import functional as F
 
-import checkpoint
 import finetune
-import finetune_report
-import lora
+from common import checkpoint, lora
+from common.optim import make_optimizer, train_step
+from common.runtime import Runtime
+from common.tokenizer import tokenizer_to_text, train_tokenizer
 from dataloader import SequenceLoader
-from descriptions import read_descriptions
+from experiments.pruning import prune_heads
+from fantasy import report
+from fantasy.descriptions import read_descriptions
 from loss import IGNORE
 from model import GPT, GPTConfig
-from pruning import prune_heads
-from runtime import Runtime
-from tokenizer import tokenizer_to_text, train_tokenizer
-from training import make_optimizer, train_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 RNG = random.Random(0)
@@ -268,7 +267,7 @@ def test_figures_of_samples_by_hand():
         "<LOC>\nThe old tower stands in the rain. The old tower stands.\n</LOC>",
         "<LOC>\nOne two three four one two three four one two three four",
     ]
-    figures = finetune_report.measure(samples, training)
+    figures = report.measure(samples, training)
     assert figures["delimited, share of samples"] == 0.5
     assert figures["distinct-1"] == pytest.approx((6 + 4) / (11 + 12))
     assert figures["distinct-2"] == pytest.approx((7 + 4) / (10 + 11))

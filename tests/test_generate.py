@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, ok, one_line
 
-from descriptions import Dataset
+from fantasy.descriptions import Dataset
+from fantasy.grammar import describe
+from fantasy.locations import prompt_seeds
 from generate_finetune_data import Config, main
-from grammar import describe
-from locations import prompt_seeds
 
 KEY = "sk-test-4815162342-never-to-be-seen"
 ENV = dict(os.environ, OPENAI_API_KEY=KEY, NO_PROXY="*")

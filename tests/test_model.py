@@ -13,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-import checkpoint
 import export
-import tokenizer
+from common import checkpoint, tokenizer
+from common.optim import compile_model
 from loss import IGNORE, linear_cross_entropy
 from model import GPT, SIZES, GPTConfig, KVCache
-from training import compile_model
 
 V = 300  # no multiple of 128: wte has padding rows
 TINY = dict(block_size=256, vocab_size=V, n_layer=3, n_head=4, n_embd=64)

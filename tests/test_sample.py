@@ -6,10 +6,10 @@ import sys
 import pytest
 from conftest import SMALL_RUN, command, ok, one_line
 
-import console
 import export
 import sample
-from checkpoint import load_model
+from common import console
+from common.checkpoint import load_model
 
 DASHES = "-" * 80 + "\n"
 
@@ -93,8 +93,9 @@ def test_wrong_inputs_end_in_one_line(model, capsys, flags, expected):
     assert expected in errors[0]
 
 
-SCRIPTS = """fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data finetune sample export plot bench
-norm_study head_study tokenizer_study optimizer_study""".split()
+SCRIPTS = """fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data finetune sample export plot
+bench.__main__ experiments.norm_study experiments.head_study experiments.tokenizer_study
+experiments.optimizer_study""".split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -104,7 +105,8 @@ def test_help_names_every_constant(script, capsys):
         run(module, "--help")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert f"python {script}.py" in text
+    start = f"-m {script.removesuffix('.__main__')}" if "." in script else f"{script}.py"
+    assert f"python {start}" in text
     for name in module.Config.__dataclass_fields__:
         assert f"--{name}" in text or name == "runs", (script, name)
 

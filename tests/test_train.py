@@ -204,7 +204,8 @@ def test_sigterm_to_torchrun_stops_all_ranks_at_the_same_step(data_dir, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("pause, ends", [(0.5, False), (5.5, True)])
 def test_a_second_signal_after_five_seconds_ends_at_once(pause, ends):
-    code = "import runtime, time\nwith runtime.StopSignal():\n    print(1, flush=True)\n    time.sleep(60)"
+    code = "import time\nfrom common.runtime import StopSignal\n"
+    code += "with StopSignal():\n    print(1, flush=True)\n    time.sleep(60)"
     process = launch(["-c", code])
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -427,8 +428,8 @@ def test_wrong_inputs_end_in_one_line(name, data_dir, tmp_path, reference, monke
 
 def one_line_in_process(words, monkeypatch, capsys) -> str:
     """What `one_line` checks, without the seconds that it takes to start a process."""
-    import console
     import train_gpt2
+    from common import console
 
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     if "--wandb" in sys.argv:
@@ -468,9 +469,10 @@ def test_wrong_input_under_torchrun_is_said_once(data_dir, tmp_path):
 
 
 STEPS_ON_ONE_BATCH = """
-import resource, torch, runtime
+import resource, torch
+from common import runtime
 from model import GPT, GPTConfig
-from training import make_optimizer, train_step
+from common.optim import make_optimizer, train_step
 rt = runtime.start("cpu", "float32")
 rt.keep_freed_memory()
 model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=64))

@@ -1,0 +1,50 @@
+"""Weights in another order in memory: the same model."""
+
+import pytest
+import torch
+
+from common.cpu import can_pack, packed
+from model import GPT, GPTConfig
+
+DEVICE = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_pack(DEVICE, torch.float32), reason="PyTorch without oneDNN")
+
+
+def make_model(**more) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=4, n_embd=64, **more)).eval()
+
+
+@pytest.mark.parametrize("more", [{}, dict(norm="post"), dict(heads_kept=(4, 1, 3))])
+def test_it_writes_the_same_texts(more):
+    model = make_model(**more)
+    prompts = [[1, 2, 3], [4] * 20, [5]]
+    replica = packed(model, torch.float32)
+    assert replica.generate(prompts, 40, temperature=0) == model.generate(prompts, 40, temperature=0)
+    idx = torch.randint(300, (2, 50))
+    with torch.no_grad():
+        assert torch.allclose(replica(idx), model(idx), atol=1e-5)
+        assert replica(idx).shape == (2, 50, 300)
+
+
+def test_the_model_itself_stays_as_it_was():
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    replica = packed(model, torch.float32)
+    assert replica.wte.weight is model.wte.weight
+    assert replica.ln_f.weight is model.ln_f.weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()
+    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.skipif(not can_pack(DEVICE, torch.bfloat16), reason="no bf16 on this processor")
+def test_bfloat16_is_as_near_as_autocast():
+    model = make_model()
+    idx = torch.randint(300, (2, 50))
+    with torch.no_grad():
+        exact = model(idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = (model(idx) - exact).abs().max()
+        assert (packed(model, torch.bfloat16)(idx) - exact).abs().max() < 2 * autocast

@@ -1,0 +1,81 @@
+"""Muon and AdamW together: which of them has which parameters, how large their updates are, and runs that go on."""
+
+import pytest
+import torch
+from conftest import one_line
+from test_train import TORCHRUN, arguments, launch, losses, train, train_here, weights
+
+from common.optim import make_optimizer
+from model import GPT, GPTConfig
+
+
+def small_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=64))
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
+    model = small_model()
+    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, muon=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, decayed, rest = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert muon == [f"h.{layer}.{matrix}.weight" for layer in range(2) for matrix in matrices]
+    assert decayed == ["wte.weight", "wpe.weight"]
+    assert sorted(muon + decayed + rest) == sorted(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
+    """The gradient's U V^T by a float64 decomposition, and 0.2 of the learning rate by root mean square."""
+    model = small_model()
+    optimizer = make_optimizer(model, 1e-3, 0.0, (0.9, 0.95), 1e-8, muon=True)
+    idx = torch.randint(100, (16, 17), generator=torch.Generator().manual_seed(0))
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    matrices = {name: p for name, p in model.named_parameters() if name.startswith("h.1.") and p.dim() == 2}
+    before = {name: p.detach().clone() for name, p in matrices.items()}
+    gradients = {name: p.grad.double() for name, p in matrices.items()}
+    optimizer.step()
+    for name, p in matrices.items():
+        update = (before[name] - p.detach()).double()
+        U, _, V = torch.linalg.svd(gradients[name], full_matrices=False)
+        cosine = (update * (U @ V)).sum() / update.norm() / (U @ V).norm()
+        assert cosine > 0.9  # Newton-Schulz leaves the smallest singular values small
+        assert update.square().mean().sqrt() == pytest.approx(0.2e-3, rel=0.25)
+
+
+@pytest.fixture(scope="module")
+def reference(data_dir, tmp_path_factory):
+    log_dir = tmp_path_factory.mktemp("muon") / "log"
+    train_here(data_dir, log_dir, "--optimizer", "muon", "--checkpoint_every", 10)
+    return log_dir
+
+
+def test_a_muon_run_learns_and_resumes_to_the_bit(data_dir, tmp_path, reference, capsys):
+    assert losses(reference)[-1] < losses(reference)[0] - 0.2
+    log_dir = tmp_path / "log"
+    log_dir.mkdir()
+    (log_dir / "model_00020.pt").write_bytes((reference / "model_00020.pt").read_bytes())
+    lines = (reference / "log.txt").read_text().splitlines(keepends=True)
+    (log_dir / "log.txt").write_text("".join(line for line in lines if int(line.split()[0]) < 20))
+    train_here(data_dir, log_dir, "--optimizer", "muon", "--resume")
+    assert "model_00020.pt, step 20" in capsys.readouterr().out
+    ours, theirs = weights(log_dir / "model_final.pt"), weights(reference / "model_final.pt")
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    assert losses(log_dir) == losses(reference)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_muons_curve(data_dir, tmp_path, reference):
+    process = launch(arguments(data_dir, tmp_path / "log", "--optimizer", "muon"), TORCHRUN)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    # bf16 inside of Muon: sums taken in another order are rounded to other updates, a little more with each step
+    assert losses(tmp_path / "log")[:10] == pytest.approx(losses(reference)[:10], abs=1e-3)
+
+
+def test_muon_refuses(data_dir, tmp_path, reference):
+    error = one_line(train(data_dir, tmp_path, "--optimizer", "muon", "--shard_optimizer"))
+    assert "shard_optimizer shards AdamW's states, not muon's" in error
+    with pytest.raises(ValueError, match="is from a run with optimizer=muon, not adamw"):
+        train_here(data_dir, reference, "--resume")

@@ -1,0 +1,115 @@
+"""Processes that die, optimizers that are shared out, checkpoints written in the background."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import is_alive, worker_of
+from test_model import random_model, random_tokens
+from test_train import TORCHRUN, arguments, assert_same_bits, launch, losses, train_here, wait_for_step
+
+from common import checkpoint, runtime
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(data_dir, tmp_path_factory):
+    """An undisturbed run of two processes."""
+    log_dir = tmp_path_factory.mktemp("two") / "log"
+    finish(launch(arguments(data_dir, log_dir), TORCHRUN))
+    return log_dir
+
+
+def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint(data_dir, tmp_path, two_processes):
+    finish(launch(arguments(data_dir, tmp_path / "log", "--shard_optimizer", "--checkpoint_every", 10), TORCHRUN))
+    assert losses(tmp_path / "log") == losses(two_processes)
+    assert_same_bits(tmp_path / "log" / "model_final.pt", two_processes / "model_final.pt")
+    # one process goes on from it, its optimizer whole
+    for name in ("model_final.pt", "model_00020.pt"):
+        (tmp_path / "log" / name).unlink()
+    train_here(data_dir, tmp_path / "log", "--resume")
+    assert losses(tmp_path / "log") == pytest.approx(losses(two_processes), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_worker_was_killed(data_dir, tmp_path, two_processes, monkeypatch):
+    words = arguments(data_dir, tmp_path / "log", "--rolling_every", 1)  # without --resume: the restart implies it
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    process = launch(words, [*TORCHRUN, "--max-restarts=3"])
+    wait_for_step(tmp_path / "log", 8, process)
+    os.kill(worker_of(process, rank=1), signal.SIGKILL)
+    assert "resuming from" in finish(process)
+    assert losses(tmp_path / "log") == losses(two_processes)
+    assert_same_bits(tmp_path / "log" / "model_final.pt", two_processes / "model_final.pt")
+
+
+def test_restarts_that_cannot_work_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")  # as torchrun sets it
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    with pytest.raises(ValueError, match="--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        runtime.check_launcher()
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    runtime.check_launcher()
+
+
+def test_workers_end_with_their_launcher(data_dir, tmp_path):
+    process = launch(arguments(data_dir, tmp_path / "log", "--max_steps", 100000), TORCHRUN)
+    wait_for_step(tmp_path / "log", 2, process)
+    workers = [worker_of(process, rank) for rank in (0, 1)]
+    process.kill()
+    deadline = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "the workers train on without a launcher"
+        time.sleep(0.1)
+
+
+def test_activation_checkpointing_changes_memory_only():
+    x, y = random_tokens(2, 128), random_tokens(2, 128, seed=2)
+    kept, gradients = {}, {}
+    for checkpointing in (False, True):
+        model = random_model(dropout=0.1).train()
+        model.activation_checkpointing = checkpointing
+        sizes = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t):
+            loss = model(x, y)
+        kept[checkpointing] = sum(sizes)
+        loss.backward()
+        gradients[checkpointing] = [p.grad for p in model.parameters()]
+    assert kept[True] < kept[False] / 4
+    for ours, theirs in zip(gradients[True], gradients[False]):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_background_checkpoint_is_that_of_the_moment_of_saving(tmp_path):
+    saver, events = checkpoint.BackgroundSaver(), []
+    state = dict(model=dict(a=torch.arange(4.0)), optimizer=dict(groups=[dict(lr=0.1)], betas=(0.9, 0.95)), step=1)
+    for step in (1, 2):
+        state["model"]["a"] += 1
+        state["step"] = step
+        saver.save(tmp_path / f"{step}.pt", state, then=lambda step=step: events.append(step))
+        state["model"]["a"] += 100  # training goes on
+    saver.wait()
+    first, second = (torch.load(tmp_path / f"{step}.pt", weights_only=True) for step in (1, 2))
+    assert first["model"]["a"].tolist() == [1, 2, 3, 4]
+    assert second["model"]["a"].tolist() == [102, 103, 104, 105]
+    assert (first["step"], second["step"]) == (1, 2)
+    assert second["optimizer"] == dict(groups=[dict(lr=0.1)], betas=(0.9, 0.95))
+    assert events == [1, 2]
+
+
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
+    saver = checkpoint.BackgroundSaver()
+    saver.save(tmp_path / "no folder" / "1.pt", dict(step=1))
+    with pytest.raises(OSError, match="can't be written"):
+        saver.save(tmp_path / "2.pt", dict(step=2))
+    saver.wait()
+    assert not (tmp_path / "2.pt").exists()

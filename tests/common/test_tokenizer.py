@@ -1,0 +1,125 @@
+"""Our tokenizers against the library that trained them and against tiktoken's GPT-2."""
+
+import random
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import tiktoken
+from transformers import AutoTokenizer
+
+from common import tokenizer
+from fineweb import pydoc_texts
+
+ODD = (
+    "naïve → 日本語 🙂 \u200b\u0000 x\r\n\r\n   \t\t  don't we'll I'VE 123456 ３４ ½ <|endoftext|> " + "a" * 500 + "  "
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tokenizer.train_tokenizer(pydoc_texts(), 2048)
+
+
+def unseen_text() -> str:
+    """1 MB of program text, of which the training text holds the docstrings at most, and everything odd."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(0).shuffle(paths)
+    return ODD + "".join(path.read_text("utf-8", "replace") for path in paths)[: 2**20]
+
+
+def test_ids_equal_the_librarys_own_on_a_megabyte_it_has_not_seen(trained):
+    encoding, library = trained
+    text = unseen_text()
+    library.encode_special_tokens = True  # <|endoftext|> in a text is only text
+    assert encoding.encode_ordinary(text) == library.encode(text).ids
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_texts_encoded_for_the_shards_have_tiktokens_ids(trained):
+    encoding, _ = trained
+    rng = random.Random(0)
+    blanks = [" ", "  ", "\t", "\n", "\r", "\v", "\f", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u3000"]
+    others = [*"aé1½!日🙂_", "Bc", "'s", "'LL", "\0", "\u200b", "\ufeff", "\x1c", "\u0301", "<|endoftext|>"]
+    texts = ["", *("".join(rng.choices(blanks + others, k=rng.randrange(60))) for _ in range(3000)), unseen_text()]
+    for batch in (texts, [*texts[:100], tokenizer.CUT + "  a  b"]):
+        ids, lengths = tokenizer.encode_texts(encoding, pa.array(batch, pa.string()))
+        expected = [[encoding.eot_token, *encoding.encode_ordinary(text)] if text else [] for text in batch]
+        assert lengths == list(map(len, expected))
+        assert ids.tolist() == [token for tokens in expected for token in tokens]
+
+
+def test_a_text_too_blank_for_tiktoken_is_encoded(trained):
+    encoding, _ = trained
+    text = "a" + " " * 2_000_000 + "b"  # its regex engine gives up here: too much to step back over
+    ids, _ = tokenizer.encode_texts(encoding, pa.array([text], pa.string()))
+    assert encoding.decode(ids[1:].tolist()) == text
+
+
+def test_on_the_corpus_beside_the_repository(trained, shared_data):
+    import pyarrow.parquet as pq
+
+    encoding, library = trained
+    library.encode_special_tokens = True
+    path = sorted((shared_data / "corpus").glob("*.parquet"))[0]
+    for text in pq.read_table(path, columns=["text"])["text"][:200].to_pylist():
+        assert encoding.encode_ordinary(text) == library.encode(text).ids
+
+
+def test_end_of_text_is_the_last_of_the_tokens_asked_for(trained):
+    encoding, _ = trained
+    assert encoding.n_vocab == 2048
+    assert encoding.eot_token == 2047
+    assert encoding.encode("<|endoftext|>", allowed_special="all") == [2047]
+    assert 2047 not in encoding.encode_ordinary("a<|endoftext|>b")
+
+
+def test_training_again_gives_the_same_vocabulary(trained):
+    again, _ = tokenizer.train_tokenizer(pydoc_texts(), 2048)
+    assert tokenizer.tokenizer_to_text(again) == tokenizer.tokenizer_to_text(trained[0])
+
+
+def test_a_vocabulary_file_gives_the_same_tokenizer(trained, tmp_path):
+    (tmp_path / "vocab.tiktoken").write_text(tokenizer.tokenizer_to_text(trained[0]))
+    loaded = tokenizer.load_tokenizer(tmp_path / "vocab.tiktoken")
+    assert loaded.encode_ordinary(ODD) == trained[0].encode_ordinary(ODD)
+
+
+def test_autotokenizer_reads_what_is_exported(trained, tmp_path):
+    tokenizer.save_pretrained(trained[0], tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = unseen_text()[:50_000].replace("<|endoftext|>", "")
+    assert theirs(text).input_ids == trained[0].encode_ordinary(text)
+    assert theirs.eos_token_id == trained[0].eot_token
+    assert theirs.decode(trained[0].encode_ordinary("naïve → 日本")) == "naïve → 日本"
+    assert tokenizer.load_tokenizer(tmp_path / "vocab.tiktoken").encode_ordinary(text) == theirs(text).input_ids
+
+
+def test_gpt2s_own_files_are_recovered(tmp_path):
+    try:
+        gpt2 = tokenizer.load_tokenizer("gpt2")
+    except OSError:
+        pytest.skip("GPT-2's vocabulary can't be had here")
+    assert tokenizer.tokenizer_to_text(gpt2) == "gpt2"
+    tokenizer.save_pretrained(gpt2, tmp_path)
+    merges = (tmp_path / "merges.txt").read_text("utf-8").splitlines()
+    assert merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+    assert len(merges) == 50001
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = unseen_text().replace("<|endoftext|>", "")
+    assert theirs(text).input_ids == gpt2.encode_ordinary(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ["", "words of prose", "AAAA 0\n", "IQ== 0\nIg== 0\n", "\xff\xfe"])
+def test_a_file_that_is_no_vocabulary_is_refused(text, tmp_path):
+    (tmp_path / "vocab.tiktoken").write_text(text, "latin-1")
+    with pytest.raises(ValueError, match="vocab"):
+        tokenizer.load_tokenizer(tmp_path / "vocab.tiktoken")
+
+
+def test_a_vocabulary_that_can_not_be_learned_is_refused():
+    with pytest.raises(ValueError, match="too small"):
+        tokenizer.train_tokenizer(["text"], 256)
+    with pytest.raises(ValueError, match="lower the size"):
+        tokenizer.train_tokenizer(["text"], 1000)
