@@ -47,10 +47,14 @@ PUBLISHED = {  # Radford et al. 2019, table 3; "sequence" from a reproduction wi
 @dataclass
 class Config:
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    data: str | None = None  # a file, a glob or a folder of cbtest_{CN,NE,V,P}_test*.txt; None = from the hub
+    data: str | None = (
+        None  # a file, a glob or a folder of cbtest_{CN,NE,V,P}_test*.txt; None = from the hub
+    )
     limit: int | None = None  # only the first so many questions of each kind
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     save_predictions: str | None = None  # write a line per question to this file
 
 
@@ -93,7 +97,9 @@ def from_hub(kind: str, limit: int | None) -> list[Question]:
             f"{HUB} can't be had from the hub ({type(error).__name__}): check the network, or give --data FILES"
         ) from error
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    return [make_question(kind, r["sentences"], r["question"], r["answer"], r["options"]) for r in rows]
+    return [
+        make_question(kind, r["sentences"], r["question"], r["answer"], r["options"]) for r in rows
+    ]
 
 
 def from_file(path: Path) -> list[Question]:
@@ -101,23 +107,33 @@ def from_file(path: Path) -> list[Question]:
     empty field, candidates, with tabs between them; a blank line between questions."""
     kind = re.search(r"cbtest_(CN|NE|V|P)_", path.name)
     if not kind:
-        raise ValueError(f"{path}: its name must say what is missing: cbtest_CN_test.txt, or NE, V, P")
+        raise ValueError(
+            f"{path}: its name must say what is missing: cbtest_CN_test.txt, or NE, V, P"
+        )
     questions, sentences = [], []
     number = 0
     try:
         for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
             if not line.strip():
                 if sentences:
-                    raise ValueError(f"the question ends after {len(sentences)} sentences, without a query")
+                    raise ValueError(
+                        f"the question ends after {len(sentences)} sentences, without a query"
+                    )
                 continue
             place, _, text = line.partition(" ")
             if place != str(len(sentences) + 1):
-                raise ValueError(f"it must begin with {len(sentences) + 1}, the number of the sentence")
+                raise ValueError(
+                    f"it must begin with {len(sentences) + 1}, the number of the sentence"
+                )
             if len(sentences) < 20:
                 sentences.append(text)
                 continue
-            query, answer, *_, candidates = text.split("\t") if text.count("\t") >= 2 else (text, "", "")
-            questions.append(make_question(kind[1], sentences, query, answer, candidates.split("|")))
+            query, answer, *_, candidates = (
+                text.split("\t") if text.count("\t") >= 2 else (text, "", "")
+            )
+            questions.append(
+                make_question(kind[1], sentences, query, answer, candidates.split("|"))
+            )
             sentences = []
         if sentences:
             raise ValueError(f"the file ends after {len(sentences)} sentences, without a query")
@@ -130,23 +146,36 @@ def from_file(path: Path) -> list[Question]:
     return questions
 
 
-def make_question(kind: str, sentences: list[str], query: str, answer: str, candidates: list[str]) -> Question:
+def make_question(
+    kind: str, sentences: list[str], query: str, answer: str, candidates: list[str]
+) -> Question:
     """Raises ValueError if there is not one blank, or the candidates don't hold the answer."""
     if query.count(BLANK) != 1:
         raise ValueError(f"the query must have one {BLANK}, has {query.count(BLANK)}")
     if answer not in candidates:
-        raise ValueError(f"the answer {answer!r} is not among the candidates {'|'.join(candidates)}")
+        raise ValueError(
+            f"the answer {answer!r} is not among the candidates {'|'.join(candidates)}"
+        )
     return Question(kind, " ".join(sentences), query, answer, candidates)
 
 
 def detokenize(text: str) -> str:
     """Undo the spacing, quotes and brackets of the Penn Treebank's tokenizer."""
-    for mark, char in (("-LRB-", "("), ("-RRB-", ")"), ("-LCB-", "{"), ("-RCB-", "}"), ("-LSB-", "["), ("-RSB-", "]")):
+    for mark, char in (
+        ("-LRB-", "("),
+        ("-RRB-", ")"),
+        ("-LCB-", "{"),
+        ("-RCB-", "}"),
+        ("-LSB-", "["),
+        ("-RSB-", "]"),
+    ):
         text = text.replace(mark, char)
     text = re.sub(r"`` ?", '"', text)
     text = re.sub(r" ?''", '"', text)
     text = re.sub(r"(?<!\S)` ?", "'", text)
-    text = re.sub(r" (n't|'(?:s|S|m|re|ve|ll|d)?)(?!\S)", r"\1", text)  # do n't, it 's, the boys ' coats
+    text = re.sub(
+        r" (n't|'(?:s|S|m|re|ve|ll|d)?)(?!\S)", r"\1", text
+    )  # do n't, it 's, the boys ' coats
     text = re.sub(r" ([,.;:!?)\]}%])", r"\1", text)
     return re.sub(r"([(\[{$£]) ", r"\1", text)
 
@@ -164,9 +193,14 @@ def sequence_request(enc: tiktoken.Encoding, question: Question, block_size: int
     return Request(shared[:1], [shared[1:] + continuation for continuation in split.continuations])
 
 
-def request(enc: tiktoken.Encoding, context: str, question: Question, render: Callable[[str], str]) -> Request:
+def request(
+    enc: tiktoken.Encoding, context: str, question: Question, render: Callable[[str], str]
+) -> Request:
     before = f"{context} {render(question.query.split(BLANK)[0])}".rstrip()
-    texts = [f"{context} {render(question.query.replace(BLANK, candidate))}" for candidate in question.candidates]
+    texts = [
+        f"{context} {render(question.query.replace(BLANK, candidate))}"
+        for candidate in question.candidates
+    ]
     return encode_request(enc, before, [text[len(before) :] for text in texts])
 
 
@@ -174,21 +208,33 @@ def evaluate(
     model: GPT, enc: tiktoken.Encoding, examples: list[Question], rt: Runtime
 ) -> tuple[list[Metric], list[dict]]:
     """Accuracy by protocol and kind, and a line per question."""
-    lines = [dict(ind=n, kind=q.kind, answer=q.answer, candidates=q.candidates) for n, q in enumerate(examples)]
+    lines = [
+        dict(ind=n, kind=q.kind, answer=q.answer, candidates=q.candidates)
+        for n, q in enumerate(examples)
+    ]
     metrics = []
     for protocol in ("paper", "sequence"):
         if protocol == "paper":
             requests = [paper_request(enc, question) for question in examples]
         else:
-            requests = [sequence_request(enc, question, model.config.block_size) for question in examples]
+            requests = [
+                sequence_request(enc, question, model.config.block_size) for question in examples
+            ]
         scores = score(model, requests, rt, desc=f"CBT, {protocol}")
         for line, request, ten in zip(lines, requests, scores):
             sums = [s.logprob for s in ten]
             if protocol == "sequence":
                 sums = [total / len(tokens) for total, tokens in zip(sums, request.continuations)]
-            line |= {f"{protocol}_pred": line["candidates"][sums.index(max(sums))], f"{protocol}_scores": sums}
+            line |= {
+                f"{protocol}_pred": line["candidates"][sums.index(max(sums))],
+                f"{protocol}_scores": sums,
+            }
         for kind in (*KINDS, "all"):
-            hits = [line[f"{protocol}_pred"] == line["answer"] for line in lines if kind in ("all", line["kind"])]
+            hits = [
+                line[f"{protocol}_pred"] == line["answer"]
+                for line in lines
+                if kind in ("all", line["kind"])
+            ]
             if hits:
                 metrics.append(accuracy(name := f"{protocol} {kind}", hits, PUBLISHED.get(name)))
     return metrics, lines

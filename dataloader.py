@@ -23,7 +23,9 @@ class WindowOrder:
     def __init__(self, lengths: list[int], T: int, seed: int):
         self.T = T
         self.seed = seed
-        self.counts = np.array([max(0, (length - 1) // T) for length in lengths])  # windows in each shard
+        self.counts = np.array(
+            [max(0, (length - 1) // T) for length in lengths]
+        )  # windows in each shard
         self.per_epoch = int(self.counts.sum())
         self._shards = lru_cache(2)(self._permute_shards)
         self._windows = lru_cache(2)(self._permute_windows)
@@ -52,7 +54,16 @@ class TrainLoader:
     tokens than one batch.
     """
 
-    def __init__(self, shards: Shards, B: int, T: int, total_batch_size: int, seed: int, rank: int = 0, world_size=1):
+    def __init__(
+        self,
+        shards: Shards,
+        B: int,
+        T: int,
+        total_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size=1,
+    ):
         per_micro_step = B * T * world_size
         if min(B, T, total_batch_size) < 1 or total_batch_size % per_micro_step:
             raise ValueError(
@@ -84,7 +95,9 @@ class TrainLoader:
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
 
-    def iterate(self, start_step: int, max_steps: int, device: torch.device) -> Iterator[list[tuple]]:
+    def iterate(
+        self, start_step: int, max_steps: int, device: torch.device
+    ) -> Iterator[list[tuple]]:
         """Per step from start_step to max_steps, the list of its micro-batches on the device.
 
         The thread keeps the next steps ready in (pinned) memory.
@@ -102,7 +115,10 @@ class TrainLoader:
         def read_ahead():
             try:
                 for step in range(start_step, max_steps):
-                    batch = [self.micro_batch(step, micro_step) for micro_step in range(self.accumulation)]
+                    batch = [
+                        self.micro_batch(step, micro_step)
+                        for micro_step in range(self.accumulation)
+                    ]
                     if device.type == "cuda":
                         batch = [(x.pin_memory(), y.pin_memory()) for x, y in batch]
                     put(batch)
@@ -117,7 +133,10 @@ class TrainLoader:
                 batch = ready.get()
                 if isinstance(batch, Exception):
                     raise batch
-                yield [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batch]
+                yield [
+                    (x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+                    for x, y in batch
+                ]
         finally:
             stopped.set()
 
@@ -130,7 +149,14 @@ class SequenceLoader:
     """
 
     def __init__(
-        self, tokens: np.ndarray, B: int, T: int, per_step: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        tokens: np.ndarray,
+        B: int,
+        T: int,
+        per_step: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         count = -(-(len(tokens) - 1) // T)
         if count < per_step:
@@ -138,7 +164,10 @@ class SequenceLoader:
                 f"the training part holds {len(tokens)} tokens ({count} sequences of {T}), fewer than one batch of "
                 f"{per_step} sequences: lower total_batch_size or T, or add descriptions"
             )
-        self.x, self.y = np.zeros(count * T, dtype=np.int64), np.full(count * T, IGNORE, dtype=np.int64)
+        self.x, self.y = (
+            np.zeros(count * T, dtype=np.int64),
+            np.full(count * T, IGNORE, dtype=np.int64),
+        )
         self.x[: len(tokens) - 1], self.y[: len(tokens) - 1] = tokens[:-1], tokens[1:]
         self.x, self.y = self.x.reshape(count, T), self.y.reshape(count, T)
         self.B, self.per_step, self.seed = B, per_step, seed
@@ -161,7 +190,10 @@ class SequenceLoader:
             first = (micro_step * self.world_size + self.rank) * self.B
             mine = rows[first : first + self.B]
             x, y = self.x[mine], self.y[mine]
-            missing = ((0, self.B - len(mine)), (0, 0))  # one shape for all, so that a compiled model is compiled once
+            missing = (
+                (0, self.B - len(mine)),
+                (0, 0),
+            )  # one shape for all, so that a compiled model is compiled once
             x, y = np.pad(x, missing), np.pad(y, missing, constant_values=IGNORE)
             batch.append((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)))
             shares.append(float((y != IGNORE).sum() * self.world_size / counted))

@@ -39,18 +39,29 @@ OPENAI_VAL_LOSS = {"gpt2": 3.2924}  # on FineWeb-Edu's first shard: build-nanogp
 
 @dataclass
 class Config:
-    models: tuple[str, ...] = ("log/model_final.pt",)  # checkpoints, Hugging Face folders, gpt2 ... gpt2-xl
-    benchmarks: tuple[Literal["hellaswag", "lambada", "cbt", "val"], ...] = ("hellaswag", "lambada", "cbt", "val")
+    models: tuple[str, ...] = (
+        "log/model_final.pt",
+    )  # checkpoints, Hugging Face folders, gpt2 ... gpt2-xl
+    benchmarks: tuple[Literal["hellaswag", "lambada", "cbt", "val"], ...] = (
+        "hellaswag",
+        "lambada",
+        "cbt",
+        "val",
+    )
     hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded
     lambada_data: str | None = None  # lambada_test.jsonl; None = downloaded
-    cbt_data: str | None = None  # a file, a glob or a folder of cbtest_*_test*.txt; None = from the hub
+    cbt_data: str | None = (
+        None  # a file, a glob or a folder of cbtest_*_test*.txt; None = from the hub
+    )
     val_data: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
     val_tokens: int = 10485760  # tokens of the validation shard, from its start
     limit: int | None = None  # only the first so many examples (of each kind) of the benchmarks
     B: int = 8  # sequences per forward pass of the validation loss
     out_dir: str = "log/evaluation"  # folder of evaluation.json and evaluation.md
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
 
 
 def main(config: Config):
@@ -78,7 +89,11 @@ def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> 
     for title in config.benchmarks:
         result = dict(model=name, benchmark=title)
         try:
-            what = dict(benchmark=title, weights=checkpoint.identity(name), data=data_identity(title, config))
+            what = dict(
+                benchmark=title,
+                weights=checkpoint.identity(name),
+                data=data_identity(title, config),
+            )
             what |= dict(limit=None if title == "val" else config.limit, dtype=str(rt.dtype)[6:])
             if earlier := next((r for r in done if what.items() <= r.items()), None):
                 rt.print(f"{name} on {title}: computed before")
@@ -97,7 +112,9 @@ def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> 
     return results
 
 
-def run_benchmark(title: str, model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime) -> list[Metric]:
+def run_benchmark(
+    title: str, model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime
+) -> list[Metric]:
     if title == "val":
         return validation(model, enc, config, rt)
     module = BENCHMARKS[title]
@@ -112,21 +129,32 @@ def validation(model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime) 
     tokens = shards.read(0, 0, min(config.val_tokens + 1, shards.lengths[0]))
     own = shards_tokenizer(config.val_data)
     documents = np.split(tokens, np.flatnonzero(tokens == own.eot_token))
-    texts = [own.decode_bytes(document[document != own.eot_token].tolist()) for document in documents]
+    texts = [
+        own.decode_bytes(document[document != own.eot_token].tolist()) for document in documents
+    ]
     if tokenizer_to_text(enc) != tokenizer_to_text(own):
         texts = [text.decode("utf-8", "replace") for text in texts if text]
-        tokens = np.array([i for text in texts for i in (enc.eot_token, *enc.encode_ordinary(text))])
+        tokens = np.array(
+            [i for text in texts for i in (enc.eot_token, *enc.encode_ordinary(text))]
+        )
         texts = [text.encode() for text in texts]
     loss = stream_loss(model, tokens, config.B, model.config.block_size, rt)
     bits = loss * (len(tokens) - 1) / math.log(2)
-    published = OPENAI_VAL_LOSS if manifest.get("source") == "fineweb-edu" and own.name == "gpt2" else {}
-    return [Metric("loss", loss, published=published), Metric("bits per byte", bits / sum(map(len, texts)))]
+    published = (
+        OPENAI_VAL_LOSS if manifest.get("source") == "fineweb-edu" and own.name == "gpt2" else {}
+    )
+    return [
+        Metric("loss", loss, published=published),
+        Metric("bits per byte", bits / sum(map(len, texts))),
+    ]
 
 
 def data_identity(title: str, config: Config) -> str:
     """What tells a benchmark's data from others: checksums of its files, or the name of a hub dataset."""
     if title == "val":
-        identity = manifest_checksum(config.val_data) or checksum(open_shards(config.val_data, "val").paths[0])
+        identity = manifest_checksum(config.val_data) or checksum(
+            open_shards(config.val_data, "val").paths[0]
+        )
         return f"{identity} {config.val_tokens}"
     data = getattr(config, f"{title}_data")
     if data is None:
@@ -148,7 +176,9 @@ def read_results(path: Path) -> list[dict]:
 
 def to_table(results: list[dict]) -> str:
     """A row per model and metric; the figures published for OpenAI's models in columns of their own."""
-    sizes = [s for s in SIZES if any(s in m["published"] for r in results for m in r.get("metrics", ()))]
+    sizes = [
+        s for s in SIZES if any(s in m["published"] for r in results for m in r.get("metrics", ()))
+    ]
     rows = []
     for result in results:
         start = (result["model"], result["benchmark"])
@@ -157,7 +187,9 @@ def to_table(results: list[dict]) -> str:
             rows.append((*start, "not available", reason, *[""] * len(sizes)))
         for metric in (Metric(**values) for values in result.get("metrics", ())):
             rows.append((*start, metric.name, str(metric), *map(metric.published_text, sizes)))
-    return table(("model", "benchmark", "metric", "figure", *(f"{size}, published" for size in sizes)), rows)
+    return table(
+        ("model", "benchmark", "metric", "figure", *(f"{size}, published" for size in sizes)), rows
+    )
 
 
 if __name__ == "__main__":

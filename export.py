@@ -22,7 +22,9 @@ def main(config: Config):
     model, enc = load_model(config.model)
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(enc, config.out)
-    say(f"{config.out}: {model.num_params():,} parameters and a tokenizer of {enc.n_vocab:,} tokens")
+    say(
+        f"{config.out}: {model.num_params():,} parameters and a tokenizer of {enc.n_vocab:,} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -42,15 +42,26 @@ SEARCH = "finetune_hyperparameter_search"
 
 @dataclass
 class Config:
-    init_from: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
+    init_from: str = (
+        "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
+    )
     data: str = "datasets/finetune_data.txt"  # <LOC> ... </LOC> blocks, which generate_finetune_data.py wrote
     out_dir: str = "finetune_runs"  # folder of the search, the final run and the report
     # batch
     B: int = 8  # micro-batch: sequences per process and forward pass
     T: int = 512  # sequence length in tokens
-    total_batch_size: int = 32768  # tokens per optimizer step, over all processes: 64 sequences of 512
+    total_batch_size: int = (
+        32768  # tokens per optimizer step, over all processes: 64 sequences of 512
+    )
     # phase 1: the search
-    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 7e-3)  # to try; only one = no search
+    learning_rates: tuple[float, ...] = (
+        1e-4,
+        2e-4,
+        5e-4,
+        1e-3,
+        3e-3,
+        7e-3,
+    )  # to try; only one = no search
     search_epochs: int = 2  # of each try
     # phase 2: the final training
     num_epochs: int = 7  # passes over the descriptions
@@ -60,28 +71,46 @@ class Config:
     weight_decay: float = 0.1  # of tensors of two dimensions and more
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
     dropout: float = 0.1  # share of activations dropped
-    lora_rank: int = 0  # rank of LoRA's adapters, which are trained instead of the model; 0 = train the model
+    lora_rank: int = (
+        0  # rank of LoRA's adapters, which are trained instead of the model; 0 = train the model
+    )
     # run
     resume: bool = False  # go on with what out_dir holds
     seed: int = 1337  # of split, order, dropout, adapters and samples
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
     # report
     num_samples: int = 50  # descriptions that base and finetuned model each write for it
-    general_data: str = "datasets/edu_fineweb10B"  # folder of shards: what was forgotten of general text
+    general_data: str = (
+        "datasets/edu_fineweb10B"  # folder of shards: what was forgotten of general text
+    )
     general_tokens: int = 100_000  # of its validation shard
 
     def __post_init__(self):
-        for name in ("B", "T", "total_batch_size", "search_epochs", "num_epochs", "num_samples", "general_tokens"):
+        for name in (
+            "B",
+            "T",
+            "total_batch_size",
+            "search_epochs",
+            "num_epochs",
+            "num_samples",
+            "general_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.total_batch_size % self.T:
-            raise ValueError(f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}")
+            raise ValueError(
+                f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}"
+            )
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError("learning_rates must hold at least one, and each be above 0")
         if not 0 <= self.warmup <= 1 or min(self.patience, self.lora_rank, self.grad_clip) < 0:
-            raise ValueError("warmup must be between 0 and 1; patience, lora_rank and grad_clip not negative")
+            raise ValueError(
+                "warmup must be between 0 and 1; patience, lora_rank and grad_clip not negative"
+            )
 
 
 def main(config: Config):
@@ -142,7 +171,9 @@ class Finetuner:
         self.config, self.rt = config, rt
         self.model, self.enc = checkpoint.load_model(config.init_from, config.dropout)
         if self.model.config.block_size < config.T:
-            raise ValueError(f"T {config.T} is above the model's block_size {self.model.config.block_size}")
+            raise ValueError(
+                f"T {config.T} is above the model's block_size {self.model.config.block_size}"
+            )
         if config.lora_rank:
             torch.manual_seed(config.seed)
             lora.add_adapters(self.model, config.lora_rank)
@@ -156,12 +187,26 @@ class Finetuner:
 
         per_step = config.total_batch_size // config.T
         tokens = self.encode(training)
-        self.loader = SequenceLoader(tokens, config.B, config.T, per_step, config.seed, rt.rank, rt.world_size)
+        self.loader = SequenceLoader(
+            tokens, config.B, config.T, per_step, config.seed, rt.rank, rt.world_size
+        )
         self.val_tokens = self.encode(held_out)
         self.base_val_loss = self.validate()
-        fixed = ("T", "total_batch_size", "search_epochs", "num_epochs", "warmup", "weight_decay", "grad_clip")
-        self.settings = dict(weights=checkpoint.identity(config.init_from), data=checksum(config.data))
-        self.settings |= {key: getattr(config, key) for key in (*fixed, "dropout", "lora_rank", "seed")}
+        fixed = (
+            "T",
+            "total_batch_size",
+            "search_epochs",
+            "num_epochs",
+            "warmup",
+            "weight_decay",
+            "grad_clip",
+        )
+        self.settings = dict(
+            weights=checkpoint.identity(config.init_from), data=checksum(config.data)
+        )
+        self.settings |= {
+            key: getattr(config, key) for key in (*fixed, "dropout", "lora_rank", "seed")
+        }
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rt.print(
             f"{len(training)} descriptions ({len(tokens):,} tokens) to train on, {len(held_out)} held out; "
@@ -171,7 +216,11 @@ class Finetuner:
 
     def encode(self, descriptions: list[str]) -> np.ndarray:
         """One stream, end-of-text before each description and after the last."""
-        ids = [token for text in descriptions for token in (self.enc.eot_token, *self.enc.encode_ordinary(text))]
+        ids = [
+            token
+            for text in descriptions
+            for token in (self.enc.eot_token, *self.enc.encode_ordinary(text))
+        ]
         return np.array([*ids, self.enc.eot_token])
 
     def validate(self) -> float:
@@ -179,30 +228,42 @@ class Finetuner:
 
     def reset(self, state: dict | None = None):
         """Put back the initial weights, or those of a checkpoint of an earlier run; return a new optimizer."""
-        self.model.load_state_dict(self.initial | (state["lora"] or state["model"]) if state else self.initial)
+        self.model.load_state_dict(
+            self.initial | (state["lora"] or state["model"]) if state else self.initial
+        )
         optimizer = make_optimizer(self.model, 1.0, self.config.weight_decay, (0.9, 0.95), 1e-8)
         if state:
             optimizer.load_state_dict(state["optimizer"])
         return optimizer
 
-    def train(self, optimizer, lr: float, epochs: int, done: int = 0, log: RunLog | None = None) -> Iterator[dict]:
+    def train(
+        self, optimizer, lr: float, epochs: int, done: int = 0, log: RunLog | None = None
+    ) -> Iterator[dict]:
         """Train from epoch `done` on; after each epoch, yield its number, training and validation loss. A loss that is
         not finite ends it: the epoch's validation loss is infinite then."""
         config, rt, per_epoch = self.config, self.rt, self.loader.steps_per_epoch
         steps = epochs * per_epoch
         warmup_steps = round(config.warmup * steps)
-        with Progress(total=steps, initial=done * per_epoch, desc=f"lr {decimal(lr)}", unit="step") as bar:
+        with Progress(
+            total=steps, initial=done * per_epoch, desc=f"lr {decimal(lr)}", unit="step"
+        ) as bar:
             for epoch in range(done, epochs):
                 losses, weights = [], []
                 for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
                     began = time.perf_counter()
-                    rt.seed(config.seed, step)  # dropout is a function of the step, as in pretraining
+                    rt.seed(
+                        config.seed, step
+                    )  # dropout is a function of the step, as in pretraining
                     batch, shares, tokens = self.loader.batch(step, rt.device)
                     now = learning_rate(step, steps, warmup_steps, lr, lr / 10)
-                    loss, norm = train_step(self.train_model, optimizer, batch, now, config.grad_clip, rt, shares)
+                    loss, norm = train_step(
+                        self.train_model, optimizer, batch, now, config.grad_clip, rt, shares
+                    )
                     loss, norm = float(rt.sum([loss]) / rt.world_size), float(norm)
                     if not math.isfinite(loss) or not math.isfinite(norm):
-                        yield dict(epoch=epoch + 1, step=step + 1, train_loss=math.inf, val_loss=math.inf)
+                        yield dict(
+                            epoch=epoch + 1, step=step + 1, train_loss=math.inf, val_loss=math.inf
+                        )
                         return
                     losses.append(loss)
                     weights.append(tokens)
@@ -224,7 +285,9 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
     """Phase 1: the learning rate with the lowest validation loss after search_epochs. Rates tried before are kept."""
     out_dir = Path(config.out_dir)
     path = out_dir / f"{SEARCH}.json"
-    tried = {result["lr"]: result for result in json.loads(path.read_text())} if path.exists() else {}
+    tried = (
+        {result["lr"]: result for result in json.loads(path.read_text())} if path.exists() else {}
+    )
     rt.barrier()
     for lr in config.learning_rates:
         if lr in tried:
@@ -234,7 +297,9 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
         status = "trained"
         if not math.isfinite(last["val_loss"]) or last["val_loss"] > tuner.base_val_loss:
             status = "diverged"  # worse than before training, or not a number
-        tried[lr] = last | dict(lr=lr, status=status, val_losses=[epoch["val_loss"] for epoch in epochs])
+        tried[lr] = last | dict(
+            lr=lr, status=status, val_losses=[epoch["val_loss"] for epoch in epochs]
+        )
         if rt.is_main:
             write_text(path, json.dumps([tried[lr] for lr in sorted(tried)], indent=1) + "\n")
     results = [tried[lr] for lr in sorted(config.learning_rates)]
@@ -243,14 +308,18 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
     rows = []
     for r in results:
         figures = (r["train_loss"], r["val_loss"], math.exp(min(99, r["val_loss"])))
-        rows.append((decimal(r["lr"]), *(f"{x:.4f}" for x in figures), "best" if r is best else r["status"]))
+        rows.append(
+            (decimal(r["lr"]), *(f"{x:.4f}" for x in figures), "best" if r is best else r["status"])
+        )
     text = table(("learning rate", "training loss", "validation loss", "perplexity", ""), rows)
     rt.print(f"{text}\n{out_dir}/{SEARCH}.txt, .png")
     if rt.is_main:
         write_text(out_dir / f"{SEARCH}.txt", text + "\n")
         draw_search(out_dir / f"{SEARCH}.png", results, tuner.base_val_loss)
     if best is None:
-        raise ValueError("training diverged at every learning rate: give lower ones with --learning_rates")
+        raise ValueError(
+            "training diverged at every learning rate: give lower ones with --learning_rates"
+        )
     return best["lr"]
 
 
@@ -274,7 +343,9 @@ def finetune(config: Config, tuner: Finetuner, lr: float, folder: Path, rt: Runt
             )
         history.append(epoch)
         best = min(e["val_loss"] for e in history)
-        rt.print(f"epoch {epoch['epoch']} | train {epoch['train_loss']:.4f} | val {epoch['val_loss']:.4f}")
+        rt.print(
+            f"epoch {epoch['epoch']} | train {epoch['train_loss']:.4f} | val {epoch['val_loss']:.4f}"
+        )
         if rt.is_main:
             saved = dict(
                 model=lora.merged_state(tuner.model), config=tuner.model.config_dict(),
@@ -283,7 +354,11 @@ def finetune(config: Config, tuner: Finetuner, lr: float, folder: Path, rt: Runt
             checkpoint.save(folder / f"model_epoch_{epoch['epoch']}.pt", saved)
             if epoch["val_loss"] == best:
                 checkpoint.save(folder / "model_best.pt", saved)
-            saved |= dict(lora=lora.adapter_state(tuner.model), optimizer=optimizer.state_dict(), history=history)
+            saved |= dict(
+                lora=lora.adapter_state(tuner.model),
+                optimizer=optimizer.state_dict(),
+                history=history,
+            )
             checkpoint.save(folder / f"model_{epoch['step']:05d}.pt", saved)  # to resume from
             checkpoint.remove_rolling(folder, 0, keep=1)
         if is_over(history, config):

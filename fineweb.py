@@ -40,7 +40,13 @@ import tiktoken
 from common.console import Progress, cli, say
 from common.files import write_text
 from common.shards import START, ShardWriter
-from common.tokenizer import encode_texts, encoding_of, load_tokenizer, tokenizer_to_text, train_tokenizer
+from common.tokenizer import (
+    encode_texts,
+    encoding_of,
+    load_tokenizer,
+    tokenizer_to_text,
+    train_tokenizer,
+)
 
 HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),
@@ -54,20 +60,30 @@ MAX_RETRIES = 8  # of a dropped connection, in a row
 
 @dataclass
 class Config:
-    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "fineweb-edu"  # of the text
+    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = (
+        "fineweb-edu"  # of the text
+    )
     subset: str = "sample-10BT"  # of fineweb-edu or fineweb
-    data_files: tuple[str, ...] = ()  # files, globs or URLs: parquet, json (a "text" per line), text (a document each)
+    data_files: tuple[
+        str, ...
+    ] = ()  # files, globs or URLs: parquet, json (a "text" per line), text (a document each)
     out_dir: str = ""  # folder of the shards; empty = datasets/edu_fineweb10B and its like, by source and subset
     shard_size: int = 100_000_000  # tokens per shard
     tokenizer: str = "gpt2"  # gpt2, or a vocab.tiktoken file
-    train_tokenizer: int = 0  # learn a vocabulary of this size from the source and use it instead; 0 = do not
+    train_tokenizer: int = (
+        0  # learn a vocabulary of this size from the source and use it instead; 0 = do not
+    )
     train_tokenizer_chars: int = 1_000_000_000  # of the source's text to learn it from, at most
     num_workers: int = 0  # tokenizer processes; 0 = one per CPU core
 
     def __post_init__(self):
         if not self.out_dir:
             size = self.subset.removeprefix("sample-").removesuffix("T")
-            self.out_dir = f"datasets/{HUB[self.source][1]}{size}" if self.source in HUB else f"datasets/{self.source}"
+            self.out_dir = (
+                f"datasets/{HUB[self.source][1]}{size}"
+                if self.source in HUB
+                else f"datasets/{self.source}"
+            )
         self.num_workers = self.num_workers or getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
@@ -80,17 +96,23 @@ def main(config: Config):
     out_dir.mkdir(parents=True, exist_ok=True)
     source = Source(config)
     enc = choose_tokenizer(config, source, out_dir)
-    writer = ShardWriter(out_dir, source.prefix, config.shard_size, manifest_header(config, source, enc, out_dir))
+    writer = ShardWriter(
+        out_dir, source.prefix, config.shard_size, manifest_header(config, source, enc, out_dir)
+    )
     if writer.manifest["complete"]:
         return summarize(writer)
     check_disk(source, writer)
     start = writer.next_position()
     if writer.manifest["shards"]:
-        say(f"going on at document {start['document']:,} after {len(writer.manifest['shards'])} finished shards")
+        say(
+            f"going on at document {start['document']:,} after {len(writer.manifest['shards'])} finished shards"
+        )
 
     began, first = time.monotonic(), writer.num_tokens
     total = source.estimate_tokens(enc.n_vocab)
-    with Progress(total=total, initial=first, unit="tok", unit_scale=True, desc="tokenizing") as bar:
+    with Progress(
+        total=total, initial=first, unit="tok", unit_scale=True, desc="tokenizing"
+    ) as bar:
         for position, tokens, lengths in encode(source.batches(start), enc, config.num_workers):
             writer.add(position, tokens, lengths)
             bar.set_description(f"shard {len(writer.manifest['shards'])}", refresh=False)
@@ -103,7 +125,9 @@ def main(config: Config):
 def summarize(writer: ShardWriter, speed: str = ""):
     manifest, tokens, shards = writer.manifest, writer.num_tokens, len(writer.manifest["shards"])
     empty = f" ({n:,} empty ones left out)" if (n := manifest["empty_documents"]) else ""
-    say(f"{writer.folder}: {tokens:,} tokens of {manifest['documents']:,} documents{empty} in {shards} shards{speed}")
+    say(
+        f"{writer.folder}: {tokens:,} tokens of {manifest['documents']:,} documents{empty} in {shards} shards{speed}"
+    )
 
 
 def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoken.Encoding:
@@ -116,12 +140,16 @@ def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoke
         if enc.n_vocab == config.train_tokenizer:
             say(f"using {path}, learned before")
             return enc
-        raise ValueError(f"{path} has {enc.n_vocab} tokens, not {config.train_tokenizer}: choose another out_dir")
+        raise ValueError(
+            f"{path} has {enc.n_vocab} tokens, not {config.train_tokenizer}: choose another out_dir"
+        )
 
     def texts() -> Iterator[str]:
         chars = 0
         total = min(source.text_bytes or config.train_tokenizer_chars, config.train_tokenizer_chars)
-        with Progress(total=total, unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
+        with Progress(
+            total=total, unit="char", unit_scale=True, desc="learning the tokenizer"
+        ) as bar:
             for _, texts in source.batches(START):
                 for text in filter(None, texts.to_pylist()):
                     yield text
@@ -136,7 +164,9 @@ def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoke
     return enc
 
 
-def manifest_header(config: Config, source: "Source", enc: tiktoken.Encoding, out_dir: Path) -> dict:
+def manifest_header(
+    config: Config, source: "Source", enc: tiktoken.Encoding, out_dir: Path
+) -> dict:
     """What determines the bytes of the shards; two runs that differ in it can't share a folder."""
     text = tokenizer_to_text(enc)
     name = "gpt2" if text == "gpt2" else "vocab.tiktoken"
@@ -167,28 +197,39 @@ class Source:
         self.files = [name for pattern in config.data_files for name in expand(pattern)]
         self.remote = self.kind in HUB or any("://" in name for name in self.files)
         if bool(self.files) != (self.kind in ("parquet", "json", "text")):
-            raise ValueError("the sources parquet, json and text, and only they, need --data_files GLOB")
+            raise ValueError(
+                "the sources parquet, json and text, and only they, need --data_files GLOB"
+            )
 
     def open(self):
         import datasets  # late: it takes a second, and worker processes import this file too
         from huggingface_hub.utils import logging
 
         logging.set_verbosity_error()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
+        datasets.logging.set_verbosity(
+            datasets.logging.CRITICAL
+        )  # what goes wrong is said once, by us
         datasets.disable_progress_bars()
         datasets.config.TORCH_AVAILABLE = False  # or it would import torch, for nothing
         if self.kind == "pydoc":
-            return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in pydoc_texts()))
+            return datasets.IterableDataset.from_generator(
+                lambda: ({"text": text} for text in pydoc_texts())
+            )
         if self.kind in HUB:
             path, options = HUB[self.kind][0], dict(name=self.subset)
         else:
-            path, options = self.kind, dict(data_files=[f if "://" in f else glob.escape(f) for f in self.files])
+            path, options = (
+                self.kind,
+                dict(data_files=[f if "://" in f else glob.escape(f) for f in self.files]),
+            )
         if self.kind == "text":
             options |= dict(sample_by="document", keep_linebreaks=True)
         elif self.kind == "json":
             path = "text"  # by line: the loader of json wants the fields that we leave out alike in all of them
         else:
-            options["columns"] = ["text"]  # the others are not decoded; the download skips only large ones
+            options["columns"] = [
+                "text"
+            ]  # the others are not decoded; the download skips only large ones
         return datasets.load_dataset(path, split="train", streaming=True, **options)
 
     def batches(self, start: dict) -> Iterator[tuple[dict, pa.StringArray]]:
@@ -209,21 +250,30 @@ class Source:
                     raise OSError(
                         f"{self.kind} can't be reached: check network and HF_TOKEN, then run again to go on: {error}"
                     ) from error
-                say(f"connection lost at document {position['document']:,}, trying again ({type(error).__name__})")
+                say(
+                    f"connection lost at document {position['document']:,}, trying again ({type(error).__name__})"
+                )
                 time.sleep(min(60, 2**failures))
 
     def _read(self, position: dict) -> Iterator[tuple[dict, pa.StringArray, dict]]:
         dataset = self.open().with_format("arrow")
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
-        for table in dataset.iter(batch_size=1 if self.kind == "text" else BATCH_DOCUMENTS):  # a text may be a library
+        for table in dataset.iter(
+            batch_size=1 if self.kind == "text" else BATCH_DOCUMENTS
+        ):  # a text may be a library
             if str(table["text"].type) not in ("string", "large_string", "string_view", "null"):
                 raise ValueError(f"the field 'text' holds {table['text'].type}, not only strings")
             texts = table["text"].combine_chunks()[position["skip"] :].cast(pa.string())
             if self.kind == "json":
                 texts = pa.array(map(json_text, texts.to_pylist()), pa.string())
             texts.validate(full=True)  # that it is UTF-8
-            following = dict(document=position["document"] + len(texts), token=0, state=dataset.state_dict(), skip=0)
+            following = dict(
+                document=position["document"] + len(texts),
+                token=0,
+                state=dataset.state_dict(),
+                skip=0,
+            )
             yield position, texts, following
             position = following
 
@@ -252,14 +302,20 @@ class Source:
                 raise ValueError(f"{name} has no column 'text', or no rows")
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 columns = map(group.column, range(group.num_columns))
-                total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+                total += sum(
+                    c.total_uncompressed_size for c in columns if c.path_in_schema == "text"
+                )
         return total
 
     def readable(self, error: Exception) -> Exception:
         """A library's error about the text as one that says where to look."""
-        known = isinstance(error, (ValueError, OSError, ImportError))  # ImportError: a URL of a kind not installed
+        known = isinstance(
+            error, (ValueError, OSError, ImportError)
+        )  # ImportError: a URL of a kind not installed
         if known or type(error).__module__.startswith(("datasets", "pyarrow")):
-            return ValueError(f"{self.damaged_place()} can't be read as {self.kind}: {error.__cause__ or error}")
+            return ValueError(
+                f"{self.damaged_place()} can't be read as {self.kind}: {error.__cause__ or error}"
+            )
         return error
 
     def damaged_place(self) -> str:
@@ -286,7 +342,11 @@ def expand(pattern: str) -> list[str]:
     """The files that a glob stands for, sorted; a URL stands for itself."""
     if "://" in pattern:
         return [pattern]
-    found = [pattern] if os.path.isfile(pattern) else glob.glob(os.path.expanduser(pattern), recursive=True)
+    found = (
+        [pattern]
+        if os.path.isfile(pattern)
+        else glob.glob(os.path.expanduser(pattern), recursive=True)
+    )
     if names := sorted(os.path.abspath(name) for name in found if os.path.isfile(name)):
         return names
     raise FileNotFoundError(f"no file matches {pattern}")
@@ -313,35 +373,47 @@ def init_worker(enc: tiktoken.Encoding):
     global encoding
     encoding = enc
     # A parent that was killed can't end its workers: each waits for that by itself.
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
 
 
 def encode_batch(texts: pa.StringArray) -> tuple[np.ndarray, list[int]]:
     return encode_texts(encoding, texts)
 
 
-def encode(batches, enc: tiktoken.Encoding, num_workers: int) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
+def encode(
+    batches, enc: tiktoken.Encoding, num_workers: int
+) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
     """Tokenize batches in worker processes, in order, a few batches ahead: memory does not grow with the source."""
     context = multiprocessing.get_context("spawn")
-    by_value = encoding_of(enc._mergeable_ranks)  # GPT-2's is pickled as a name: each worker would read its files again
+    by_value = encoding_of(
+        enc._mergeable_ranks
+    )  # GPT-2's is pickled as a name: each worker would read its files again
     pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
     pending = deque()
     try:
         stops = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # the workers inherit it: they end when we do
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, stops
+        )  # the workers inherit it: they end when we do
         for _ in range(num_workers):
             pool.submit(int)  # they start while the source is being opened
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         for position, texts in batches:
             pending.append((position, pool.submit(encode_batch, texts), texts.nbytes))
-            while len(pending) > 3 * num_workers or sum(size for *_, size in pending) > PENDING_BYTES:
+            while (
+                len(pending) > 3 * num_workers or sum(size for *_, size in pending) > PENDING_BYTES
+            ):
                 position, future, _ = pending.popleft()
                 yield position, *future.result()
         while pending:
             position, future, _ = pending.popleft()
             yield position, *future.result()
     except BrokenProcessPool as error:
-        raise OSError("a tokenizer process was killed (out of memory?): run again to go on") from error
+        raise OSError(
+            "a tokenizer process was killed (out of memory?): run again to go on"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -351,11 +423,15 @@ def check_disk(source: Source, writer: ShardWriter):
     tokens = source.estimate_tokens(writer.manifest["vocab_size"])
     free = shutil.disk_usage(writer.folder).free
     if tokens is None:
-        return say(f"disk needed: 2 bytes per token, how many is not known beforehand; free: {free / 1e9:.1f} GB")
+        return say(
+            f"disk needed: 2 bytes per token, how many is not known beforehand; free: {free / 1e9:.1f} GB"
+        )
     need = max(0, tokens - writer.num_tokens) * np.dtype(writer.manifest["dtype"]).itemsize
     say(f"disk needed: about {need / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
     if need > free:
-        raise OSError(f"{writer.folder} has {free / 1e6:,.0f} MB free, the shards need {need / 1e6:,.0f} MB: make room")
+        raise OSError(
+            f"{writer.folder} has {free / 1e6:,.0f} MB free, the shards need {need / 1e6:,.0f} MB: make room"
+        )
 
 
 @lru_cache
@@ -367,13 +443,28 @@ def pydoc_texts() -> list[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = {}
     if (path := library / "pydoc_data" / "topics.py").exists():
-        assignment = next(n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.Assign))
+        assignment = next(
+            n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.Assign)
+        )
         topics = ast.literal_eval(assignment.value)
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "__pycache__"}
+    skipped = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "pydoc_data",
+        "__pycache__",
+    }
     modules = [p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts)]
-    names = [(str(p.relative_to(library).as_posix()), p) for p in modules] + [(topic, None) for topic in topics]
+    names = [(str(p.relative_to(library).as_posix()), p) for p in modules] + [
+        (topic, None) for topic in topics
+    ]
     names = sorted(names, key=lambda item: item[0].lower())
-    return list(filter(None, (docstrings(path) if path else topics[name].strip() for name, path in names)))
+    return list(
+        filter(None, (docstrings(path) if path else topics[name].strip() for name, path in names))
+    )
 
 
 def docstrings(path: Path) -> str:

@@ -74,10 +74,16 @@ def main(config: Config):
     with Dataset(config.out_dir, config.offline) as dataset:
         if have := len(dataset.records):
             say(f"going on after {have:,} descriptions in {dataset.path}")
-        seeds = deque(s for s in prompt_seeds(config.seed) if (s.place, s.culture) not in dataset.pairs)
+        seeds = deque(
+            s for s in prompt_seeds(config.seed) if (s.place, s.culture) not in dataset.pairs
+        )
         if have + len(seeds) < config.num_samples:
-            raise ValueError(f"only {have + len(seeds):,} of {config.num_samples:,} samples have seeds of their own")
-        with Progress(total=max(have, config.num_samples), initial=have, unit="text", desc="descriptions") as bar:
+            raise ValueError(
+                f"only {have + len(seeds):,} of {config.num_samples:,} samples have seeds of their own"
+            )
+        with Progress(
+            total=max(have, config.num_samples), initial=have, unit="text", desc="descriptions"
+        ) as bar:
             if config.offline:
                 write_offline(config, dataset, seeds, bar)
             elif have < config.num_samples:
@@ -95,7 +101,9 @@ def check(config: Config):
     if config.num_samples < 1 or config.concurrency < 1:
         raise ValueError("num_samples and concurrency must be at least 1")
     if config.num_samples > most:
-        raise ValueError(f"num_samples must be at most {most:,}: there are no more seeds, pairs of place and culture")
+        raise ValueError(
+            f"num_samples must be at most {most:,}: there are no more seeds, pairs of place and culture"
+        )
     if not 1 <= config.min_words < config.max_words:
         raise ValueError("min_words must be at least 1, and max_words more than min_words")
     if config.timeout <= 0 or config.max_retries < 0 or config.backoff < 0:
@@ -120,8 +128,12 @@ def api_key() -> str:
     """From the environment, nowhere else. Raises ValueError, which does not show it, if it can't be one."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
-        raise ValueError("no API key: set OPENAI_API_KEY (to any word, for a server that asks for none), or --offline")
-    if not re.fullmatch(r"[!-~]+", key):  # as an HTTP header it would fail, with an error that quotes it
+        raise ValueError(
+            "no API key: set OPENAI_API_KEY (to any word, for a server that asks for none), or --offline"
+        )
+    if not re.fullmatch(
+        r"[!-~]+", key
+    ):  # as an HTTP header it would fail, with an error that quotes it
         raise ValueError("OPENAI_API_KEY holds blanks or other characters that no key has")
     return key
 
@@ -130,7 +142,9 @@ def prompt(about: PromptSeed, config: Config) -> list[dict]:
     """The messages to a chat model."""
     (custom,), *_ = CULTURES[about.culture]
     span = config.max_words - config.min_words  # aim at the middle: models miss lengths by a fifth
-    words = random.Random(str(about)).randint(config.min_words + span // 4, config.max_words - span // 4)
+    words = random.Random(str(about)).randint(
+        config.min_words + span // 4, config.max_words - span // 4
+    )
     ask = (
         f"Describe this location in about {round(words, -1)} words; never fewer than {config.min_words} or more than "
         f"{config.max_words}.\n\nPlace: {about.place}\nMood: {about.mood}\nCulture: the {about.culture}, who {custom}\n"
@@ -144,7 +158,9 @@ def dry_run(config: Config):
     messages = prompt(prompt_seeds(config.seed)[0], config)
     for message in messages:
         say(f"{message['role']}: {message['content']}\n")
-    inward = config.num_samples * sum(len(message["content"].split()) for message in messages) * 4 / 3
+    inward = (
+        config.num_samples * sum(len(message["content"].split()) for message in messages) * 4 / 3
+    )
     outward = config.num_samples * (config.min_words + config.max_words) / 2 * 4 / 3
     say(
         f"{config.num_samples:,} descriptions by {config.model}: about {inward:,.0f} tokens of prompts and "
@@ -204,9 +220,13 @@ class Generation:
 
         self.key = key
         # Retries are ours, so that they can be counted, and wait as long as the server asks.
-        async with AsyncOpenAI(api_key=key, base_url=self.config.base_url, max_retries=0, timeout=None) as client:
+        async with AsyncOpenAI(
+            api_key=key, base_url=self.config.base_url, max_retries=0, timeout=None
+        ) as client:
             self.client, self.url = client, str(client.base_url)
-            await asyncio.gather(*(self.work() for _ in range(min(self.config.concurrency, self.wanted))))
+            await asyncio.gather(
+                *(self.work() for _ in range(min(self.config.concurrency, self.wanted)))
+            )
         if self.error:
             raise self.error
 
@@ -214,7 +234,9 @@ class Generation:
         try:
             while self.wanted > 0 and not self.stop.is_set():
                 if not self.seeds:
-                    raise ValueError("no seeds are left to replace those whose answers were all rejected")
+                    raise ValueError(
+                        "no seeds are left to replace those whose answers were all rejected"
+                    )
                 self.wanted -= 1
                 if not await self.describe(self.seeds.popleft()):
                     self.wanted += 1
@@ -270,12 +292,18 @@ class Generation:
             except Failed as failure:
                 kind, wait = str(failure), failure.wait
             if not self.failed:
-                say(f"warning: {self.url}: {kind}; trying again, up to {self.config.max_retries} times")
+                say(
+                    f"warning: {self.url}: {kind}; trying again, up to {self.config.max_retries} times"
+                )
             self.failed[kind] += 1
             self.show()
             if wait > LONGEST_WAIT:
-                raise OSError(f"{self.url} asks to wait for {wait:,.0f} seconds ({kind}); {self.kept()}")
-            self.pause_until = max(self.pause_until, time.monotonic() + wait)  # a rate limit is for all workers
+                raise OSError(
+                    f"{self.url} asks to wait for {wait:,.0f} seconds ({kind}); {self.kept()}"
+                )
+            self.pause_until = max(
+                self.pause_until, time.monotonic() + wait
+            )  # a rate limit is for all workers
             if attempt < self.config.max_retries:
                 delay = min(LONGEST_BACKOFF, self.config.backoff * 2**attempt)
                 await self.wait_until(time.monotonic() + delay * random.uniform(0.5, 1))
@@ -283,7 +311,9 @@ class Generation:
 
     async def wait_until(self, moment: float):
         """Until then, or later if all must pause meanwhile. Raises Stopped if the run ends first."""
-        while (left := max(moment, self.pause_until) - time.monotonic()) > 0 and not self.stop.is_set():
+        while (
+            left := max(moment, self.pause_until) - time.monotonic()
+        ) > 0 and not self.stop.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), left)
         if self.stop.is_set():
@@ -293,13 +323,18 @@ class Generation:
         """One request. Raises Failed if trying again may help, else ValueError or OSError."""
         import openai
 
-        limit = 8 * self.config.max_words  # tokens: nothing good is longer, and a model that runs on costs money
+        limit = (
+            8 * self.config.max_words
+        )  # tokens: nothing good is longer, and a model that runs on costs money
         try:
             async with asyncio.timeout(self.config.timeout):
                 reply = await self.client.chat.completions.create(
                     model=self.config.model, messages=messages, max_completion_tokens=limit
                 )
-            choice, usage = reply.choices[0], reply.usage  # servers of all kinds: any of it may be missing
+            choice, usage = (
+                reply.choices[0],
+                reply.usage,
+            )  # servers of all kinds: any of it may be missing
             text = (choice.message.content or "").strip()
             text.encode()  # half of a surrogate pair could not be written
             refused = bool(choice.message.refusal) or choice.finish_reason == "content_filter"
@@ -310,7 +345,10 @@ class Generation:
         except openai.APIConnectionError:
             raise Failed("no connection") from None
         except openai.APIStatusError as error:
-            if error.code in ("content_filter", "content_policy_violation"):  # Azure and others refuse like this
+            if error.code in (
+                "content_filter",
+                "content_policy_violation",
+            ):  # Azure and others refuse like this
                 return Answer("", True, False, 0, 0)
             raise self.status_error(error) from None
         except (openai.APIError, ValueError, AttributeError, TypeError, IndexError):
@@ -322,13 +360,20 @@ class Generation:
         # A server may quote the key.
         message = " ".join(error.message.replace(self.key, "***").split())[:300]
         if status == 401:
-            return ValueError(f"{self.url} refuses the key (401): check OPENAI_API_KEY; {self.kept()}")
+            return ValueError(
+                f"{self.url} refuses the key (401): check OPENAI_API_KEY; {self.kept()}"
+            )
         if status == 404:
-            return ValueError(f"{self.url} has no model {self.config.model!r} (404): {message}; {self.kept()}")
+            return ValueError(
+                f"{self.url} has no model {self.config.model!r} (404): {message}; {self.kept()}"
+            )
         if code == "insufficient_quota":
             return OSError(f"{self.url}: the account's quota is used up; {self.kept()}")
         if status in (408, 409, 429) or status >= 500:
-            return Failed("rate limit (429)" if status == 429 else f"status {status}", retry_after(error.response))
+            return Failed(
+                "rate limit (429)" if status == 429 else f"status {status}",
+                retry_after(error.response),
+            )
         return ValueError(f"{self.url} refuses the request ({status}): {message}; {self.kept()}")
 
     def kept(self) -> str:

@@ -47,7 +47,9 @@ class Config:
     data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
     limit: int | None = None  # only the first so many examples
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     save_predictions: str | None = None  # write a line per example to this file
     results: str = "log/hellaswag_results.jsonl"  # a line per evaluated model is added here
 
@@ -66,7 +68,10 @@ def result_line(metrics: list[Metric]) -> dict:
     for metric in metrics:
         style, name = metric.name.split()
         prefix = "harness_" if style == "harness" else ""
-        line |= {prefix + name: metric.value, prefix + name.replace("acc", "correct"): metric.correct}
+        line |= {
+            prefix + name: metric.value,
+            prefix + name.replace("acc", "correct"): metric.correct,
+        }
     return line | dict(total=metrics[0].total)
 
 
@@ -76,9 +81,15 @@ def load(path: str | None = None, limit: int | None = None) -> list[dict]:
 
 
 def parse(example: dict) -> dict:
-    kept = {key: example[key] for key in ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")}
+    kept = {
+        key: example[key] for key in ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
+    }
     endings, label = example["endings"], example["label"]
-    if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
+    if not (
+        isinstance(endings, list)
+        and len(endings) == 4
+        and all(isinstance(e, str) and e for e in endings)
+    ):
         raise ValueError("endings must be four texts")
     if label not in (0, 1, 2, 3):
         raise ValueError(f"the label is {label!r}, must be 0, 1, 2 or 3")
@@ -87,12 +98,17 @@ def parse(example: dict) -> dict:
 
 def completion(enc: tiktoken.Encoding, example: dict) -> Request:
     context = enc.encode_ordinary(example["ctx"])
-    return Request(context or [enc.eot_token], [enc.encode_ordinary(" " + ending) for ending in example["endings"]])
+    return Request(
+        context or [enc.eot_token],
+        [enc.encode_ordinary(" " + ending) for ending in example["endings"]],
+    )
 
 
 def harness(enc: tiktoken.Encoding, example: dict) -> Request:
     context = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
-    return encode_request(enc, clean(context), [" " + clean(ending) for ending in example["endings"]])
+    return encode_request(
+        enc, clean(context), [" " + clean(ending) for ending in example["endings"]]
+    )
 
 
 def clean(text: str) -> str:
@@ -101,13 +117,20 @@ def clean(text: str) -> str:
 
 
 def evaluate(
-    model: GPT, enc: tiktoken.Encoding, examples: list[dict], rt: Runtime, styles: tuple[str, ...] = STYLES
+    model: GPT,
+    enc: tiktoken.Encoding,
+    examples: list[dict],
+    rt: Runtime,
+    styles: tuple[str, ...] = STYLES,
 ) -> tuple[list[Metric], list[dict]]:
     """acc and acc_norm in each style, and a line per example: ind, label, pred, pred_norm and the four sums; those
     of the harness's style with its name before."""
     metrics, lines = [], [dict(ind=example["ind"], label=example["label"]) for example in examples]
     for style in styles:
-        requests = [dict(completion=completion, harness=harness)[style](enc, example) for example in examples]
+        requests = [
+            dict(completion=completion, harness=harness)[style](enc, example)
+            for example in examples
+        ]
         scores = score(model, requests, rt, desc=f"HellaSwag, {style}")
         prefix = "harness_" if style == "harness" else ""
         for line, example, request, four in zip(lines, examples, requests, scores):
@@ -116,7 +139,11 @@ def evaluate(
                 lengths = [len(ending) for ending in request.continuations]
             else:
                 lengths = [len(clean(ending)) for ending in example["endings"]]
-            preds = dict(pred=int(sums.argmax()), pred_norm=int((sums / lengths).argmax()), sums=sums.tolist())
+            preds = dict(
+                pred=int(sums.argmax()),
+                pred_norm=int((sums / lengths).argmax()),
+                sums=sums.tolist(),
+            )
             line |= {prefix + key: value for key, value in preds.items()}
         for name, key in (("acc", "pred"), ("acc_norm", "pred_norm")):
             hits = [line[prefix + key] == line["label"] for line in lines]

@@ -31,7 +31,12 @@ SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
 PATH = "datasets/lambada/lambada_test.jsonl"
 PUBLISHED = {  # Radford et al. 2019, tables 3 and section 3.3
     "accuracy": {"gpt2-xl": 0.5266},
-    "accuracy, no stop words": {"gpt2": 0.4599, "gpt2-medium": 0.5548, "gpt2-large": 0.6012, "gpt2-xl": 0.6324},
+    "accuracy, no stop words": {
+        "gpt2": 0.4599,
+        "gpt2-medium": 0.5548,
+        "gpt2-large": 0.6012,
+        "gpt2-xl": 0.6324,
+    },
     "perplexity": {"gpt2": 35.13, "gpt2-medium": 15.60, "gpt2-large": 10.87, "gpt2-xl": 8.63},
 }
 STOP_WORDS = """
@@ -47,10 +52,14 @@ s t can will just don should now
 @dataclass
 class Config:
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    data: str | None = None  # lambada_test.jsonl, a "text" per line; None = downloaded once to datasets/lambada
+    data: str | None = (
+        None  # lambada_test.jsonl, a "text" per line; None = downloaded once to datasets/lambada
+    )
     limit: int | None = None  # only the first so many passages
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     save_predictions: str | None = None  # write a line per passage to this file
 
 
@@ -77,13 +86,21 @@ def evaluate(
     requests = [encode_request(enc, context, [word]) for context, word in examples]
     scores = [only for (only,) in score(model, requests, rt, stop_tokens(enc), desc="LAMBADA")]
     lines = [
-        dict(ind=n, word=word.strip(), logprob=s.logprob, right=s.greedy, right_no_stop_words=s.greedy_unbarred)
+        dict(
+            ind=n,
+            word=word.strip(),
+            logprob=s.logprob,
+            right=s.greedy,
+            right_no_stop_words=s.greedy_unbarred,
+        )
         for n, ((_, word), s) in enumerate(zip(examples, scores))
     ]
     mean = sum(s.logprob for s in scores) / len(scores)
     metrics = [
         accuracy("accuracy", [s.greedy for s in scores], PUBLISHED["accuracy"]),
-        accuracy(name := "accuracy, no stop words", [s.greedy_unbarred for s in scores], PUBLISHED[name]),
+        accuracy(
+            name := "accuracy, no stop words", [s.greedy_unbarred for s in scores], PUBLISHED[name]
+        ),
         Metric("perplexity", math.exp(min(700, -mean)), published=PUBLISHED["perplexity"]),
     ]
     return metrics, lines

@@ -24,8 +24,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
         part = max(256, math.ceil(len(x) / 8))
         rows = torch.arange(part, device=x.device)
-        buffer = torch.empty(part, len(w), dtype=dtype, device=x.device)  # new memory is dear on CPUs
-        for xs, ts, vs, ss in zip(x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)):
+        buffer = torch.empty(
+            part, len(w), dtype=dtype, device=x.device
+        )  # new memory is dear on CPUs
+        for xs, ts, vs, ss in zip(
+            x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)
+        ):
             logits = torch.mm(xs, w.t(), out=buffer[: len(xs)]).float()
             logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
             ts = ts.where(vs, 0)[:, None]
@@ -35,7 +39,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             lse = highest - probs.amax(-1, keepdim=True).log()
             loss += ((lse - target_logits) * ss).sum()
             if needs_grad:
-                probs[rows[: len(ts)], ts[:, 0]] -= 1  # not scatter_add_: it has no deterministic CUDA kernel
+                probs[rows[: len(ts)], ts[:, 0]] -= (
+                    1  # not scatter_add_: it has no deterministic CUDA kernel
+                )
                 grad = probs.to(dtype)
                 grads_x.append((grad @ w) * ss)
                 shared_x = (xs * ss).to(dtype)
@@ -53,7 +59,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None, None
 
 
-def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
     """Mean loss in nats (scalar, float32) of hidden states x (N, C) against targets (N,) int64 under the logits
     x @ weight.T, of which only the first vocab_size columns count. Matrix products run in autocast's dtype."""
     device = x.device.type

@@ -39,12 +39,18 @@ HF_FIXED = dict(  # what may vary in Hugging Face's configurations, but not here
 class GPTConfig:
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # the tokenizer's tokens: logits are this wide
-    padded_vocab_size: int = 0  # rows of wte, more than vocab_size for speed only; 0 = the next multiple of 128
+    padded_vocab_size: int = (
+        0  # rows of wte, more than vocab_size for speed only; 0 = the next multiple of 128
+    )
     n_layer: int = 12
     n_head: int = 12  # heads per layer, each n_embd / n_head wide
     n_embd: int = 768
-    heads_kept: tuple[int, ...] | None = None  # heads left in each layer of a pruned model (pruning.py); None = all
-    norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer, or after the residual sum
+    heads_kept: tuple[int, ...] | None = (
+        None  # heads left in each layer of a pruned model (pruning.py); None = all
+    )
+    norm: Literal["pre", "post"] = (
+        "pre"  # LayerNorm before each sublayer, or after the residual sum
+    )
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -56,12 +62,16 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.heads_kept is not None:
             self.heads_kept = tuple(self.heads_kept)
-            if len(self.heads_kept) != self.n_layer or not all(1 <= n <= self.n_head for n in self.heads_kept):
+            if len(self.heads_kept) != self.n_layer or not all(
+                1 <= n <= self.n_head for n in self.heads_kept
+            ):
                 raise ValueError(
                     f"heads_kept is {self.heads_kept}: each of {self.n_layer} layers keeps between 1 and {self.n_head}"
                 )
         if self.padded_vocab_size < self.vocab_size:
-            raise ValueError(f"{self.padded_vocab_size} embedding rows are fewer than the {self.vocab_size} tokens")
+            raise ValueError(
+                f"{self.padded_vocab_size} embedding rows are fewer than the {self.vocab_size} tokens"
+            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm is {self.norm!r}, must be pre or post")
         if not 0 <= self.dropout < 1:
@@ -96,7 +106,9 @@ class KVCache:
         slots = torch.arange(self.end, device=positions.device)
         return (slots <= positions[:, :, None])[:, None]  # (B, 1, T, end)
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v (B, n_head, T, head_dim); return all keys and values up to the last position."""
         if self.keys[layer] is None:
             B, n_head, _, head_dim = k.shape
@@ -119,14 +131,20 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(width, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
+    ) -> torch.Tensor:
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hd)
+        q, k, v = (
+            t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in (q, k, v)
+        )  # (B, nh, T, hd)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+        )
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.resid_dropout(self.c_proj(y))
 
@@ -152,7 +170,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
+    ) -> torch.Tensor:
         if self.pre_norm:
             x = x + self.attn(self.ln_1(x), mask, cache)
             return x + self.mlp(self.ln_2(x))
@@ -170,7 +190,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         # Post-LN blocks already end in a LayerNorm.
         self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
-        self.activation_checkpointing = False  # compute the blocks' activations again in the backward pass
+        self.activation_checkpointing = (
+            False  # compute the blocks' activations again in the backward pass
+        )
         self.loss = linear_cross_entropy
         self.init_weights()
 
@@ -200,7 +222,9 @@ class GPT(nn.Module):
         """
         if positions is None:
             if idx.size(1) > self.config.block_size:
-                raise ValueError(f"{idx.size(1)} tokens are more than the model's context of {self.config.block_size}")
+                raise ValueError(
+                    f"{idx.size(1)} tokens are more than the model's context of {self.config.block_size}"
+                )
             positions = torch.arange(idx.size(1), device=idx.device)[None]
         if cache is not None:
             mask = cache.locate(positions)
@@ -224,7 +248,9 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        return self.loss(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+        return self.loss(
+            x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size
+        )
 
     def num_params(self) -> int:
         """Parameters, the tied embedding once and padding rows not at all: 124,439,808 for GPT-2."""
@@ -269,10 +295,14 @@ class GPT(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         cache = KVCache(self.config, longest + max_tokens)
         # Rows are padded on the right: a pad's slot is overwritten before any later token can see it.
-        idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        idx = torch.tensor(
+            [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device
+        )
         positions = torch.arange(longest, device=device).expand_as(idx)
         last = torch.tensor(lengths, device=device) - 1  # position of each row's newest token
-        x = self.hidden(idx, positions, cache=cache)[torch.arange(len(prompts), device=device), last]
+        x = self.hidden(idx, positions, cache=cache)[
+            torch.arange(len(prompts), device=device), last
+        ]
         for n in range(max_tokens):
             tokens = sample_token(self.head(x), temperature, top_k, top_p, generator)
             yield tokens.tolist()
@@ -280,7 +310,9 @@ class GPT(nn.Module):
                 last = last + 1
                 x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, stop_token: int | None = None, **sampling):
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, stop_token: int | None = None, **sampling
+    ):
         """Up to max_tokens new token ids for each prompt, ending before stop_token. Sampling as in `stream`."""
         outputs = [[] for _ in prompts]
         running = set(range(len(prompts)))
@@ -311,15 +343,27 @@ class GPT(nn.Module):
             folder = download(str(name_or_folder))
         files, config_file = sorted(folder.glob("model*.safetensors")), folder / "config.json"
         if not files or not config_file.exists():
-            raise ValueError(f"{folder} holds no model: config.json and model.safetensors are needed")
+            raise ValueError(
+                f"{folder} holds no model: config.json and model.safetensors are needed"
+            )
         try:
-            hf = dict(n_positions=1024, vocab_size=50257, **SIZES["gpt2"]) | json.loads(config_file.read_bytes())
-            weights = {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
+            hf = dict(n_positions=1024, vocab_size=50257, **SIZES["gpt2"]) | json.loads(
+                config_file.read_bytes()
+            )
+            weights = {
+                k.removeprefix("transformer."): v
+                for file in files
+                for k, v in load_file(file).items()
+            }
         except (SafetensorError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} can't be read, it is damaged or incomplete: {error}") from error
+            raise ValueError(
+                f"{folder} can't be read, it is damaged or incomplete: {error}"
+            ) from error
         for key, value in HF_FIXED.items():
             if hf.get(key, value) != value:
-                raise ValueError(f"{folder} is no GPT-2 that fits here: its {key} is {hf[key]}, not {value}")
+                raise ValueError(
+                    f"{folder} is no GPT-2 that fits here: its {key} is {hf[key]}, not {value}"
+                )
         config = GPTConfig(
             block_size=hf["n_positions"], vocab_size=hf["vocab_size"], dropout=dropout,
             n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"],
@@ -329,12 +373,17 @@ class GPT(nn.Module):
         missing = sorted(state.keys() - weights.keys())
         if missing:
             raise ValueError(f"{folder} lacks the tensors {', '.join(missing[:3])} ...")
-        for name, ours in state.items():  # a file may also hold lm_head, which is wte, and the causal mask
+        for (
+            name,
+            ours,
+        ) in state.items():  # a file may also hold lm_head, which is wte, and the causal mask
             tensor = weights[name].t() if is_transposed(name) else weights[name]
             if name == "wte.weight":
                 tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
             if tensor.shape != ours.shape:
-                raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, expected {tuple(ours.shape)}")
+                raise ValueError(
+                    f"{folder}: {name} is {tuple(tensor.shape)}, expected {tuple(ours.shape)}"
+                )
             ours.copy_(tensor)
         return model
 
@@ -345,14 +394,22 @@ class GPT(nn.Module):
 
         c = self.config
         if c.norm != "pre":
-            raise ValueError("a Post-LN model can't be exported: Hugging Face's GPT-2 is Pre-LN only")
+            raise ValueError(
+                "a Post-LN model can't be exported: Hugging Face's GPT-2 is Pre-LN only"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
         for name, tensor in self.state_dict().items():
-            tensor = tensor[: c.vocab_size] if name == "wte.weight" else pad_heads(name, tensor, c.n_embd)
+            tensor = (
+                tensor[: c.vocab_size]
+                if name == "wte.weight"
+                else pad_heads(name, tensor, c.n_embd)
+            )
             tensor = tensor.t() if is_transposed(name) else tensor
-            weights[f"transformer.{name}"] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+            weights[f"transformer.{name}"] = tensor.cpu().clone(
+                memory_format=torch.contiguous_format
+            )
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         hf = HF_FIXED | dict(
             architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
@@ -398,7 +455,9 @@ def download(name: str) -> Path:
         ) from error
 
 
-def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator):
+def sample_token(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator
+):
     """Draw one token id (B,) from logits (B, vocab_size)."""
     if temperature == 0:
         return logits.argmax(-1)

@@ -28,15 +28,21 @@ class Config:
     prompt_file: str | None = None  # a file with a prompt a line, instead of prompt
     num_samples: int = 4  # per prompt
     max_tokens: int = 100  # new tokens per sample
-    temperature: float = 1.0  # below 1 likelier tokens, above 1 stranger ones; 0 = always the likeliest
+    temperature: float = (
+        1.0  # below 1 likelier tokens, above 1 stranger ones; 0 = always the likeliest
+    )
     top_k: int | None = 50  # draw from the k likeliest tokens only; None = from all
-    top_p: float | None = None  # draw from the likeliest tokens that together reach this probability
+    top_p: float | None = (
+        None  # draw from the likeliest tokens that together reach this probability
+    )
     seed: int = 42  # of the draws
     stream: bool = False  # show the samples one after the other, token by token
     out: str | None = None  # write the samples to this file, too
     batch_size: int = 16  # samples drawn at a time
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
 
     def __post_init__(self):
         if self.num_samples < 1 or self.max_tokens < 1 or self.batch_size < 1:
@@ -58,10 +64,17 @@ def main(config: Config):
     if can_pack(rt.device, rt.dtype):
         model, autocast = packed(model, rt.dtype), nullcontext()
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    jobs = [(prompt, enc.encode_ordinary(prompt)) for prompt in prompts for _ in range(config.num_samples)]
+    jobs = [
+        (prompt, enc.encode_ordinary(prompt))
+        for prompt in prompts
+        for _ in range(config.num_samples)
+    ]
     batch_size = 1 if config.stream else config.batch_size
     samples = []
-    with Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream) as bar, autocast:
+    with (
+        Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream) as bar,
+        autocast,
+    ):
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             ids = [tokens for _, tokens in batch]
@@ -69,7 +82,9 @@ def main(config: Config):
             if config.stream:
                 outputs = [stream_to_screen(model, enc, *batch[0], config.max_tokens, options)]
             else:
-                outputs = model.generate(ids, config.max_tokens, stop_token=enc.eot_token, **options)
+                outputs = model.generate(
+                    ids, config.max_tokens, stop_token=enc.eot_token, **options
+                )
             for (prompt, _), output in zip(batch, outputs):
                 samples.append(prompt + enc.decode(output))
                 if not config.stream:
@@ -94,7 +109,9 @@ def read_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def stream_to_screen(model, enc, prompt: str, tokens: list[int], max_tokens: int, sampling: dict) -> list[int]:
+def stream_to_screen(
+    model, enc, prompt: str, tokens: list[int], max_tokens: int, sampling: dict
+) -> list[int]:
     """Print a sample as it is drawn. A character may be spread over several tokens: it is shown when it is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     output = []

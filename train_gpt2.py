@@ -46,14 +46,20 @@ class Config:
     data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
     log_dir: str = "log"  # run folder: logs and checkpoints
     # batch
-    B: int = 64  # micro-batch: sequences per process and forward pass; lower it when memory runs out
+    B: int = (
+        64  # micro-batch: sequences per process and forward pass; lower it when memory runs out
+    )
     T: int = 1024  # sequence length in tokens
     total_batch_size: int = 524288  # tokens per optimizer step, over all processes and micro-steps
     # length: by steps or by epochs
-    max_steps: int | None = None  # optimizer steps; None = 19073, which is 10B tokens, unless num_epochs is given
+    max_steps: int | None = (
+        None  # optimizer steps; None = 19073, which is 10B tokens, unless num_epochs is given
+    )
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
+    )
     warmup_steps: int = 715  # of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
     min_lr: float = 6e-5  # learning rate at the last step, down a cosine
@@ -62,30 +68,46 @@ class Config:
     beta2: float = 0.95  # AdamW's decay of its square
     eps: float = 1e-8  # AdamW's epsilon
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
-    shard_optimizer: bool = False  # each process keeps only its share of AdamW's states (ZeRO stage 1)
+    shard_optimizer: bool = (
+        False  # each process keeps only its share of AdamW's states (ZeRO stage 1)
+    )
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width
     block_size: int = 1024  # longest context that the model can read; T may be shorter
-    vocab_size: int | None = None  # rows of the embedding; None = the tokenizer's, padded to a multiple of 128: 50304
-    norm: Literal["pre", "post"] = "pre"  # LayerNorm before the sublayers (GPT-2), or after (the first Transformer)
+    vocab_size: int | None = (
+        None  # rows of the embedding; None = the tokenizer's, padded to a multiple of 128: 50304
+    )
+    norm: Literal["pre", "post"] = (
+        "pre"  # LayerNorm before the sublayers (GPT-2), or after (the first Transformer)
+    )
     dropout: float = 0.0  # share of activations dropped
-    activation_checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, slower
-    init_from: str | None = None  # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
+    activation_checkpointing: bool = (
+        False  # compute the blocks again in the backward pass: less memory, slower
+    )
+    init_from: str | None = (
+        None  # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
+    )
     # run
     resume: bool = False  # go on from the newest good checkpoint in log_dir, or start afresh where there is none
     seed: int = 1337  # of weights, data order and samples
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
     timeout: float = 600  # seconds that a process waits for another one before it gives up
-    deterministic: bool = False  # only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
+    deterministic: bool = (
+        False  # only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
+    )
     # now and then, in steps; 0 = never
     val_every: int = 100  # validation loss
     val_tokens: int = 10485760  # tokens of the validation shard to take it on
     hellaswag_every: int = 250  # accuracy on HellaSwag
-    hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    hellaswag_data: str | None = (
+        None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    )
     sample_every: int = 250  # print samples
     sample_prompt: str = "Hello, I'm a language model,"  # how they begin
     checkpoint_every: int = 5000  # checkpoints that are kept; 0 = none but the final one
@@ -96,8 +118,16 @@ class Config:
         if self.max_steps is not None and self.num_epochs is not None:
             raise ValueError("give max_steps or num_epochs, not both")
         if self.shard_optimizer and self.optimizer != "adamw":
-            raise ValueError(f"shard_optimizer shards AdamW's states, not {self.optimizer}'s: leave one of them out")
-        intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "rolling_every")
+            raise ValueError(
+                f"shard_optimizer shards AdamW's states, not {self.optimizer}'s: leave one of them out"
+            )
+        intervals = (
+            "val_every",
+            "hellaswag_every",
+            "sample_every",
+            "checkpoint_every",
+            "rolling_every",
+        )
         for name in (*intervals, "warmup_steps", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
@@ -108,7 +138,9 @@ class Config:
 
 def main(config: Config):
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # without it cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
     rt = runtime.start(config.device, config.dtype, config.timeout)
     if not config.activation_checkpointing:  # where memory matters more than time
@@ -121,8 +153,18 @@ def main(config: Config):
     # data
     train_shards = open_shards(config.data_dir, "train")
     val_shards = open_shards(config.data_dir, "val") if config.val_every else None
-    loader = TrainLoader(train_shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size)
-    max_steps = loader.steps_in(config.num_epochs) if config.num_epochs else config.max_steps or 19073
+    loader = TrainLoader(
+        train_shards,
+        config.B,
+        config.T,
+        config.total_batch_size,
+        config.seed,
+        rt.rank,
+        rt.world_size,
+    )
+    max_steps = (
+        loader.steps_in(config.num_epochs) if config.num_epochs else config.max_steps or 19073
+    )
     enc = shards_tokenizer(config.data_dir)
     examples = hellaswag_examples(config, rt)
 
@@ -136,7 +178,9 @@ def main(config: Config):
     raw_model.activation_checkpointing = config.activation_checkpointing
     betas, sharded = (config.beta1, config.beta2), config.shard_optimizer and rt.world_size > 1
     muon = config.optimizer == "muon"
-    optimizer = make_optimizer(raw_model, config.max_lr, config.weight_decay, betas, config.eps, sharded, muon)
+    optimizer = make_optimizer(
+        raw_model, config.max_lr, config.weight_decay, betas, config.eps, sharded, muon
+    )
     start_step = 0
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -144,11 +188,15 @@ def main(config: Config):
         rt.print(f"resuming from {path}, step {start_step}")
         del resumed
     compiled = config.compile == "on" or (config.compile == "auto" and rt.device.type == "cuda")
-    model = compile_model(raw_model) if compiled else raw_model  # for evaluation; shares its weights with raw_model
+    model = (
+        compile_model(raw_model) if compiled else raw_model
+    )  # for evaluation; shares its weights with raw_model
     train_model = model
     if rt.world_size > 1:
         devices = [rt.device] if rt.device.type == "cuda" else None
-        train_model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        train_model = DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True
+        )
 
     if start_step >= max_steps:
         rt.print(f"{log_dir} is finished: {start_step} steps; nothing to do")
@@ -186,17 +234,26 @@ def main(config: Config):
                 step=step, optimizer=optimizer_states, run=fixed,
             )  # fmt: skip
             keep = 0 if step == max_steps else 2
-            saver.save(path, state, then=lambda: checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep))
+            saver.save(
+                path,
+                state,
+                then=lambda: checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep),
+            )
         return path
 
     flops = raw_model.flops_per_token(config.T)
     peak_flops = rt.peak_flops()
     step, last_good, began = start_step, path, time.perf_counter()
-    with StopSignal() as stop, Progress(total=max_steps, initial=step, desc="pretraining", unit="step") as bar:
+    with (
+        StopSignal() as stop,
+        Progress(total=max_steps, initial=step, desc="pretraining", unit="step") as bar,
+    ):
         evaluate(step)
         for batch in loader.iterate(start_step, max_steps, rt.device):
             t0 = time.perf_counter()
-            rt.seed(config.seed, step)  # dropout is a function of the step, so that a resumed run draws the same
+            rt.seed(
+                config.seed, step
+            )  # dropout is a function of the step, so that a resumed run draws the same
             lr = learning_rate(step, max_steps, config.warmup_steps, config.max_lr, config.min_lr)
             loss, grad_norm = train_step(train_model, optimizer, batch, lr, config.grad_clip, rt)
             # One reduction for both: the mean loss, and whether any rank was asked to stop.
@@ -255,12 +312,20 @@ def is_due(step: int, every: int, last_step: int | None = None) -> bool:
 def prepare_folder(log_dir: Path, resume: bool):
     """Make the run folder. Raises ValueError if it holds a run that is not to be resumed."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    held = [p.name for p in sorted(log_dir.iterdir()) if p.name in ("log.txt", "config.json") or p.match("model_*.pt")]
+    held = [
+        p.name
+        for p in sorted(log_dir.iterdir())
+        if p.name in ("log.txt", "config.json") or p.match("model_*.pt")
+    ]
     if held and not resume:
-        raise ValueError(f"{log_dir} already holds a run ({held[0]}): --resume it, or choose another --log_dir")
+        raise ValueError(
+            f"{log_dir} already holds a run ({held[0]}): --resume it, or choose another --log_dir"
+        )
     for leftover in log_dir.glob("*.tmp"):
         leftover.unlink()
-    write_text(log_dir / "config.json.probe", "")  # not writable? better now than at the first checkpoint
+    write_text(
+        log_dir / "config.json.probe", ""
+    )  # not writable? better now than at the first checkpoint
     (log_dir / "config.json.probe").unlink()
 
 
@@ -278,14 +343,18 @@ def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
 def fixed_settings(config: Config) -> dict:
     """What a resumed run must share with the run that it goes on from: which tokens come when, and the optimizer."""
     keys = ("seed", "T", "total_batch_size", "optimizer")
-    return {key: getattr(config, key) for key in keys} | dict(data=manifest_checksum(config.data_dir))
+    return {key: getattr(config, key) for key in keys} | dict(
+        data=manifest_checksum(config.data_dir)
+    )
 
 
 def check_agreement(resumed: dict, fixed: dict, path: Path):
     for key, value in fixed.items():
         was = resumed.get("run", {}).get(key, value)
         if was != value:
-            raise ValueError(f"{path} is from a run with {key}={was}, not {value}: resume with the same, or start anew")
+            raise ValueError(
+                f"{path} is from a run with {key}={was}, not {value}: resume with the same, or start anew"
+            )
 
 
 def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> GPT:
@@ -302,10 +371,18 @@ def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> 
     elif rows and rows < enc.n_vocab:
         raise ValueError(f"vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
     else:
-        shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "norm", "dropout")}
-        model, its_enc = GPT(GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=rows, **shape)), enc
+        shape = {
+            key: getattr(config, key)
+            for key in ("block_size", "n_layer", "n_head", "n_embd", "norm", "dropout")
+        }
+        model, its_enc = (
+            GPT(GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=rows, **shape)),
+            enc,
+        )
     if tokenizer_to_text(its_enc) != tokenizer_to_text(enc):
-        raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {path}")
+        raise ValueError(
+            f"the shards in {config.data_dir} were made with another tokenizer than {path}"
+        )
     if model.config.block_size < config.T:
         raise ValueError(f"T {config.T} is above the model's block_size {model.config.block_size}")
     return model
@@ -315,9 +392,13 @@ def draw_samples(model: GPT, enc, config: Config, rt: Runtime) -> list[str]:
     prompt = enc.encode_ordinary(config.sample_prompt)
     room = model.config.block_size - len(prompt)
     if room < 1:
-        raise ValueError(f"sample_prompt has {len(prompt)} tokens, the context {model.config.block_size}")
+        raise ValueError(
+            f"sample_prompt has {len(prompt)} tokens, the context {model.config.block_size}"
+        )
     with rt.autocast():
-        outputs = model.generate([prompt] * 4, min(32, room), stop_token=enc.eot_token, top_k=50, seed=config.seed)
+        outputs = model.generate(
+            [prompt] * 4, min(32, room), stop_token=enc.eot_token, top_k=50, seed=config.seed
+        )
     samples = [config.sample_prompt + enc.decode(output) for output in outputs]
     for sample in samples:
         rt.print(f"> {sample}")
@@ -332,7 +413,9 @@ def write_config(config: Config, max_steps: int, rt: Runtime):
         command=[sys.executable, *sys.argv],
         commit=commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__),
-        device=torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.processor() or "cpu",
+        device=torch.cuda.get_device_name()
+        if rt.device.type == "cuda"
+        else platform.processor() or "cpu",
         world_size=rt.world_size,
         dtype=str(rt.dtype),
         data=dict(
@@ -347,7 +430,11 @@ def write_config(config: Config, max_steps: int, rt: Runtime):
 def commit() -> str | None:
     """The commit of this folder, None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None if which("git") else None
+    return (
+        subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        if which("git")
+        else None
+    )
 
 
 if __name__ == "__main__":

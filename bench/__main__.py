@@ -85,9 +85,13 @@ class Config:
     nanogpt: str | None = None  # a folder that holds nanoGPT's model.py
     build_nanogpt: str | None = None  # a folder that holds build-nanogpt's train_gpt2.py
     rounds: int = 5  # in which each candidate runs once
-    hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    hellaswag_data: str | None = (
+        None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    )
     hellaswag_limit: int = 100  # examples
-    data_files: tuple[str, ...] = ()  # parquet files to tokenize; none = Python's documentation, which is too little
+    data_files: tuple[
+        str, ...
+    ] = ()  # parquet files to tokenize; none = Python's documentation, which is too little
     device: str = "auto"  # cuda or cpu; auto takes the first there is
     out: str = "log/bench/bench.json"  # the figures
 
@@ -111,19 +115,31 @@ def main(config: Config):
     if rt.device.type not in SHAPES:
         raise ValueError(f"nothing is measured on {rt.device}: --device cpu or cuda")
     scripts_of(config)  # an error now, rather than in an hour
-    measure = dict(train=train, memory=memory, hellaswag=score, generate=generate, tokenize=tokenize, start=start)
+    measure = dict(
+        train=train,
+        memory=memory,
+        hellaswag=score,
+        generate=generate,
+        tokenize=tokenize,
+        start=start,
+    )
     figures = []
     for row in config.rows:
         figures += measure[row](config, rt)
         say(to_table([figure for figure in figures if figure.row.startswith(row)]), "\n")
-        write_text(config.out, json.dumps(describe(rt) | dict(figures=[asdict(f) for f in figures]), indent=1) + "\n")
+        write_text(
+            config.out,
+            json.dumps(describe(rt) | dict(figures=[asdict(f) for f in figures]), indent=1) + "\n",
+        )
     say(config.out)
 
 
 def describe(rt: Runtime) -> dict:
     """The machine and the versions."""
     name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else cpu_name()
-    packages = {package: version(package) for package in ("torch", "transformers", "tiktoken", "numpy")}
+    packages = {
+        package: version(package) for package in ("torch", "transformers", "tiktoken", "numpy")
+    }
     return dict(device=name, cores=runtime.num_cores(), python=platform.python_version()) | packages
 
 
@@ -143,7 +159,9 @@ def shape_of(sizes: tuple[int, int, int], T: int) -> GPTConfig:
     return GPTConfig(block_size=T, n_layer=sizes[0], n_head=sizes[1], n_embd=sizes[2])
 
 
-def medians(candidates: dict[str, Callable], rounds: int, rt: Runtime, desc: str) -> dict[str, float]:
+def medians(
+    candidates: dict[str, Callable], rounds: int, rt: Runtime, desc: str
+) -> dict[str, float]:
     """Seconds that each takes, or that it returns itself (a float); they run in turn, after a first time that does not
     count. What does not fit the GPU's memory is left out."""
     seconds = {name: [] for name in candidates}
@@ -160,7 +178,9 @@ def medians(candidates: dict[str, Callable], rounds: int, rt: Runtime, desc: str
                     del seconds[name]
                     continue
                 if n:
-                    seconds[name].append(own if isinstance(own, float) else time.perf_counter() - began)
+                    seconds[name].append(
+                        own if isinstance(own, float) else time.perf_counter() - began
+                    )
                 bar.update()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -179,7 +199,9 @@ def train(config: Config, rt: Runtime) -> list[Figure]:
             with ExitStack() as stack:
                 candidates = {}
                 for name in (OURS, TRANSFORMERS, *scripts_of(config), LIMIT):
-                    process = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+                    process = stack.enter_context(
+                        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                    )
                     labels = process.submit(load_candidates, name, config, sizes, B, T).result()
                     candidates |= {label: partial(run_in, process, label) for label in labels}
                 seconds = medians(candidates, config.rounds, rt, row)
@@ -204,7 +226,10 @@ def load_candidates(name: str, config: Config, sizes: tuple, B: int, T: int) -> 
         x, y = torch.randint(50257, (2, B, T), device=rt.device)
         dtype, compiled = its.shipped
         label = f"{name}, as shipped: {dtype_name(dtype)}{', compiled' if compiled else ''}"
-        steps, fused = {label: training_step(its, its.optimizer(), dtype, compiled, x, y, rt)}, fused_adamw(its.model)
+        steps, fused = (
+            {label: training_step(its, its.optimizer(), dtype, compiled, x, y, rt)},
+            fused_adamw(its.model),
+        )
         for dtype in dtypes(rt):
             label = f"{name}, best settings: {dtype_name(dtype)}, compiled, fused AdamW"
             steps[label] = training_step(its, fused, dtype, True, x, y, rt)
@@ -245,13 +270,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 def matrix_products(shape: GPTConfig, N: int, rt: Runtime) -> dict[str, Callable]:
     """The products of a step on N tokens and nothing else: forward, and twice as many backward; per dtype."""
     C, V = shape.n_embd, shape.padded_vocab_size
-    layers = [(C, 3 * C, shape.n_layer), (C, C, shape.n_layer), (C, 4 * C, shape.n_layer), (4 * C, C, shape.n_layer)]
+    layers = [
+        (C, 3 * C, shape.n_layer),
+        (C, C, shape.n_layer),
+        (C, 4 * C, shape.n_layer),
+        (4 * C, C, shape.n_layer),
+    ]
 
     def products(dtype: torch.dtype) -> Callable:
         tensors = []
         for wide, tall, count in (*layers, (C, V, 1)):
             new = lambda *sizes: torch.randn(sizes, device=rt.device, dtype=dtype)  # noqa: B023, E731
-            tensors.append((new(N, wide), new(tall, wide), new(N, tall), new(N, wide), new(tall, wide), count))
+            tensors.append(
+                (new(N, wide), new(tall, wide), new(N, tall), new(N, wide), new(tall, wide), count)
+            )
 
         def run():
             for x, weight, y, grad_x, grad_weight, count in tensors:
@@ -262,7 +294,10 @@ def matrix_products(shape: GPTConfig, N: int, rt: Runtime) -> dict[str, Callable
 
         return run
 
-    return {f"{LIMIT}: {dtype_name(dtype)} matrix products alone": products(dtype) for dtype in dtypes(rt)}
+    return {
+        f"{LIMIT}: {dtype_name(dtype)} matrix products alone": products(dtype)
+        for dtype in dtypes(rt)
+    }
 
 
 def memory(config: Config, rt: Runtime) -> list[Figure]:
@@ -270,7 +305,9 @@ def memory(config: Config, rt: Runtime) -> list[Figure]:
     row = f"memory {sizes[0]} x {sizes[2]}, B={B}, T={T}"
     names, peaks = [OURS, TRANSFORMERS, *scripts_of(config), CHECKPOINTED], {}
     for name in Progress(names, desc=row, unit="process", leave=False):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a new process: peaks do not fall again
+        with multiprocessing.get_context("spawn").Pool(
+            1
+        ) as pool:  # a new process: peaks do not fall again
             peaks[name] = pool.apply(peak_memory, (name, config, sizes, B, T))
     return [Figure(row, name, peak / 1e6, "MB", peak / peaks[OURS]) for name, peak in peaks.items()]
 
@@ -302,25 +339,40 @@ def with_transformers(rt: Runtime) -> tuple[GPT, object]:
 
 def score(config: Config, rt: Runtime) -> list[Figure]:
     row = f"hellaswag, GPT-2 (124M), {config.hellaswag_limit} examples"
-    examples, enc = hellaswag.load(config.hellaswag_data, config.hellaswag_limit), load_tokenizer("gpt2")
+    examples, enc = (
+        hellaswag.load(config.hellaswag_data, config.hellaswag_limit),
+        load_tokenizer("gpt2"),
+    )
     model, theirs = with_transformers(rt)
     predictions = {}
 
     def ours(dtype: torch.dtype):
-        _, lines = hellaswag.evaluate(model, enc, examples, Runtime(rt.device, dtype), styles=("completion",))
+        _, lines = hellaswag.evaluate(
+            model, enc, examples, Runtime(rt.device, dtype), styles=("completion",)
+        )
         predictions["ours", dtype] = [line["pred_norm"] for line in lines]
 
     def plain(dtype: torch.dtype):
         with torch.no_grad(), Runtime(rt.device, dtype).autocast():
-            predictions["plain", dtype] = [plain_answer(theirs, enc, example, rt) for example in examples]
+            predictions["plain", dtype] = [
+                plain_answer(theirs, enc, example, rt) for example in examples
+            ]
 
     candidates = {f"{OURS}, {dtype_name(d)}": lambda d=d: ours(d) for d in dtypes(rt)}
-    candidates |= {f"plain loop over {TRANSFORMERS}, {dtype_name(d)}": lambda d=d: plain(d) for d in dtypes(rt)}
+    candidates |= {
+        f"plain loop over {TRANSFORMERS}, {dtype_name(d)}": lambda d=d: plain(d) for d in dtypes(rt)
+    }
     seconds = medians(candidates, config.rounds, rt, row)
     shipped = seconds[f"{OURS}, {dtype_name(rt.dtype)}"]
-    alike = [a == b for a, b in zip(predictions["ours", dtypes(rt)[0]], predictions["plain", dtypes(rt)[0]])]
+    alike = [
+        a == b
+        for a, b in zip(predictions["ours", dtypes(rt)[0]], predictions["plain", dtypes(rt)[0]])
+    ]
     say(f"{sum(alike)} of {len(alike)} predictions are those of the plain loop")
-    return [Figure(row, name, len(examples) / s, "examples/s", s / shipped) for name, s in seconds.items()]
+    return [
+        Figure(row, name, len(examples) / s, "examples/s", s / shipped)
+        for name, s in seconds.items()
+    ]
 
 
 def plain_answer(theirs, enc, example: dict, rt: Runtime) -> int:
@@ -331,17 +383,35 @@ def plain_answer(theirs, enc, example: dict, rt: Runtime) -> int:
     rows = [context + ending + [0] * (longest - len(context) - len(ending)) for ending in endings]
     idx = torch.tensor(rows, device=rt.device)
     logits = theirs(idx).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none"
+    ).view(4, -1)
     first = len(context) - 1
-    return int(np.argmin([float(losses[n, first : first + len(ending)].mean()) for n, ending in enumerate(endings)]))
+    return int(
+        np.argmin(
+            [
+                float(losses[n, first : first + len(ending)].mean())
+                for n, ending in enumerate(endings)
+            ]
+        )
+    )
 
 
 def generate(config: Config, rt: Runtime) -> list[Figure]:
     model, theirs = with_transformers(rt)
     half = copy.deepcopy(theirs).to(torch.bfloat16)
-    nano = build(NANOGPT, shape_of((12, 12, 768), 1024), scripts_of(config), rt).model if config.nanogpt else None
-    numbers = sum(p.numel() for p in model.h.parameters()) + model.wte.weight.numel()  # that a token needs
-    weights, vector = torch.ones(numbers // 768, 768, device=rt.device), torch.ones(768, device=rt.device)
+    nano = (
+        build(NANOGPT, shape_of((12, 12, 768), 1024), scripts_of(config), rt).model
+        if config.nanogpt
+        else None
+    )
+    numbers = (
+        sum(p.numel() for p in model.h.parameters()) + model.wte.weight.numel()
+    )  # that a token needs
+    weights, vector = (
+        torch.ones(numbers // 768, 768, device=rt.device),
+        torch.ones(768, device=rt.device),
+    )
     figures = []
     for batch in (1, 8):
         row = f"generate, GPT-2 (124M), {batch} x {NEW_TOKENS} tokens"
@@ -351,13 +421,17 @@ def generate(config: Config, rt: Runtime) -> list[Figure]:
         def ours(dtype: torch.dtype):
             """As sample.py does it, from the loaded model on."""
             if can_pack(rt.device, dtype):
-                texts[dtype] = packed(model, dtype).generate(prompts.tolist(), NEW_TOKENS, temperature=0)  # noqa: B023
+                texts[dtype] = packed(model, dtype).generate(
+                    prompts.tolist(), NEW_TOKENS, temperature=0
+                )  # noqa: B023
             else:
                 with Runtime(rt.device, dtype).autocast():
                     texts[dtype] = model.generate(prompts.tolist(), NEW_TOKENS, temperature=0)  # noqa: B023
 
         def with_cache(theirs):
-            out = theirs.generate(prompts, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)  # noqa: B023
+            out = theirs.generate(
+                prompts, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+            )  # noqa: B023
             texts[theirs] = out[:, PROMPT:].tolist()  # noqa: B023
 
         candidates = {f"{OURS}, {dtype_name(d)}": lambda d=d: ours(d) for d in dtypes(rt)}
@@ -375,7 +449,16 @@ def generate(config: Config, rt: Runtime) -> list[Figure]:
             say(f"{same} of {batch} greedy texts in float32 are those of {TRANSFORMERS}")
         shipped, limit = seconds[f"{OURS}, {dtype_name(rt.dtype)}"], seconds[READ]
         for name, taken in seconds.items():
-            figures.append(Figure(row, name, batch * NEW_TOKENS / taken, "tokens/s", taken / shipped, limit / taken))
+            figures.append(
+                Figure(
+                    row,
+                    name,
+                    batch * NEW_TOKENS / taken,
+                    "tokens/s",
+                    taken / shipped,
+                    limit / taken,
+                )
+            )
     return figures
 
 
@@ -388,17 +471,30 @@ def tokenize(config: Config, rt: Runtime) -> list[Figure]:
     megabytes = sum(len(text.encode()) for text in TEXTS) / 1e6
     row = f"tokenize {megabytes:,.0f} MB, {cores} processes"
     parts = [slice(first, first + 64) for first in range(0, len(TEXTS), 64)]
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(cores) as pool:
-        words = ["--source", kind, *(["--data_files", *config.data_files] if config.data_files else [])]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.get_context("fork").Pool(cores) as pool,
+    ):
+        words = [
+            "--source",
+            kind,
+            *(["--data_files", *config.data_files] if config.data_files else []),
+        ]
 
         def ours():
             out_dir = Path(folder) / str(time.monotonic_ns())
             run_command("fineweb.py", *words, "--out_dir", out_dir)
 
-        candidates = {OURS: ours, "limit: tiktoken alone, texts in memory": lambda: pool.map(count_tokens, parts)}
+        candidates = {
+            OURS: ours,
+            "limit: tiktoken alone, texts in memory": lambda: pool.map(count_tokens, parts),
+        }
         seconds = medians(candidates, config.rounds, rt, row)
     limit = seconds["limit: tiktoken alone, texts in memory"]
-    return [Figure(row, name, megabytes / s, "MB/s", s / seconds[OURS], limit / s) for name, s in seconds.items()]
+    return [
+        Figure(row, name, megabytes / s, "MB/s", s / seconds[OURS], limit / s)
+        for name, s in seconds.items()
+    ]
 
 
 TEXTS = []  # of the tokenizing, inherited by its processes
@@ -416,18 +512,44 @@ def start(config: Config, rt: Runtime) -> list[Figure]:
         data = Path(folder) / "data"
         data.mkdir()
         for split in ("train", "val"):
-            np.save(data / f"x_{split}_0.npy", np.random.default_rng(0).integers(50257, size=100_000, dtype=np.uint16))
-        words = ["--data_dir", data, "--B", "4", "--T", "256", "--total_batch_size", "1024", "--val_every", "0"]
+            np.save(
+                data / f"x_{split}_0.npy",
+                np.random.default_rng(0).integers(50257, size=100_000, dtype=np.uint16),
+            )
+        words = [
+            "--data_dir",
+            data,
+            "--B",
+            "4",
+            "--T",
+            "256",
+            "--total_batch_size",
+            "1024",
+            "--val_every",
+            "0",
+        ]
         words += ["--hellaswag_every", "0", "--sample_every", "0", "--device", rt.device.type]
 
         def until_first_step(compile: str):
             log_dir = Path(folder) / str(time.monotonic_ns())
-            command = [sys.executable, ROOT / "train_gpt2.py", *words, "--log_dir", log_dir, "--compile", compile]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            command = [
+                sys.executable,
+                ROOT / "train_gpt2.py",
+                *words,
+                "--log_dir",
+                log_dir,
+                "--compile",
+                compile,
+            ]
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
             while process.poll() is None and not read_stream(log_dir, "train")[0]:
                 time.sleep(0.01)
             if process.poll() is not None:
-                raise ValueError(f"train_gpt2.py ended before its first step: {process.communicate()[1]}")
+                raise ValueError(
+                    f"train_gpt2.py ended before its first step: {process.communicate()[1]}"
+                )
             process.kill()
             process.wait()
 
@@ -438,7 +560,9 @@ def start(config: Config, rt: Runtime) -> list[Figure]:
 
 
 def run_command(script: str, *words):
-    result = subprocess.run([sys.executable, ROOT / script, *map(str, words)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, words)], capture_output=True, text=True
+    )
     if result.returncode:
         raise ValueError(f"{script} failed: {result.stderr.strip().splitlines()[-1]}")
 

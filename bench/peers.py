@@ -18,7 +18,12 @@ from common.runtime import Runtime
 from model import GPT, GPTConfig
 
 LR, WEIGHT_DECAY, BETAS, EPS = 6e-4, 0.1, (0.9, 0.95), 1e-8
-OURS, TRANSFORMERS, NANOGPT, BUILD_NANOGPT = "this project", "transformers", "nanoGPT", "build-nanogpt"
+OURS, TRANSFORMERS, NANOGPT, BUILD_NANOGPT = (
+    "this project",
+    "transformers",
+    "nanoGPT",
+    "build-nanogpt",
+)
 
 
 @dataclass
@@ -41,7 +46,12 @@ def find_scripts(folders: dict[str, str | None]) -> dict[str, Path]:
 
 def build(name: str, shape: GPTConfig, scripts: dict[str, Path], rt: Runtime) -> Implementation:
     """One of the four with new weights on the device."""
-    makers = {OURS: ours, TRANSFORMERS: transformers, NANOGPT: nanogpt, BUILD_NANOGPT: build_nanogpt}
+    makers = {
+        OURS: ours,
+        TRANSFORMERS: transformers,
+        NANOGPT: nanogpt,
+        BUILD_NANOGPT: build_nanogpt,
+    }
     with redirect_stdout(io.StringIO()):
         return makers[name](shape, scripts.get(name), rt)
 
@@ -49,7 +59,9 @@ def build(name: str, shape: GPTConfig, scripts: dict[str, Path], rt: Runtime) ->
 def ours(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
     model = GPT(shape).to(rt.device)
     optimizer = lambda: make_optimizer(model, LR, WEIGHT_DECAY, BETAS, EPS)  # noqa: E731
-    return Implementation(model, lambda model, x, y: model(x, y), optimizer, (rt.dtype, rt.device.type == "cuda"))
+    return Implementation(
+        model, lambda model, x, y: model(x, y), optimizer, (rt.dtype, rt.device.type == "cuda")
+    )
 
 
 def transformers(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
@@ -63,21 +75,27 @@ def transformers(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
     model = GPT2LMHeadModel(config).to(rt.device)
     optimizer = lambda: torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)  # noqa: E731
     # labels are the inputs: the model itself shifts them
-    return Implementation(model, lambda model, x, y: model(x, labels=x).loss, optimizer, (torch.float32, False))
+    return Implementation(
+        model, lambda model, x, y: model(x, labels=x).loss, optimizer, (torch.float32, False)
+    )
 
 
 def nanogpt(shape: GPTConfig, script: Path, rt: Runtime) -> Implementation:
     names = definitions(script)
     model = names["GPT"](names["GPTConfig"](dropout=0.0, bias=False, **sizes(shape))).to(rt.device)
     optimizer = lambda: model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, rt.device.type)  # noqa: E731
-    return Implementation(model, lambda model, x, y: model(x, y)[1], optimizer, (torch.bfloat16, True))
+    return Implementation(
+        model, lambda model, x, y: model(x, y)[1], optimizer, (torch.bfloat16, True)
+    )
 
 
 def build_nanogpt(shape: GPTConfig, script: Path, rt: Runtime) -> Implementation:
     names = definitions(script, master_process=False)
     model = names["GPT"](names["GPTConfig"](**sizes(shape))).to(rt.device)
     optimizer = lambda: model.configure_optimizers(WEIGHT_DECAY, LR, rt.device.type)  # noqa: E731
-    return Implementation(model, lambda model, x, y: model(x, y)[1], optimizer, (torch.bfloat16, False))
+    return Implementation(
+        model, lambda model, x, y: model(x, y)[1], optimizer, (torch.bfloat16, False)
+    )
 
 
 def sizes(shape: GPTConfig) -> dict:
@@ -93,7 +111,9 @@ def definitions(path: Path, **names) -> dict:
     namespace = dict(names, __name__=path.stem)
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef):
-            with suppress(ImportError):  # build-nanogpt's hellaswag.py, which its model does not need
+            with suppress(
+                ImportError
+            ):  # build-nanogpt's hellaswag.py, which its model does not need
                 exec(compile(ast.Module([node], []), str(path), "exec"), namespace)
     return namespace
 
@@ -104,7 +124,13 @@ def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def training_step(
-    its: Implementation, optimizer: torch.optim.Optimizer, dtype: torch.dtype, compiled: bool, x, y, rt: Runtime
+    its: Implementation,
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+    compiled: bool,
+    x,
+    y,
+    rt: Runtime,
 ) -> Callable[[], None]:
     """A whole step on one micro-batch: forward, backward, clip, AdamW. Ours is that of train_gpt2.py."""
     if isinstance(its.model, GPT):

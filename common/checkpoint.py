@@ -33,7 +33,9 @@ def save(path: str | Path, checkpoint: dict):
         with write_whole(path) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:  # torch's own writer hides the OSError of a full disk behind this
-        raise OSError(f"{path} can't be written ({error.__context__ or error}): make room, then run again") from error
+        raise OSError(
+            f"{path} can't be written ({error.__context__ or error}): make room, then run again"
+        ) from error
 
 
 class BackgroundSaver:
@@ -61,14 +63,21 @@ class BackgroundSaver:
 def copy_into(copy, state):
     """A copy of nested dicts and lists of tensors and plain values in host memory, into that of an earlier copy."""
     if isinstance(state, torch.Tensor):
-        if not isinstance(copy, torch.Tensor) or (copy.shape, copy.dtype) != (state.shape, state.dtype):
+        if not isinstance(copy, torch.Tensor) or (copy.shape, copy.dtype) != (
+            state.shape,
+            state.dtype,
+        ):
             copy = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
         return copy.copy_(state)
     if isinstance(state, dict):
         copy = copy if isinstance(copy, dict) else {}
         return {key: copy_into(copy.get(key), value) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        copy = copy if isinstance(copy, list | tuple) and len(copy) == len(state) else [None] * len(state)
+        copy = (
+            copy
+            if isinstance(copy, list | tuple) and len(copy) == len(state)
+            else [None] * len(state)
+        )
         return type(state)(copy_into(old, value) for old, value in zip(copy, state))
     return state
 
@@ -79,7 +88,9 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch itself does not compare checksums
+        if (
+            zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        ):  # torch itself does not compare checksums
             raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -89,8 +100,13 @@ def load(path: str | Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is truncated, corrupt or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or not {"model", "config", "tokenizer", "step"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of ours: it lacks model, config, tokenizer or step")
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"model", "config", "tokenizer", "step"} <= checkpoint.keys()
+    ):
+        raise ValueError(
+            f"{path} is no checkpoint of ours: it lacks model, config, tokenizer or step"
+        )
     return checkpoint
 
 
@@ -101,7 +117,11 @@ def candidates(folder: str | Path) -> list[Path]:
         name = NAME.fullmatch(path.name)[1]
         return float("inf") if name == "final" else int(name)
 
-    return sorted((p for p in Path(folder).glob("model_*.pt") if NAME.fullmatch(p.name)), key=step, reverse=True)
+    return sorted(
+        (p for p in Path(folder).glob("model_*.pt") if NAME.fullmatch(p.name)),
+        key=step,
+        reverse=True,
+    )
 
 
 def load_newest(folder: str | Path, warn=print) -> tuple[dict | None, Path | None]:
@@ -153,7 +173,9 @@ def identity(name: str) -> str:
 
 def remove_rolling(folder: str | Path, checkpoint_every: int, keep: int):
     """Remove all but the newest `keep` of the checkpoints that are no milestones."""
-    steps = [(int(m[1]), p) for p in candidates(folder) if (m := NAME.fullmatch(p.name))[1] != "final"]
+    steps = [
+        (int(m[1]), p) for p in candidates(folder) if (m := NAME.fullmatch(p.name))[1] != "final"
+    ]
     rolling = [path for step, path in steps if not checkpoint_every or step % checkpoint_every]
     for path in rolling[keep:]:
         path.unlink()

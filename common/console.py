@@ -64,7 +64,9 @@ def cli(config_class, main, doc: str):
     except (MemoryError, RuntimeError) as error:
         kind = type(error).__name__
         if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
-            fail("out of memory: lower B (the global batch stays as it is), then T, n_layer or n_embd")
+            fail(
+                "out of memory: lower B (the global batch stays as it is), then T, n_layer or n_embd"
+            )
         if kind.startswith("Dist") or "gloo" in str(error):
             fail("lost the connection to another process; its own message says why")
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -80,13 +82,20 @@ def parse(config_class, doc: str):
     screen = io.StringIO()
     try:
         with redirect_stderr(screen):
-            return tyro.cli(config_class, description=doc, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(
+                config_class,
+                description=doc,
+                use_underscores=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except SystemExit as stopped:
         if not stopped.code:
             raise
         # tyro draws a box in colors: a title, what is wrong, and advice, with rules between them.
         plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", screen.getvalue())
-        _, wrong, *advice = filter(None, (" ".join(part.split()) for part in re.split(r"[─-]{5,}|\n\s*\n", plain)))
+        _, wrong, *advice = filter(
+            None, (" ".join(part.split()) for part in re.split(r"[─-]{5,}|\n\s*\n", plain))
+        )
         similar = re.search(r"you meant: (--\w+)", " ".join(advice))
         hint = f" (perhaps {similar[1]}?)" if similar else ""
         fail(f"{wrong}{hint}; see --help", 2)
@@ -99,7 +108,9 @@ def fail(message: str, code: int = 1):
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = f"rank {os.environ['RANK']}: " if distributed else ""
     if distributed and os.environ["RANK"] != "0":
-        time.sleep(2)  # what rank 0 says too need not be said again: torchrun ends this process before
+        time.sleep(
+            2
+        )  # what rank 0 says too need not be said again: torchrun ends this process before
     print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if distributed:
         sys.stdout.flush()

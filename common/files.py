@@ -26,7 +26,9 @@ def write_whole(path: str | Path):
         os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written ({error.strerror or error}): make room, then run again") from error
+        raise OSError(
+            f"{path} can't be written ({error.strerror or error}): make room, then run again"
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -44,7 +44,9 @@ def add_adapters(model: GPT, rank: int):
 
 
 def adapter_state(model: GPT) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".A", ".B"))}
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if name.endswith((".A", ".B"))
+    }
 
 
 @torch.no_grad()

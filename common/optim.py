@@ -62,7 +62,9 @@ def make_optimizer(
     2025, "Muon is Scalable for LLM Training").
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = {name: p for name, p in trained.items() if muon and name.startswith("h.") and p.dim() == 2}
+    hidden = {
+        name: p for name, p in trained.items() if muon and name.startswith("h.") and p.dim() == 2
+    }
     others = [p for name, p in trained.items() if name not in hidden]
     groups = [
         dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay),
@@ -71,7 +73,9 @@ def make_optimizer(
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
     if muon:
         like_adamw = dict(lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        return Optimizers(torch.optim.Muon(hidden.values(), **like_adamw), torch.optim.AdamW(groups, **options))
+        return Optimizers(
+            torch.optim.Muon(hidden.values(), **like_adamw), torch.optim.AdamW(groups, **options)
+        )
     if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # late: it takes a second
 
@@ -87,7 +91,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer | Optimizers) -> dict | lis
     return optimizer.state_dict()
 
 
-def learning_rate(step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
+def learning_rate(
+    step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float
+) -> float:
     """Linear warmup from max_lr / warmup_steps, then a cosine from max_lr down to min_lr at max_steps."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps

@@ -26,14 +26,22 @@ class RunLog:
             try:
                 import wandb
             except ImportError as error:
-                raise ValueError("wandb is not installed: pip install wandb, or leave --wandb away") from error
+                raise ValueError(
+                    "wandb is not installed: pip install wandb, or leave --wandb away"
+                ) from error
             try:
                 self.wandb = wandb.init(project="gpt2", name=folder.name, dir=folder)
             except wandb.Error as error:  # not logged in, no network
-                raise ValueError(f"wandb does not start: {error}; WANDB_MODE=offline needs no account") from error
-        self._keep("log.txt", lambda line: int(line.split()[0]) < start_step and len(line.split()) == 3)
+                raise ValueError(
+                    f"wandb does not start: {error}; WANDB_MODE=offline needs no account"
+                ) from error
+        self._keep(
+            "log.txt", lambda line: int(line.split()[0]) < start_step and len(line.split()) == 3
+        )
         self._keep("metrics.jsonl", lambda line: json.loads(line)["step"] < start_step)
-        self._keep("hellaswag_results.jsonl", lambda line: json.loads(line).get("step", -1) < start_step)
+        self._keep(
+            "hellaswag_results.jsonl", lambda line: json.loads(line).get("step", -1) < start_step
+        )
         self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
 
@@ -76,7 +84,10 @@ class RunLog:
         if self.record:
             append(self.metrics, json.dumps(self.record) + "\n")
             if self.wandb:
-                self.wandb.log({k: v for k, v in self.record.items() if k != "samples"}, step=self.record["step"])
+                self.wandb.log(
+                    {k: v for k, v in self.record.items() if k != "samples"},
+                    step=self.record["step"],
+                )
         self.record = {}
 
     def show(self, v: dict):
@@ -104,4 +115,6 @@ def append(file, line: str):
     try:
         file.write(line)
     except OSError as error:
-        raise OSError(f"{file.name} can't be written ({error.strerror}): make room, then --resume") from error
+        raise OSError(
+            f"{file.name} can't be written ({error.strerror}): make room, then --resume"
+        ) from error

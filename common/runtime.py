@@ -21,7 +21,9 @@ import torch.distributed as dist
 from common.console import say
 
 Device = str  # "auto", or what torch.device takes: cuda, cuda:1, mps, cpu
-Dtype = Literal["auto", "float32", "tf32", "bfloat16"]  # tf32: float32 that NVIDIA GPUs multiply in TF32
+Dtype = Literal[
+    "auto", "float32", "tf32", "bfloat16"
+]  # tf32: float32 that NVIDIA GPUs multiply in TF32
 # Dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name. More special names come first.
 PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -112,7 +114,9 @@ def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) 
         end_with_launcher()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Runtime(chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size)
+    return Runtime(
+        chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size
+    )
 
 
 def num_cores() -> int:
@@ -124,7 +128,9 @@ def check_launcher():
     """Refuse restarts that can't work: workers that share torchrun's store read the addresses of those before them."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment")
+        raise ValueError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+        )
 
 
 def end_with_launcher():
@@ -147,19 +153,29 @@ def restarted() -> bool:
 
 def choose_device(name: Device, local_rank: int) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown: auto, cuda, mps or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch")
+        raise ValueError(
+            "device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps is not available here")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise ValueError(f"{device} does not exist: there are {torch.cuda.device_count()} GPUs; start fewer processes")
+        raise ValueError(
+            f"{device} does not exist: there are {torch.cuda.device_count()} GPUs; start fewer processes"
+        )
     return device
 
 
@@ -176,7 +192,9 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
     # AMX, or AMD's AVX512_BF16; Intel's AVX512_BF16 alone is no faster than float32.
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", "")))
+    return bool(
+        cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", ""))
+    )
 
 
 class StopSignal:
@@ -191,7 +209,9 @@ class StopSignal:
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        self.former = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.former = {
+            n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT)
+        }
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 

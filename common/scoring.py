@@ -20,7 +20,11 @@ from common.runtime import Runtime
 from loss import IGNORE
 from model import GPT
 
-MAX_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # of the rows that are computed together, padding included
+MAX_TOKENS = {
+    "cpu": 1024,
+    "mps": 8192,
+    "cuda": 32768,
+}  # of the rows that are computed together, padding included
 MAX_LOGITS = {"cpu": 512, "mps": 1024, "cuda": 4096}  # positions whose logits exist at a time
 
 
@@ -42,7 +46,9 @@ class Row:
 
     def __init__(self, context: list[int], continuations: list[list[int]], scores: list[int]):
         shortest = min(map(len, continuations))
-        shared = next((n for n in range(shortest) if len({c[n] for c in continuations}) > 1), shortest)
+        shared = next(
+            (n for n in range(shortest) if len({c[n] for c in continuations}) > 1), shortest
+        )
         stem = context + continuations[0][:shared]
         tokens, positions, branches = stem, list(range(len(stem))), [0] * len(stem)
         self.targets, self.places, self.scores, self.first = [], [], [], []
@@ -80,7 +86,9 @@ def score(
     rows.sort(key=len, reverse=True)  # the largest first: if memory runs out, it does so at once
     batches = group(rows, MAX_TOKENS[rt.device.type])
 
-    results = np.zeros((count, 3))  # sum of log-probabilities, tokens predicted rightly, and so without the barred ones
+    results = np.zeros(
+        (count, 3)
+    )  # sum of log-probabilities, tokens predicted rightly, and so without the barred ones
     was_training = model.training
     model.eval()
     barred = torch.tensor(barred, dtype=torch.int64, device=rt.device)
@@ -103,10 +111,14 @@ def pack(request: Request, numbers: list[int], block_size: int) -> list[Row]:
         raise ValueError("a context and each of its continuations must hold at least one token")
     longest = max(map(len, continuations))
     if longest > block_size:
-        raise ValueError(f"a continuation of {longest} tokens is longer than the model's context of {block_size}")
+        raise ValueError(
+            f"a continuation of {longest} tokens is longer than the model's context of {block_size}"
+        )
     if len(context) + longest - 1 <= block_size:
         return [Row(context, continuations, numbers)]
-    return [Row(context[len(c) - block_size - 1 :], [c], [n]) for c, n in zip(continuations, numbers)]
+    return [
+        Row(context[len(c) - block_size - 1 :], [c], [n]) for c, n in zip(continuations, numbers)
+    ]
 
 
 def group(rows: list[Row], max_tokens: int) -> list[list[Row]]:
@@ -126,7 +138,9 @@ def score_batch(model: GPT, batch: list[Row], rt: Runtime, barred: torch.Tensor)
 
     def padded(name: str, fill: int) -> torch.Tensor:
         values = [getattr(row, name) for row in batch]
-        return torch.tensor([v + [fill] * (T - len(v)) for v in values]).to(rt.device, non_blocking=True)
+        return torch.tensor([v + [fill] * (T - len(v)) for v in values]).to(
+            rt.device, non_blocking=True
+        )
 
     idx, positions, branches = padded("tokens", 0), padded("positions", 0), padded("branches", -1)
     mask = None  # without branches it is the causal one, and padding comes last
@@ -134,7 +148,9 @@ def score_batch(model: GPT, batch: list[Row], rt: Runtime, barred: torch.Tensor)
         seen = (branches[:, None] == branches[:, :, None]) | (branches[:, None] == 0)
         mask = (seen & (positions[:, None] <= positions[:, :, None]))[:, None]
     places = np.concatenate([np.array(row.places) + n * T for n, row in enumerate(batch)])
-    places, which = np.unique(places, return_inverse=True)  # several targets may be predicted at one place
+    places, which = np.unique(
+        places, return_inverse=True
+    )  # several targets may be predicted at one place
     x = model.hidden(idx, positions, mask).flatten(0, 1)[torch.from_numpy(places).to(rt.device)]
 
     order = np.argsort(which, kind="stable")

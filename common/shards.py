@@ -41,7 +41,9 @@ class Shards:
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a shard. Raises ValueError if an id is outside the vocabulary."""
-        if self._open[0] != shard:  # one map at a time: resident memory does not grow with the dataset
+        if (
+            self._open[0] != shard
+        ):  # one map at a time: resident memory does not grow with the dataset
             self._open = (shard, np.load(self.paths[shard], mmap_mode="r"))
         tokens = self._open[1][start:stop]
         if len(tokens) and tokens.max() >= self.vocab_size:
@@ -62,7 +64,9 @@ def read_manifest(folder: str | Path) -> dict | None:
         manifest["vocab_size"], manifest["tokenizer"], manifest["dtype"]
         {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): make the shards again with fineweb.py") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): make the shards again with fineweb.py"
+        ) from error
     return manifest
 
 
@@ -89,21 +93,29 @@ def open_shards(folder: str | Path, split: str, vocab_size: int | None = None) -
     paths = sorted(path for path in folder.glob("*.npy") if split in path.name)
     if not paths:
         found = "only other shards" if any(folder.glob("*.npy")) else "no shards"
-        raise FileNotFoundError(f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py")
+        raise FileNotFoundError(
+            f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py"
+        )
     noted = None
     if manifest:
         vocab_size = manifest["vocab_size"]
         if not manifest.get("complete", True):
-            raise ValueError(f"{folder} is unfinished: run the same fineweb.py command again and it will go on")
+            raise ValueError(
+                f"{folder} is unfinished: run the same fineweb.py command again and it will go on"
+            )
         noted = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
         absent = [name for name in noted if not (folder / name).exists()]
         if absent:
-            raise FileNotFoundError(f"{folder / absent[0]} is missing: run the same fineweb.py command again")
+            raise FileNotFoundError(
+                f"{folder / absent[0]} is missing: run the same fineweb.py command again"
+            )
     lengths = []
     for path in paths:
         length, dtype = read_header(path)
         if noted is not None and noted.get(path.name) != length:
-            raise ValueError(f"{path} holds {length} tokens, its manifest says {noted.get(path.name, 'nothing')}")
+            raise ValueError(
+                f"{path} holds {length} tokens, its manifest says {noted.get(path.name, 'nothing')}"
+            )
         if manifest and dtype != manifest["dtype"]:
             raise ValueError(f"{path} is of dtype {dtype}, its manifest says {manifest['dtype']}")
         lengths.append(length)
@@ -115,7 +127,9 @@ def read_header(path: Path) -> tuple[int, str]:
     try:
         tokens = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no .npy file ({error}): make it again with fineweb.py") from error
+        raise ValueError(
+            f"{path} is truncated or no .npy file ({error}): make it again with fineweb.py"
+        ) from error
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise ValueError(
             f"{path} is {tokens.ndim}-dimensional {tokens.dtype}; a shard is one-dimensional, uint16 or uint32"
@@ -129,7 +143,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, prefix: str, shard_size: int, header: dict):
         self.folder, self.prefix, self.shard_size = folder, prefix, shard_size
-        self.manifest = header | dict(complete=False, documents=0, empty_documents=0, tokens=0, shards=[])
+        self.manifest = header | dict(
+            complete=False, documents=0, empty_documents=0, tokens=0, shards=[]
+        )
         self.buffer = np.empty(shard_size, dtype=header["dtype"])
         self.fill = 0
         for leftover in folder.glob(f"{prefix}_*.npy.tmp"):
@@ -139,9 +155,13 @@ class ShardWriter:
     def _resume(self, header: dict):
         found, shard = read_manifest(self.folder), next(self.folder.glob("*.npy"), None)
         if not shard:
-            return self._commit([])  # before the first shard, which is known as ours then if we are killed in between
+            return self._commit(
+                []
+            )  # before the first shard, which is known as ours then if we are killed in between
         if found is None:
-            raise ValueError(f"{shard} is not from here (there is no {MANIFEST} beside it): choose another out_dir")
+            raise ValueError(
+                f"{shard} is not from here (there is no {MANIFEST} beside it): choose another out_dir"
+            )
         for key, value in header.items():
             if found.get(key) != value:
                 raise ValueError(
@@ -157,9 +177,13 @@ class ShardWriter:
             good.append(shard)
         if found["complete"] and len(good) == len(found["shards"]):
             self.manifest = found
-        elif good and all(shard["next"] for shard in good):  # a split text has no place to go on from: it starts afresh
+        elif good and all(
+            shard["next"] for shard in good
+        ):  # a split text has no place to go on from: it starts afresh
             counts = {key: good[-1]["next"][key] for key in ("documents", "empty_documents")}
-            self.manifest |= dict(shards=good, tokens=sum(shard["tokens"] for shard in good), **counts)
+            self.manifest |= dict(
+                shards=good, tokens=sum(shard["tokens"] for shard in good), **counts
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -180,10 +204,14 @@ class ShardWriter:
             self.fill += len(part)
             taken += len(part)
             if self.fill == self.shard_size:
-                whole = int(np.searchsorted(ends, taken, side="right"))  # documents of the batch that end by here
+                whole = int(
+                    np.searchsorted(ends, taken, side="right")
+                )  # documents of the batch that end by here
                 inside = int(taken - (ends[whole - 1] if whole else 0))
                 following = position | dict(
-                    document=position["document"] + whole, skip=position["skip"] + whole, token=inside
+                    document=position["document"] + whole,
+                    skip=position["skip"] + whole,
+                    token=inside,
                 )
                 counts = dict(
                     documents=self.manifest["documents"] + int(np.count_nonzero(lengths[:whole])),
@@ -191,7 +219,12 @@ class ShardWriter:
                 )
                 split = "train" if self.manifest["shards"] else "val"
                 shard = self._write(split, len(self.manifest["shards"]), self.buffer)
-                self._commit([*self.manifest["shards"], shard | dict(next=dict(position=following, **counts))])
+                self._commit(
+                    [
+                        *self.manifest["shards"],
+                        shard | dict(next=dict(position=following, **counts)),
+                    ]
+                )
                 self.fill = 0
         self.manifest["documents"] += int(np.count_nonzero(lengths))
         self.manifest["empty_documents"] += lengths.count(0)
@@ -207,7 +240,8 @@ class ShardWriter:
                 rest = np.concatenate([np.load(self.folder / shards[0]["name"]), rest])
             val, train = np.split(rest, [max(1, len(rest) // 10)])
             shards = [
-                self._write("train", n + 1, train[first : first + self.shard_size]) | dict(next=None)
+                self._write("train", n + 1, train[first : first + self.shard_size])
+                | dict(next=None)
                 for n, first in enumerate(range(0, len(train), self.shard_size))
             ]
             shards.insert(0, self._write("val", 0, val) | dict(next=None))
@@ -223,5 +257,7 @@ class ShardWriter:
         return dict(name=path.name, tokens=len(tokens), sha256=checksum(path))
 
     def _commit(self, shards: list[dict], complete: bool = False):
-        self.manifest |= dict(shards=shards, complete=complete, tokens=sum(shard["tokens"] for shard in shards))
+        self.manifest |= dict(
+            shards=shards, complete=complete, tokens=sum(shard["tokens"] for shard in shards)
+        )
         write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")

@@ -34,7 +34,13 @@ class Metric:
         return self.text(self.published[size]) if size in self.published else ""
 
     def text(self, value: float) -> str:
-        return f"{value:.2%}" if self.total is not None else f"{value:.4f}" if value < 10 else f"{value:.2f}"
+        return (
+            f"{value:.2%}"
+            if self.total is not None
+            else f"{value:.4f}"
+            if value < 10
+            else f"{value:.2f}"
+        )
 
 
 def accuracy(name: str, hits: list[bool], published: dict[str, float] | None = None) -> Metric:
@@ -53,7 +59,9 @@ def run(config, title: str, load: Callable, evaluate: Callable) -> list[Metric] 
     rows = [(metric.name, str(metric), metric.published_text(size)) for metric in metrics]
     say(table((f"{title}, {str(rt.dtype)[6:]}", config.model, f"{size}, published"), rows))
     if config.save_predictions:
-        write_text(config.save_predictions, "".join(json.dumps(line) + "\n" for line in predictions))
+        write_text(
+            config.save_predictions, "".join(json.dumps(line) + "\n" for line in predictions)
+        )
         say(f"predictions: {config.save_predictions}")
     runtime.leave()
     return metrics
@@ -76,8 +84,14 @@ def load_on_all_ranks(load: Callable, rt: Runtime):
 
 def reference(name: str, model: GPT) -> str:
     """The OpenAI model whose published figures stand beside a model's: itself, or the one of its shape, or `gpt2`."""
-    shape = dict(n_layer=model.config.n_layer, n_head=model.config.n_head, n_embd=model.config.n_embd)
-    return name if name in SIZES else next((size for size, its in SIZES.items() if its == shape), "gpt2")
+    shape = dict(
+        n_layer=model.config.n_layer, n_head=model.config.n_head, n_embd=model.config.n_embd
+    )
+    return (
+        name
+        if name in SIZES
+        else next((size for size, its in SIZES.items() if its == shape), "gpt2")
+    )
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> Path:
@@ -87,10 +101,17 @@ def fetch(url: str, path: str | Path, sha256: str) -> Path:
     path = Path(path)
     pooch.get_logger().setLevel("ERROR")
     try:
-        bar = Progress(total=1, desc=f"downloading {path.name}", unit="B", unit_scale=True)  # pooch sets the total
+        bar = Progress(
+            total=1, desc=f"downloading {path.name}", unit="B", unit_scale=True
+        )  # pooch sets the total
         downloader = pooch.HTTPDownloader(progressbar=bar, timeout=30)
-        return Path(pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader))
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+        return Path(
+            pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader)
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
         reason = "its checksum is wrong" if isinstance(error, ValueError) else type(error).__name__
         raise OSError(
             f"{url} can't be downloaded to {path} ({reason}): check the network, or give --data FILE"
@@ -126,7 +147,9 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
     context, after blanks at the end of the context have gone over to the continuation."""
     stripped = context.rstrip()
     blanks = context[len(stripped) :]
-    cut = stripped.rfind(" ")  # GPT-2's pattern splits before a blank and a word: up to here, all have the same tokens
+    cut = stripped.rfind(
+        " "
+    )  # GPT-2's pattern splits before a blank and a word: up to here, all have the same tokens
     if cut > 0 and stripped[cut - 1].isspace():
         cut = 0
     head, tail = enc.encode_ordinary(stripped[:cut]), stripped[cut:]

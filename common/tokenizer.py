@@ -40,12 +40,17 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
         try:
             return tokenizer_from_text(Path(name_or_path).read_text("ascii"))
         except FileNotFoundError as error:
-            raise OSError(f"no tokenizer {str(name_or_path)!r}: give gpt2, or a vocab.tiktoken file") from error
+            raise OSError(
+                f"no tokenizer {str(name_or_path)!r}: give gpt2, or a vocab.tiktoken file"
+            ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{name_or_path} is not a vocab.tiktoken file") from error
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
         raise OSError(
             "GPT-2's vocabulary can't be downloaded: check the network, or set TIKTOKEN_CACHE_DIR to a folder "
             "that holds tiktoken's copy of it"
@@ -68,9 +73,15 @@ def tokenizer_from_text(text: str) -> tiktoken.Encoding:
         pairs = [line.split() for line in text.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
-        raise ValueError("not a vocabulary: each line must hold a token in base64 and its rank") from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise ValueError("not a byte-level vocabulary: ranks must run from 0 without a gap and include every byte")
+        raise ValueError(
+            "not a vocabulary: each line must hold a token in base64 and its rank"
+        ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(
+        bytes([b]) not in ranks for b in range(256)
+    ):
+        raise ValueError(
+            "not a byte-level vocabulary: ranks must run from 0 without a gap and include every byte"
+        )
     return encoding_of(ranks)
 
 
@@ -83,7 +94,9 @@ def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     )
 
 
-def encode_texts(enc: tiktoken.Encoding, texts: "pyarrow.StringArray") -> tuple[np.ndarray, list[int]]:
+def encode_texts(
+    enc: tiktoken.Encoding, texts: "pyarrow.StringArray"
+) -> tuple[np.ndarray, list[int]]:
     """Ids of the texts, <|endoftext|> before each, and the number for each; an empty text has none.
 
     They are those of enc.encode_ordinary, in two thirds of its time. Of several blanks before a word, GPT-2's pattern
@@ -96,13 +109,17 @@ def encode_texts(enc: tiktoken.Encoding, texts: "pyarrow.StringArray") -> tuple[
     if any("\0" in text for text in filter(None, texts.to_pylist())):
         quick, cuts = enc, set()
     else:
-        texts = pc.replace_substring_regex(texts, f"([{BLANK}])([{BLANK}][^{BLANK}])", rf"\1{CUT}\2")
+        texts = pc.replace_substring_regex(
+            texts, f"([{BLANK}])([{BLANK}][^{BLANK}])", rf"\1{CUT}\2"
+        )
     end_of_text = np.array([enc.eot_token], dtype=np.uint32)
     parts, lengths = [], []
     for text in texts.to_pylist():
         lengths.append(0)
         if text:
-            ids = quick.encode_to_numpy(text, allowed_special=cuts, disallowed_special=())  # <|endoftext|> is text here
+            ids = quick.encode_to_numpy(
+                text, allowed_special=cuts, disallowed_special=()
+            )  # <|endoftext|> is text here
             parts += [end_of_text, ids]
             lengths[-1] = 1 + np.count_nonzero(ids != enc.n_vocab)
     ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
@@ -127,7 +144,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
     Raises ValueError if the size is below 257 or the texts are too few for that many tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"a vocabulary of {vocab_size} tokens is too small: the bytes alone need {MIN_VOCAB_SIZE}")
+        raise ValueError(
+            f"a vocabulary of {vocab_size} tokens is too small: the bytes alone need {MIN_VOCAB_SIZE}"
+        )
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -139,7 +158,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
     library.train_from_iterator(texts, trainer)
     library.add_special_tokens([END_OF_TEXT])
     if library.get_vocab_size() < vocab_size:
-        raise ValueError(f"the texts give only {library.get_vocab_size()} tokens, not {vocab_size}: lower the size")
+        raise ValueError(
+            f"the texts give only {library.get_vocab_size()} tokens, not {vocab_size}: lower the size"
+        )
     to_byte = {char: byte for byte, char in byte_to_char().items()}
     vocab = library.get_vocab(with_added_tokens=False)
     ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
@@ -152,14 +173,21 @@ def save_pretrained(enc: tiktoken.Encoding, folder: str | Path):
     folder.mkdir(parents=True, exist_ok=True)
     chars = byte_to_char()
     vocab = {"".join(chars[b] for b in token): rank for token, rank in enc._mergeable_ranks.items()}
-    merges = [tuple("".join(chars[b] for b in part) for part in pair) for pair in recover_merges(enc._mergeable_ranks)]
+    merges = [
+        tuple("".join(chars[b] for b in part) for part in pair)
+        for pair in recover_merges(enc._mergeable_ranks)
+    ]
     library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([END_OF_TEXT])
     library.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.json").write_text(json.dumps(vocab | {END_OF_TEXT: enc.eot_token}, ensure_ascii=False), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps(vocab | {END_OF_TEXT: enc.eot_token}, ensure_ascii=False), "utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8"
+    )
     config = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
     config |= dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -169,7 +197,9 @@ def save_pretrained(enc: tiktoken.Encoding, folder: str | Path):
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pairs that a BPE's tokens were merged from, in order: each token's own parts under the ranks below its."""
     merges = []
-    for token, rank in tqdm(sorted(ranks.items(), key=lambda item: item[1]), "merges", leave=False, delay=2):
+    for token, rank in tqdm(
+        sorted(ranks.items(), key=lambda item: item[1]), "merges", leave=False, delay=2
+    ):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
@@ -184,6 +214,10 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 def byte_to_char() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte, with which Hugging Face's files spell tokens."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}

@@ -20,7 +20,9 @@ import tiktoken
 
 from common.tokenizer import encode_texts
 
-CODE_LIKE = re.compile(r"(?!Ma?c[A-Z])(?=\S*[A-Za-z])\S*(?:[A-Za-z]\d|\w_\w|[A-Za-z]{2}\.[A-Za-z]{2}|[a-z][A-Z])\S*")
+CODE_LIKE = re.compile(
+    r"(?!Ma?c[A-Z])(?=\S*[A-Za-z])\S*(?:[A-Za-z]\d|\w_\w|[A-Za-z]{2}\.[A-Za-z]{2}|[a-z][A-Z])\S*"
+)
 COMPOUND = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)+")
 LETTERS = re.compile(r"[A-Za-z]+")
 RARE = 3  # times in the text to learn from, at most
@@ -35,7 +37,9 @@ def count_words(texts: Iterable[str]) -> Counter:
     return counts
 
 
-def find_terms(texts: list[str], known: Counter, count: int) -> tuple[Counter, dict[str, list[str]]]:
+def find_terms(
+    texts: list[str], known: Counter, count: int
+) -> tuple[Counter, dict[str, list[str]]]:
     """How often each word of letters occurs in the texts, and the technical terms of each kind: `count` of them, at
     random. `known` says how often words occur in the text to learn from."""
     words, terms = Counter(), {kind: set() for kind in KINDS}
@@ -56,7 +60,9 @@ def find_terms(texts: list[str], known: Counter, count: int) -> tuple[Counter, d
         elif len(word) >= 4 and known[word] <= RARE:
             terms["rare"].add(word)
     rng = np.random.default_rng(0)
-    return words, {kind: rng.permutation(sorted(found))[:count].tolist() for kind, found in terms.items()}
+    return words, {
+        kind: rng.permutation(sorted(found))[:count].tolist() for kind, found in terms.items()
+    }
 
 
 def describe(enc: tiktoken.Encoding, texts: list[str], words: Counter, terms: dict) -> dict:
@@ -64,7 +70,11 @@ def describe(enc: tiktoken.Encoding, texts: list[str], words: Counter, terms: di
     _, lengths = encode_texts(enc, pa.array(texts))
     pieces = {word: len(enc.encode_ordinary(" " + word)) for word in words}
     total = words.total()
-    by_kind = {kind: [len(enc.encode_ordinary(" " + term)) for term in found] for kind, found in terms.items() if found}
+    by_kind = {
+        kind: [len(enc.encode_ordinary(" " + term)) for term in found]
+        for kind, found in terms.items()
+        if found
+    }
     return dict(
         vocab_size=enc.n_vocab,
         bytes_per_token=sum(len(text.encode()) for text in texts) / (sum(lengths) - len(texts)),

@@ -76,13 +76,23 @@ class Config:
     shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the heads to remove
     random_orders: int = 5  # seeds of the control
     val_tokens: int = 1_000_000  # tokens of the validation shard for the perplexity
-    hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    hellaswag_data: str | None = (
+        None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    )
     hellaswag_limit: int | None = None  # only the first so many examples; 0 = no HellaSwag
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
 
     def __post_init__(self):
-        for name, least in (("T", 2), ("B", 1), ("num_sequences", 1), ("random_orders", 1), ("val_tokens", 2)):
+        for name, least in (
+            ("T", 2),
+            ("B", 1),
+            ("num_sequences", 1),
+            ("random_orders", 1),
+            ("val_tokens", 2),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
         if not self.shares or not all(0 < share < 1 for share in self.shares):
@@ -96,14 +106,22 @@ def main(config: Config):
     config.T = min(config.T, model.config.block_size)
     train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
     if tokenizer_to_text(shards_tokenizer(config.data_dir)) != tokenizer_to_text(enc):
-        raise ValueError(f"the shards in {config.data_dir} were made with another tokenizer than {config.model}")
+        raise ValueError(
+            f"the shards in {config.data_dir} were made with another tokenizer than {config.model}"
+        )
     tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
     if len(tokens) <= config.T:
-        raise ValueError(f"{len(tokens)} validation tokens do not fill T = {config.T}: lower T or raise val_tokens")
+        raise ValueError(
+            f"{len(tokens)} validation tokens do not fill T = {config.T}: lower T or raise val_tokens"
+        )
     config.shares = usable_shares(config, model)
     examples = load_hellaswag(config)
-    settings = asdict(config) | dict(model=checkpoint.identity(config.model), data=manifest_checksum(config.data_dir))
-    settings |= dict(dtype=str(rt.dtype), hellaswag=hashlib.sha256(json.dumps(examples).encode()).hexdigest())
+    settings = asdict(config) | dict(
+        model=checkpoint.identity(config.model), data=manifest_checksum(config.data_dir)
+    )
+    settings |= dict(
+        dtype=str(rt.dtype), hellaswag=hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    )
     for key in ("data_dir", "out_dir", "B", "device", "hellaswag_data", "hellaswag_limit"):
         del settings[key]
     results = Results(config.out_dir, settings)
@@ -132,7 +150,9 @@ def main(config: Config):
             results.save()
     if "speed" not in results:
         results["speed"] = {
-            f"{share:g}": compare_speed(model, orders["importance"][0][: count_heads(model, share)], tokens, config, rt)
+            f"{share:g}": compare_speed(
+                model, orders["importance"][0][: count_heads(model, share)], tokens, config, rt
+            )
             for share in Progress(config.shares, desc="speed", unit="model", leave=False)
         }
         results.save()
@@ -156,7 +176,9 @@ def usable_shares(config: Config, model: GPT) -> tuple[float, ...]:
     by_count = {count_heads(model, share): share for share in sorted(config.shares, reverse=True)}
     by_count.pop(0, None)
     if not by_count:
-        raise ValueError(f"the shares {config.shares} of {sum(model.config.heads)} heads are not one: raise shares")
+        raise ValueError(
+            f"the shares {config.shares} of {sum(model.config.heads)} heads are not one: raise shares"
+        )
     if max(by_count) > sum(model.config.heads) - model.config.n_layer:
         raise ValueError(
             f"a share of {max(config.shares)} leaves layers of {config.model} without a head: lower shares"
@@ -169,7 +191,9 @@ def count_heads(model: GPT, share: float) -> int:
     return round(share * sum(model.config.heads))
 
 
-def make_plan(config: Config, model: GPT, orders: dict[str, list[list[Head]]]) -> dict[str, list[Head]]:
+def make_plan(
+    config: Config, model: GPT, orders: dict[str, list[list[Head]]]
+) -> dict[str, list[Head]]:
     """The models to evaluate: name -> the heads that it lacks."""
     plan = {"whole model": []}
     for share in config.shares:
@@ -185,10 +209,20 @@ def model_name(order: str, number: int, share: float) -> str:
 
 
 def measure(
-    model: GPT, enc: tiktoken.Encoding, tokens: np.ndarray, examples: list[dict], config: Config, rt: Runtime
+    model: GPT,
+    enc: tiktoken.Encoding,
+    tokens: np.ndarray,
+    examples: list[dict],
+    config: Config,
+    rt: Runtime,
 ) -> dict:
     loss = stream_loss(model, tokens, config.B, config.T, rt)
-    result = dict(heads=list(model.config.heads), parameters=model.num_params(), loss=loss, perplexity=math.exp(loss))
+    result = dict(
+        heads=list(model.config.heads),
+        parameters=model.num_params(),
+        loss=loss,
+        perplexity=math.exp(loss),
+    )
     if examples:
         metrics, _ = hellaswag.evaluate(model, enc, examples, rt, styles=("completion",))
         result["hellaswag"] = metrics[1].value
@@ -196,11 +230,16 @@ def measure(
 
 
 @torch.no_grad()
-def compare_speed(model: GPT, removed: list[Head], tokens: np.ndarray, config: Config, rt: Runtime) -> dict:
+def compare_speed(
+    model: GPT, removed: list[Head], tokens: np.ndarray, config: Config, rt: Runtime
+) -> dict:
     """Forward passes of the whole and the pruned model, one after the other: medians in tokens/s."""
     pruned = prune_heads(model, remaining(model.config, removed)).eval()
     count = min(config.B, (len(tokens) - 1) // config.T) * config.T
-    x, y = (torch.from_numpy(tokens[n : n + count].astype(np.int64)).view(-1, config.T).to(rt.device) for n in (0, 1))
+    x, y = (
+        torch.from_numpy(tokens[n : n + count].astype(np.int64)).view(-1, config.T).to(rt.device)
+        for n in (0, 1)
+    )
     rates = {"whole": [], "pruned": []}
     for n in range(ROUNDS + 1):  # the first warms up
         for name, candidate in (("whole", model), ("pruned", pruned)):
@@ -237,14 +276,23 @@ def summarize(
     )
     order = max(("importance", "redundancy"), key=lambda order: best[order])
     if best[order]:
-        pruned = prune_heads(model, remaining(model.config, orders[order][0][: count_heads(model, best[order])]))
-        state = dict(model=pruned.state_dict(), config=pruned.config_dict(), tokenizer=tokenizer_to_text(enc), step=0)
+        pruned = prune_heads(
+            model, remaining(model.config, orders[order][0][: count_heads(model, best[order])])
+        )
+        state = dict(
+            model=pruned.state_dict(),
+            config=pruned.config_dict(),
+            tokenizer=tokenizer_to_text(enc),
+            step=0,
+        )
         checkpoint.save(results.folder / "model_pruned.pt", state)
         text += f"\n\nmodel_pruned.pt: {best[order]:.0%} of the heads removed by {order}"
     write_text(results.folder / "report.md", text + "\n")
     draw_similarity(results, model.config, similarity)
     draw_pruning(config, results, orders)
-    say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them")
+    say(
+        f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them"
+    )
 
 
 def figures_of(results: Results, orders: dict, order: str, share: float, key: str) -> list[float]:
@@ -267,16 +315,30 @@ def cheap_share(config: Config, results: Results, orders: dict, order: str) -> f
 
 def layers_table(config: GPTConfig, similarity: np.ndarray) -> str:
     """How alike the heads of a layer are, in the early, middle and late third of the layers, and those of others."""
-    layers, pairs = np.array([layer for layer, _ in all_heads(config)]), similar_pairs(config, similarity)
+    layers, pairs = (
+        np.array([layer for layer, _ in all_heads(config)]),
+        similar_pairs(config, similarity),
+    )
     rows = []
-    for third, name in zip(np.array_split(np.arange(config.n_layer), 3), ("early", "middle", "late")):
+    for third, name in zip(
+        np.array_split(np.arange(config.n_layer), 3), ("early", "middle", "late")
+    ):
         cosines = np.array([similarity[i, j] for i, j in pairs if layers[i] in third])
         if len(cosines):
             numbers = f"{name}: {third[0]}-{third[-1]}"
-            rows.append((numbers, str(len(cosines)), str((cosines > ALIKE).sum()), f"{cosines.mean():.3f}"))
+            rows.append(
+                (numbers, str(len(cosines)), str((cosines > ALIKE).sum()), f"{cosines.mean():.3f}")
+            )
     others = similarity[layers[:, None] < layers]
     if len(others):
-        rows.append(("between layers", str(len(others)), str((others > ALIKE).sum()), f"{others.mean():.3f}"))
+        rows.append(
+            (
+                "between layers",
+                str(len(others)),
+                str((others > ALIKE).sum()),
+                f"{others.mean():.3f}",
+            )
+        )
     return table(("layers", "pairs of heads", f"above {ALIKE}", "mean cosine"), rows)
 
 
@@ -284,8 +346,13 @@ def list_pairs(config: GPTConfig, similarity: np.ndarray) -> str:
     heads, lines = all_heads(config), {}
     for i, j in similar_pairs(config, similarity):
         if similarity[i, j] > ALIKE:
-            lines.setdefault(heads[i][0], []).append(f"{heads[i][1]}-{heads[j][1]} ({similarity[i, j]:.2f})")
-    return "\n".join(f"- layer {layer}: {', '.join(lines[layer])}" for layer in sorted(lines)) or "none"
+            lines.setdefault(heads[i][0], []).append(
+                f"{heads[i][1]}-{heads[j][1]} ({similarity[i, j]:.2f})"
+            )
+    return (
+        "\n".join(f"- layer {layer}: {', '.join(lines[layer])}" for layer in sorted(lines))
+        or "none"
+    )
 
 
 def pruning_table(config: Config, model: GPT, rt: Runtime, results: Results, orders: dict) -> str:
@@ -304,10 +371,20 @@ def pruning_table(config: Config, model: GPT, rt: Runtime, results: Results, ord
                 low, mean, high = (style.format(f(found)) for f in (min, np.mean, max))
                 row.append(mean if len(found) == 1 else f"{mean} ({low} to {high})")
         speed = results["speed"][f"{share:g}"] if share else whole_speed
-        cache = 2 * torch.finfo(rt.dtype).bits // 8 * (sum(model.config.heads) - count) * model.config.head_dim
+        cache = (
+            2
+            * torch.finfo(rt.dtype).bits
+            // 8
+            * (sum(model.config.heads) - count)
+            * model.config.head_dim
+        )
         row.append(f"{figures_of(results, orders, 'importance', share, 'parameters')[0]:,}")
-        rows.append((*row, f"{cache:,}", f"{speed['pruned']:,.0f} ({speed['pruned'] / speed['whole']:.2f})"))
-    return table((*head, "parameters", "KV cache, bytes a token", "tokens/s (to the whole model's)"), rows)
+        rows.append(
+            (*row, f"{cache:,}", f"{speed['pruned']:,.0f} ({speed['pruned'] / speed['whole']:.2f})")
+        )
+    return table(
+        (*head, "parameters", "KV cache, bytes a token", "tokens/s (to the whole model's)"), rows
+    )
 
 
 def draw_patterns(results: Results, config: GPTConfig, patterns: np.ndarray):
@@ -316,13 +393,19 @@ def draw_patterns(results: Results, config: GPTConfig, patterns: np.ndarray):
     canvas = np.full((config.n_layer * (size + 2), config.n_head * (size + 2)), np.nan)
     for (layer, head), pattern in zip(all_heads(config), patterns):
         top, left = layer * (size + 2), head * (size + 2)
-        canvas[top : top + size, left : left + size] = np.where(np.tri(size), pattern, np.nan) ** 0.5
+        canvas[top : top + size, left : left + size] = (
+            np.where(np.tri(size), pattern, np.nan) ** 0.5
+        )
     figure = Figure((2 + 0.8 * config.n_head, 1 + 0.8 * config.n_layer), layout="constrained")
     ax = figure.subplots()
     ax.imshow(canvas, vmin=0, vmax=1)
     ax.set_xticks(np.arange(config.n_head) * (size + 2) + size / 2, range(config.n_head))
     ax.set_yticks(np.arange(config.n_layer) * (size + 2) + size / 2, range(config.n_layer))
-    ax.set(xlabel="head", ylabel="layer", title=f"Square root of the mean attention, first {size} tokens")
+    ax.set(
+        xlabel="head",
+        ylabel="layer",
+        title=f"Square root of the mean attention, first {size} tokens",
+    )
     results.save_picture("patterns.png", figure)
 
 
@@ -339,14 +422,20 @@ def draw_similarity(results: Results, config: GPTConfig, similarity: np.ndarray)
             continue
         part = slice(ends[layer], ends[layer + 1])
         image = ax.imshow(similarity[part, part], vmin=0, vmax=1)
-        ax.set(title=f"layer {layer}", xticks=range(config.heads[layer]), yticks=range(config.heads[layer]))
+        ax.set(
+            title=f"layer {layer}",
+            xticks=range(config.heads[layer]),
+            yticks=range(config.heads[layer]),
+        )
         ax.tick_params(labelsize="x-small")
     figure.colorbar(image, ax=axes, label="cosine between the heads' attention")
     results.save_picture("similarity_by_layer.png", figure)
 
     figure = Figure((9, 8), layout="constrained")
     ax = figure.subplots()
-    figure.colorbar(ax.imshow(similarity, vmin=0, vmax=1), label="cosine between the heads' attention")
+    figure.colorbar(
+        ax.imshow(similarity, vmin=0, vmax=1), label="cosine between the heads' attention"
+    )
     ax.set_xticks((ends[:-1] + ends[1:] - 1) / 2, range(config.n_layer))
     ax.set_yticks((ends[:-1] + ends[1:] - 1) / 2, range(config.n_layer))
     for end in ends[1:-1]:
@@ -368,12 +457,22 @@ def draw_pruning(config: Config, results: Results, orders: dict):
             ax.plot(shares, [np.mean(v) for v in found], color=color, marker="o", label=order)
             if max(map(max, found)) > 5 * found[0][0]:
                 ax.set_yscale("log")
-            ax.fill_between(shares, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, lw=0)
+            ax.fill_between(
+                shares, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, lw=0
+            )
         ax.set(ylabel=title)
     limit = (1 + COST) * results["whole model"]["perplexity"]
     axes[0].axhline(limit, color="grey", ls=":", label=f"{COST:.0%} more")
-    parameters = [figures_of(results, orders, "importance", share, "parameters")[0] for share in shares]
-    speeds = [1.0, *(s["pruned"] / s["whole"] for s in (results["speed"][f"{share:g}"] for share in shares[1:]))]
+    parameters = [
+        figures_of(results, orders, "importance", share, "parameters")[0] for share in shares
+    ]
+    speeds = [
+        1.0,
+        *(
+            s["pruned"] / s["whole"]
+            for s in (results["speed"][f"{share:g}"] for share in shares[1:])
+        ),
+    ]
     right.plot(shares, np.array(parameters) / parameters[0], marker="o", label="parameters")
     right.plot(shares, speeds, marker="o", label="tokens/s, forward pass")
     right.set(ylabel="against the whole model")

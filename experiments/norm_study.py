@@ -40,7 +40,14 @@ from common.console import Progress, cli, say, table
 from common.files import write_text
 from common.runtime import Runtime
 from common.shards import manifest_checksum, open_shards, shards_tokenizer
-from experiments.sweep import Results, mean_and_deviation, read_stream, read_windows, stop_like_ctrl_c, train_command
+from experiments.sweep import (
+    Results,
+    mean_and_deviation,
+    read_stream,
+    read_windows,
+    stop_like_ctrl_c,
+    train_command,
+)
 from model import GPT, GPTConfig
 
 NORMS = {"pre": "tab:blue", "post": "tab:orange"}
@@ -53,10 +60,21 @@ class Config:
     data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
     out_dir: str = "log/norm_study"  # report, numbers, pictures and the runs' logs
     # what is compared
-    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3)  # highest ones; each falls to a tenth
+    learning_rates: tuple[float, ...] = (
+        3e-4,
+        6e-4,
+        1.2e-3,
+        2.4e-3,
+    )  # highest ones; each falls to a tenth
     warmups: tuple[int, ...] = (0, 200)  # steps of linear warmup
     seeds: tuple[int, ...] = (1, 2, 3)  # of weights and data order
-    depths: tuple[int, ...] = (2, 4, 8, 16, 32)  # layers of the models whose gradients are taken at initialization
+    depths: tuple[int, ...] = (
+        2,
+        4,
+        8,
+        16,
+        32,
+    )  # layers of the models whose gradients are taken at initialization
     gradients_every: int = 500  # steps between two measurements of the gradients in training
     # each run
     n_layer: int = 12  # blocks
@@ -68,7 +86,9 @@ class Config:
     max_steps: int = 2000  # optimizer steps
     val_tokens: int = 1048576  # tokens of the validation shard
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
     num_parallel: int = 0  # runs at a time; 0 = one per GPU, or per CPU core
 
@@ -90,13 +110,29 @@ def main(config: Config):
     stop_like_ctrl_c()
     rt = runtime.start(config.device, config.dtype)
     settings = asdict(config) | dict(data=manifest_checksum(config.data_dir), dtype=str(rt.dtype))
-    for key in ("data_dir", "out_dir", "learning_rates", "warmups", "B", "device", "compile", "num_parallel"):
+    for key in (
+        "data_dir",
+        "out_dir",
+        "learning_rates",
+        "warmups",
+        "B",
+        "device",
+        "compile",
+        "num_parallel",
+    ):
         del settings[key]  # a folder moved, a grid made larger, other hardware: what is known holds
     enc = shards_tokenizer(config.data_dir)
     shape = GPTConfig(
-        block_size=config.T, vocab_size=enc.n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd
+        block_size=config.T,
+        vocab_size=enc.n_vocab,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
     )
-    x, y = (part.to(rt.device) for part in read_windows(open_shards(config.data_dir, "val"), 8, config.T))
+    x, y = (
+        part.to(rt.device)
+        for part in read_windows(open_shards(config.data_dir, "val"), 8, config.T)
+    )
     results = Results(config.out_dir, settings)
 
     if "unigram_loss" not in results:
@@ -122,16 +158,26 @@ def unigram_loss(config: Config, vocab_size: int) -> float:
     """Mean loss in nats on the validation tokens of a model that predicts the training tokens' frequencies."""
     train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
     counts = np.ones(vocab_size)
-    for number, length in enumerate(Progress(train.lengths, desc="counting tokens", unit="shard", leave=False)):
+    for number, length in enumerate(
+        Progress(train.lengths, desc="counting tokens", unit="shard", leave=False)
+    ):
         counts += np.bincount(train.read(number, 0, length), minlength=vocab_size)
-    return float(-np.log(counts / counts.sum())[val.read(0, 0, min(config.val_tokens, val.lengths[0]))].mean())
+    return float(
+        -np.log(counts / counts.sum())[
+            val.read(0, 0, min(config.val_tokens, val.lengths[0]))
+        ].mean()
+    )
 
 
-def gradients_at_init(config: Config, shape: GPTConfig, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -> dict:
+def gradients_at_init(
+    config: Config, shape: GPTConfig, x: torch.Tensor, y: torch.Tensor, rt: Runtime
+) -> dict:
     """Gradient norms by layer of untrained models: "norm init depth" -> means over the seeds, layer by layer."""
     cases = list(itertools.product(NORMS, INITS, sorted({*config.depths, config.n_layer})))
     gradients = {}
-    for norm, init, depth in Progress(cases, desc="gradients at initialization", unit="model", leave=False):
+    for norm, init, depth in Progress(
+        cases, desc="gradients at initialization", unit="model", leave=False
+    ):
         norms = []
         for seed in config.seeds:
             torch.manual_seed(seed)
@@ -159,17 +205,34 @@ def layer_gradients(model: GPT, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -
     return [float(gradient.norm()) for gradient in torch.autograd.grad(loss, weights)]
 
 
-def run_command(config: Config, folder: Path, norm: str, lr: float, warmup: int, seed: int) -> tuple[list, Path]:
+def run_command(
+    config: Config, folder: Path, norm: str, lr: float, warmup: int, seed: int
+) -> tuple[list, Path]:
     """The words of one run's command, and the file for its output."""
-    constants = dict(norm=norm, max_lr=lr, min_lr=lr / 10, warmup_steps=warmup, seed=seed, block_size=config.T)
-    for key in ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "max_steps", "val_tokens"):
+    constants = dict(
+        norm=norm, max_lr=lr, min_lr=lr / 10, warmup_steps=warmup, seed=seed, block_size=config.T
+    )
+    for key in (
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "B",
+        "T",
+        "total_batch_size",
+        "max_steps",
+        "val_tokens",
+    ):
         constants[key] = getattr(config, key)
     constants |= dict(val_every=config.max_steps, checkpoint_every=config.gradients_every)
     constants |= dict(rolling_every=0, sample_every=0, hellaswag_every=0)
-    return train_command(config, folder / "runs" / run_name(norm, lr, warmup, seed), config.data_dir, **constants)
+    return train_command(
+        config, folder / "runs" / run_name(norm, lr, warmup, seed), config.data_dir, **constants
+    )
 
 
-def read_run(folder: Path, error: str | None, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -> dict:
+def read_run(
+    folder: Path, error: str | None, x: torch.Tensor, y: torch.Tensor, rt: Runtime
+) -> dict:
     """What a run shows. Raises ValueError if it failed otherwise than by diverging."""
     diverged = error is not None and "the run diverged" in error
     if error and not diverged:
@@ -222,8 +285,17 @@ def summarize(config: Config, results: Results):
                 f"{len(runs) - len(vals)} of {len(runs)}", f"{len(spikes)}, {max(spikes):.2f}" if spikes else "0",
                 "yes" if alive else "no",
             ))  # fmt: skip
-        survivals.append((f"{norm}, warmup {warmup}", "none" if largest is None else f"{largest:g}"))
-    head = ("placement", "learning rate", "validation loss", "diverged", "spikes, largest (nats)", "survived")
+        survivals.append(
+            (f"{norm}, warmup {warmup}", "none" if largest is None else f"{largest:g}")
+        )
+    head = (
+        "placement",
+        "learning rate",
+        "validation loss",
+        "diverged",
+        "spikes, largest (nats)",
+        "survived",
+    )
     text = "\n\n".join(
         (
             f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of {config.total_batch_size} "
@@ -238,7 +310,9 @@ def summarize(config: Config, results: Results):
     draw_curves(config, results)
     draw_learning_rates(config, results)
     draw_gradients(config, results)
-    say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them")
+    say(
+        f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them"
+    )
 
 
 def last_layer(results: Results, norm: str, init: str) -> tuple[list[int], list[float]]:
@@ -254,11 +328,17 @@ def slopes(results: Results) -> str:
         (norm, *(slope(*last_layer(results, norm, init)) for init in INITS), paper)
         for norm, paper in (("pre", "-0.50"), ("post", "0.00"))
     ]
-    return table(("placement", "GPT-2's initialization", "Xavier's", "Xiong et al., for Xavier's"), rows)
+    return table(
+        ("placement", "GPT-2's initialization", "Xavier's", "Xiong et al., for Xavier's"), rows
+    )
 
 
 def slope(depths: list[int], norms: list[float]) -> str:
-    return f"{np.polyfit(np.log(depths), np.log(norms), 1)[0]:+.2f}" if len(depths) > 1 else "one depth only"
+    return (
+        f"{np.polyfit(np.log(depths), np.log(norms), 1)[0]:+.2f}"
+        if len(depths) > 1
+        else "one depth only"
+    )
 
 
 def draw_init(config: Config, results: Results):
@@ -269,7 +349,9 @@ def draw_init(config: Config, results: Results):
         depths, norms = last_layer(results, norm, init)
         left.plot(depths, norms, color=color, ls=style, marker="o", label=label)
         layers = results["gradients_at_init"][f"{norm} {init} {config.n_layer}"]
-        right.plot(range(1, len(layers) + 1), layers, color=color, ls=style, marker="o", label=label)
+        right.plot(
+            range(1, len(layers) + 1), layers, color=color, ls=style, marker="o", label=label
+        )
         if (norm, init) == ("pre", "xavier"):
             law = norms[0] * (np.array(depths) / depths[0]) ** -0.5
             left.plot(depths, law, color="grey", ls=":", label="1 / sqrt(depth)")
@@ -289,18 +371,35 @@ def grid_of_panels(config: Config, rows: list) -> tuple[Figure, dict]:
     columns = sorted(config.learning_rates)
     figure = Figure((3.5 * len(columns), 3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
-    return figure, {(row, lr): axes[i, j] for i, row in enumerate(rows) for j, lr in enumerate(columns)}
+    return figure, {
+        (row, lr): axes[i, j] for i, row in enumerate(rows) for j, lr in enumerate(columns)
+    }
 
 
 def draw_curves(config: Config, results: Results):
     figure, panels = grid_of_panels(config, list(config.warmups))
     for (warmup, lr), ax in panels.items():
         for (norm, color), seed in itertools.product(NORMS.items(), config.seeds):
-            steps, losses = read_stream(results.folder / "runs" / run_name(norm, lr, warmup, seed), "train")
-            ax.plot(steps, losses, color=color, lw=0.6, alpha=0.7, label=norm if seed == config.seeds[0] else None)
+            steps, losses = read_stream(
+                results.folder / "runs" / run_name(norm, lr, warmup, seed), "train"
+            )
+            ax.plot(
+                steps,
+                losses,
+                color=color,
+                lw=0.6,
+                alpha=0.7,
+                label=norm if seed == config.seeds[0] else None,
+            )
         ax.axhline(results["unigram_loss"], color="grey", ls=":", label="unigram")
-        ax.set_ylim(top=min(ax.get_ylim()[1], 2 * results["unigram_loss"]))  # a spike must not flatten the rest
-        ax.set(title=f"learning rate {lr:g}, warmup {warmup}", xlabel="step", ylabel="training loss (nats)")
+        ax.set_ylim(
+            top=min(ax.get_ylim()[1], 2 * results["unigram_loss"])
+        )  # a spike must not flatten the rest
+        ax.set(
+            title=f"learning rate {lr:g}, warmup {warmup}",
+            xlabel="step",
+            ylabel="training loss (nats)",
+        )
         finish(ax)
     results.save_picture("loss_curves.png", figure)
 
@@ -315,10 +414,21 @@ def draw_learning_rates(config: Config, results: Results):
         for lr in sorted(config.learning_rates):
             vals = [results[run_name(norm, lr, warmup, seed)]["val"] for seed in config.seeds]
             if None not in vals:
-                points.append((lr, np.mean(vals), np.mean(vals) - min(vals), max(vals) - np.mean(vals)))
+                points.append(
+                    (lr, np.mean(vals), np.mean(vals) - min(vals), max(vals) - np.mean(vals))
+                )
         if points:
             lrs, means, *spread = zip(*points)
-            ax.errorbar(lrs, means, spread, color=color, ls=style, marker="o", capsize=4, label=f"{norm}, {warmup}")
+            ax.errorbar(
+                lrs,
+                means,
+                spread,
+                color=color,
+                ls=style,
+                marker="o",
+                capsize=4,
+                label=f"{norm}, {warmup}",
+            )
     ax.axhline(results["unigram_loss"], color="grey", ls=":", label="unigram loss")
     ax.set(xscale="log", xlabel="highest learning rate", ylabel="validation loss (nats)")
     ax.set_title(f"Mean, lowest and highest of {len(config.seeds)} seeds; placement, warmup steps")

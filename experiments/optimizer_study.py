@@ -32,7 +32,13 @@ from common import runtime
 from common.console import cli, say, table
 from common.files import write_text
 from common.shards import manifest_checksum, shards_tokenizer
-from experiments.sweep import Results, mean_and_deviation, read_stream, stop_like_ctrl_c, train_command
+from experiments.sweep import (
+    Results,
+    mean_and_deviation,
+    read_stream,
+    stop_like_ctrl_c,
+    train_command,
+)
 
 COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
 Point = tuple[str, float, float, int]  # optimizer, learning rate, share of max_steps, seed
@@ -43,7 +49,13 @@ class Config:
     data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
     out_dir: str = "log/optimizer_study"  # report, numbers, picture and the runs' logs
     # what is compared
-    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)  # highest ones; each falls to a tenth
+    learning_rates: tuple[float, ...] = (
+        3e-4,
+        6e-4,
+        1.2e-3,
+        2.4e-3,
+        4.8e-3,
+    )  # highest ones; each falls to a tenth
     seeds: tuple[int, ...] = (1, 2, 3)  # of weights and data order
     shares: tuple[float, ...] = (0.25, 0.35, 0.45, 0.6)  # of max_steps that Muon is given
     # each run
@@ -58,7 +70,9 @@ class Config:
     val_every: int = 100  # steps between two validation losses
     val_tokens: int = 1048576  # tokens of the validation shard
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
     num_parallel: int = 0  # runs at a time; 0 = one per GPU, or per CPU core
 
@@ -80,7 +94,17 @@ def main(config: Config):
     stop_like_ctrl_c()
     rt = runtime.start(config.device, config.dtype)
     settings = asdict(config) | dict(data=manifest_checksum(config.data_dir), dtype=str(rt.dtype))
-    for key in ("data_dir", "out_dir", "learning_rates", "seeds", "shares", "B", "device", "compile", "num_parallel"):
+    for key in (
+        "data_dir",
+        "out_dir",
+        "learning_rates",
+        "seeds",
+        "shares",
+        "B",
+        "device",
+        "compile",
+        "num_parallel",
+    ):
         del settings[key]  # a folder moved, a grid made larger, other hardware: what is known holds
     shards_tokenizer(config.data_dir)  # an error here, rather than in the first run
     results = Results(config.out_dir, settings)
@@ -89,7 +113,9 @@ def main(config: Config):
     run(config, results, sweep, "sweep")
     best = {name: best_rate(config, results, name) for name in COLORS}
     goal = [("adamw", best["adamw"], 1.0, seed) for seed in config.seeds]
-    shares = [("muon", best["muon"], share, seed) for share in config.shares for seed in config.seeds]
+    shares = [
+        ("muon", best["muon"], share, seed) for share in config.shares for seed in config.seeds
+    ]
     run(config, results, goal + shares, "shares")
     summarize(config, results, best)
 
@@ -113,8 +139,19 @@ def run_command(config: Config, folder: Path, point: Point) -> tuple[list, Path]
     """The words of one run's command, and the file for its output."""
     optimizer, lr, share, seed = point
     constants = dict(optimizer=optimizer, max_lr=lr, min_lr=lr / 10, seed=seed, block_size=config.T)
-    constants |= dict(max_steps=round(share * config.max_steps), warmup_steps=round(share * config.warmup_steps))
-    for key in ("n_layer", "n_head", "n_embd", "B", "T", "total_batch_size", "val_every", "val_tokens"):
+    constants |= dict(
+        max_steps=round(share * config.max_steps), warmup_steps=round(share * config.warmup_steps)
+    )
+    for key in (
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "B",
+        "T",
+        "total_batch_size",
+        "val_every",
+        "val_tokens",
+    ):
         constants[key] = getattr(config, key)
     constants |= dict(checkpoint_every=0, rolling_every=0, sample_every=0, hellaswag_every=0)
     return train_command(config, folder / "runs" / run_name(point), config.data_dir, **constants)
@@ -132,14 +169,19 @@ def read_run(folder: Path, error: str | None) -> dict:
 
 
 def best_rate(config: Config, results: Results, optimizer: str) -> float:
-    finals = {lr: results[run_name((optimizer, lr, 1.0, config.seeds[0]))]["val"] for lr in config.learning_rates}
+    finals = {
+        lr: results[run_name((optimizer, lr, 1.0, config.seeds[0]))]["val"]
+        for lr in config.learning_rates
+    }
     best = min(finals, key=finals.get)
     if finals[best] == float("inf"):
         raise ValueError(f"{optimizer} diverged at every learning rate: give smaller ones")
     return best
 
 
-def final_losses(config: Config, results: Results, optimizer: str, lr: float, share: float) -> list[float]:
+def final_losses(
+    config: Config, results: Results, optimizer: str, lr: float, share: float
+) -> list[float]:
     """Of all seeds."""
     return [results[run_name((optimizer, lr, share, seed))]["val"] for seed in config.seeds]
 
@@ -158,7 +200,13 @@ def needed_share(shares: list[float], losses: list[float], goal: float) -> str:
 def summarize(config: Config, results: Results, best: dict[str, float]):
     rates = sorted(config.learning_rates)
     sweep = [
-        (f"{lr:g}", *(f"{results[run_name((name, lr, 1.0, config.seeds[0]))]['val']:.4f}" for name in COLORS))
+        (
+            f"{lr:g}",
+            *(
+                f"{results[run_name((name, lr, 1.0, config.seeds[0]))]['val']:.4f}"
+                for name in COLORS
+            ),
+        )
         for lr in rates
     ]
     edges = [name for name in COLORS if best[name] in (rates[0], rates[-1])]
@@ -166,10 +214,18 @@ def summarize(config: Config, results: Results, best: dict[str, float]):
     goal, shares = float(np.mean(goals)), sorted(config.shares)
     finals = {share: final_losses(config, results, "muon", best["muon"], share) for share in shares}
     rows = [("adamw", "1.00", mean_and_deviation(goals, 4))]
-    rows += [("muon", f"{share:.2f}", mean_and_deviation(losses, 4)) for share, losses in finals.items()]
+    rows += [
+        ("muon", f"{share:.2f}", mean_and_deviation(losses, 4)) for share, losses in finals.items()
+    ]
     needed = needed_share(shares, [float(np.mean(finals[share])) for share in shares], goal)
-    by_optimizer = {name: [each["ms"] for key, each in results.items() if key.startswith(name)] for name in COLORS}
-    speed = {name: config.total_batch_size / statistics.median(ms) * 1000 for name, ms in by_optimizer.items()}
+    by_optimizer = {
+        name: [each["ms"] for key, each in results.items() if key.startswith(name)]
+        for name in COLORS
+    }
+    speed = {
+        name: config.total_batch_size / statistics.median(ms) * 1000
+        for name, ms in by_optimizer.items()
+    }
     text = "\n\n".join(
         (
             f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of {config.total_batch_size} "
@@ -184,7 +240,9 @@ def summarize(config: Config, results: Results, best: dict[str, float]):
     )
     write_text(results.folder / "report.md", text + "\n")
     draw(config, results, best, goal)
-    say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json, {results.folder}/optimizers.png")
+    say(
+        f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json, {results.folder}/optimizers.png"
+    )
 
 
 def draw(config: Config, results: Results, best: dict[str, float], goal: float):
@@ -198,11 +256,17 @@ def draw(config: Config, results: Results, best: dict[str, float], goal: float):
             for seed in config.seeds:
                 found = results[run_name((name, best[name], share, seed))]
                 tokens = np.array(found["steps"]) * config.total_batch_size / 1e6
-                label = name if (share, seed) in ((1.0, config.seeds[0]), (shares[-1], config.seeds[0])) else None
+                label = (
+                    name
+                    if (share, seed) in ((1.0, config.seeds[0]), (shares[-1], config.seeds[0]))
+                    else None
+                )
                 middle.plot(tokens, found["vals"], color=color, lw=0.8, alpha=0.8, label=label)
     for seed in config.seeds:
         finals = [results[run_name(("muon", best["muon"], share, seed))]["val"] for share in shares]
-        right.plot(shares, finals, marker="o", color=COLORS["muon"], lw=0.8, label=f"muon, seed {seed}")
+        right.plot(
+            shares, finals, marker="o", color=COLORS["muon"], lw=0.8, label=f"muon, seed {seed}"
+        )
     left.set(xscale="log", xlabel="highest learning rate", title="Sweep: all tokens, one seed")
     middle.set(xlabel="million tokens", title="Best rates, all seeds; Muon with shorter schedules")
     right.set(xlabel="share of AdamW's tokens", title="What Muon needs")

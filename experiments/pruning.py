@@ -31,10 +31,15 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
     Raises ValueError if a layer would have none.
     """
     check_keep(model.config, keep)
-    config, state = model.config, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, state = (
+        model.config,
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
     for layer, heads in enumerate(keep):
         heads = torch.tensor(sorted(heads), device=model.wte.weight.device)
-        width = (heads[:, None] * config.head_dim + torch.arange(config.head_dim, device=heads.device)).flatten()
+        width = (
+            heads[:, None] * config.head_dim + torch.arange(config.head_dim, device=heads.device)
+        ).flatten()
         attn = f"h.{layer}.attn."
         for name in ("c_attn.weight", "c_attn.bias"):
             state[attn + name] = state[attn + name].unflatten(0, (3, -1))[:, width].flatten(0, 1)
@@ -51,7 +56,9 @@ def check_keep(config: GPTConfig, keep: list[list[int]]):
         for heads, count in zip(keep, config.heads)
     )
     if not fits:
-        raise ValueError(f"each of {config.n_layer} layers keeps one of its heads at least, and only its own: {keep}")
+        raise ValueError(
+            f"each of {config.n_layer} layers keeps one of its heads at least, and only its own: {keep}"
+        )
 
 
 def head_masks(model: GPT, keep: list[list[int]]) -> list[torch.Tensor]:
@@ -74,7 +81,10 @@ def masked_heads(model: GPT, masks: list[torch.Tensor]) -> Iterator[None]:
 
         return multiply
 
-    handles = [block.attn.c_proj.register_forward_pre_hook(hook(mask)) for block, mask in zip(model.h, masks)]
+    handles = [
+        block.attn.c_proj.register_forward_pre_hook(hook(mask))
+        for block, mask in zip(model.h, masks)
+    ]
     try:
         yield
     finally:
@@ -88,11 +98,16 @@ def all_heads(config: GPTConfig) -> list[Head]:
 
 def remaining(config: GPTConfig, removed: list[Head]) -> list[list[int]]:
     """The heads of each layer that stay."""
-    return [[head for head in range(n) if (layer, head) not in removed] for layer, n in enumerate(config.heads)]
+    return [
+        [head for head in range(n) if (layer, head) not in removed]
+        for layer, n in enumerate(config.heads)
+    ]
 
 
 @torch.no_grad()
-def attention_similarity(model: GPT, windows: torch.Tensor, rt: Runtime, shown: int) -> tuple[np.ndarray, np.ndarray]:
+def attention_similarity(
+    model: GPT, windows: torch.Tensor, rt: Runtime, shown: int
+) -> tuple[np.ndarray, np.ndarray]:
     """How alike the heads look at windows (N, T) of tokens, and what at.
 
     Returns the cosine between the attention distributions of two heads, (heads, heads), a mean over all tokens but the
@@ -120,7 +135,9 @@ def read_queries_keys(model: GPT, idx: torch.Tensor) -> list[tuple[torch.Tensor,
     found = []
 
     def keep(_, __, output: torch.Tensor):
-        qkv = output[0].float().unflatten(-1, (3, -1, model.config.head_dim))  # (T, 3, n_head, head_dim)
+        qkv = (
+            output[0].float().unflatten(-1, (3, -1, model.config.head_dim))
+        )  # (T, 3, n_head, head_dim)
         found.append((qkv[:, 0].transpose(0, 1), qkv[:, 1].transpose(0, 1)))
 
     handles = [block.attn.c_attn.register_forward_hook(keep) for block in model.h]
@@ -139,15 +156,22 @@ def attend(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor) -> torch.Tensor
     return logits.masked_fill(later, -torch.inf).softmax(-1)
 
 
-def head_importance(model: GPT, x: torch.Tensor, y: torch.Tensor, B: int, rt: Runtime) -> np.ndarray:
+def head_importance(
+    model: GPT, x: torch.Tensor, y: torch.Tensor, B: int, rt: Runtime
+) -> np.ndarray:
     """Michel et al. 2019 ("Are Sixteen Heads Really Better than One?"): for each head the mean, over texts x with
     targets y (N, T), of the loss's absolute gradient in a mask on its output; each layer's scores have norm 1."""
     total = [torch.zeros(count) for count in model.config.heads]
     parts = list(zip(x.split(B), y.split(B)))
     for xs, ys in Progress(parts, desc="importance of heads", unit="batch", leave=False):
-        masks = [torch.ones(len(xs), count, device=rt.device, requires_grad=True) for count in model.config.heads]
+        masks = [
+            torch.ones(len(xs), count, device=rt.device, requires_grad=True)
+            for count in model.config.heads
+        ]
         with masked_heads(model, masks), rt.autocast():
-            loss = model(xs.to(rt.device), ys.to(rt.device)) * len(xs)  # the sum of the texts' own losses
+            loss = model(xs.to(rt.device), ys.to(rt.device)) * len(
+                xs
+            )  # the sum of the texts' own losses
         for scores, gradient in zip(total, torch.autograd.grad(loss, masks)):
             scores += gradient.abs().sum(0).float().cpu()
     return torch.cat([scores / scores.norm().clamp(min=1e-30) for scores in total]).numpy()
@@ -161,7 +185,9 @@ def order_by_importance(config: GPTConfig, importance: np.ndarray) -> list[Head]
 
 def order_at_random(config: GPTConfig, seed: int) -> list[Head]:
     heads = all_heads(config)
-    return leave_one(config, [heads[i] for i in np.random.default_rng(seed).permutation(len(heads))])
+    return leave_one(
+        config, [heads[i] for i in np.random.default_rng(seed).permutation(len(heads))]
+    )
 
 
 def leave_one(config: GPTConfig, order: list[Head]) -> list[Head]:
@@ -177,7 +203,9 @@ def order_by_redundancy(config: GPTConfig, similarity: np.ndarray) -> list[Head]
     for i, j in similar_pairs(config, similarity):
         if i in removed or j in removed:
             continue
-        others = [n for n, (layer, _) in enumerate(heads) if layer == heads[i][0] and n not in removed]
+        others = [
+            n for n, (layer, _) in enumerate(heads) if layer == heads[i][0] and n not in removed
+        ]
         removed[max(j, i, key=lambda n: similarity[n, others].mean())] = True
     return [heads[n] for n in removed]
 
@@ -185,5 +213,10 @@ def order_by_redundancy(config: GPTConfig, similarity: np.ndarray) -> list[Head]
 def similar_pairs(config: GPTConfig, similarity: np.ndarray) -> list[tuple[int, int]]:
     """The pairs of heads of the same layer, the most alike first."""
     heads = all_heads(config)
-    pairs = [(i, j) for i in range(len(heads)) for j in range(i + 1, len(heads)) if heads[i][0] == heads[j][0]]
+    pairs = [
+        (i, j)
+        for i in range(len(heads))
+        for j in range(i + 1, len(heads))
+        if heads[i][0] == heads[j][0]
+    ]
     return sorted(pairs, key=lambda pair: -similarity[pair])

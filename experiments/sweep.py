@@ -38,7 +38,9 @@ class Results(dict):
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder} is in use by a study that still runs, or by a run that it started") from error
+            raise ValueError(
+                f"{folder} is in use by a study that still runs, or by a run that it started"
+            ) from error
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they are when read
         self.path = self.folder / "results.json"
         super().__init__(settings=settings)
@@ -90,9 +92,15 @@ class Results(dict):
                 free.put(slot)
 
         pool = ThreadPoolExecutor(len(slots))
-        futures = {pool.submit(run, *command): name for name, command in commands.items() if name not in self}
+        futures = {
+            pool.submit(run, *command): name
+            for name, command in commands.items()
+            if name not in self
+        }
         try:
-            with Progress(total=len(commands), initial=len(commands) - len(futures), desc=desc, unit="run") as bar:
+            with Progress(
+                total=len(commands), initial=len(commands) - len(futures), desc=desc, unit="run"
+            ) as bar:
                 for name in commands.keys() & self.keys():
                     remove_checkpoints(commands[name][1].parent)
                 for future in as_completed(futures):
@@ -120,10 +128,14 @@ def remove_checkpoints(folder: Path):
 def choose_slots(num_parallel: int, device: str) -> list[dict]:
     """What tells the processes that run at a time from each other: a GPU each, or a share of the CPU's cores."""
     if device.startswith(("auto", "cuda")) and torch.cuda.is_available():
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        gpus = os.environ.get(
+            "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+        ).split(",")
         if ":" in device:
             gpus = [gpus[int(device.split(":")[1])]]
-        return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(num_parallel or len(gpus))]
+        return [
+            dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(num_parallel or len(gpus))
+        ]
     count = num_parallel or num_cores()
     return [dict(OMP_NUM_THREADS=str(max(1, num_cores() // count)))] * count
 
@@ -159,9 +171,14 @@ def stop_like_ctrl_c():
 def train_command(config, log_dir: Path, data_dir: str | Path, **constants) -> tuple[list, Path]:
     """The words of the command that trains a model with these constants and a study's device, dtype and compile, and
     the file for its output."""
-    constants |= dict(device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile)
+    constants |= dict(
+        device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile
+    )
     words = ["train_gpt2.py", "--resume", "--log_dir", log_dir, "--data_dir", data_dir]
-    return [*words, *(word for key, value in constants.items() for word in (f"--{key}", value))], log_dir / "output.txt"
+    return [
+        *words,
+        *(word for key, value in constants.items() for word in (f"--{key}", value)),
+    ], log_dir / "output.txt"
 
 
 def mean_and_deviation(values: list[float], digits: int = 3) -> str:
@@ -174,7 +191,9 @@ def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:
     """Steps and values of a stream of a run's log.txt."""
     path = folder / "log.txt"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    points = [(int(line[0]), float(line[2])) for line in lines if len(line) == 3 and line[1] == stream]
+    points = [
+        (int(line[0]), float(line[2])) for line in lines if len(line) == 3 and line[1] == stream
+    ]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -182,7 +201,11 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
     """Tokens x (count, T) int64, evenly spaced over the split's first shard, and y, one token ahead."""
     last = shards.lengths[0] - T - 1
     if last < 0:
-        raise ValueError(f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: lower T")
+        raise ValueError(
+            f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: lower T"
+        )
     starts = np.linspace(0, last, count).astype(int)
-    tokens = torch.from_numpy(np.stack([shards.read(0, n, n + T + 1) for n in starts]).astype(np.int64))
+    tokens = torch.from_numpy(
+        np.stack([shards.read(0, n, n + T + 1) for n in starts]).astype(np.int64)
+    )
     return tokens[:, :-1], tokens[:, 1:]

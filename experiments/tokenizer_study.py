@@ -49,17 +49,38 @@ from common.tokenizer import (
     tokenizer_to_text,
     train_tokenizer,
 )
-from experiments.fragmentation import KINDS, LETTERS, count_words, describe, encoding_speeds, find_terms
+from experiments.fragmentation import (
+    KINDS,
+    LETTERS,
+    count_words,
+    describe,
+    encoding_speeds,
+    find_terms,
+)
 from experiments.sweep import Results, mean_and_deviation, stop_like_ctrl_c, train_command
 from model import GPT, GPTConfig
 
 
 @dataclass
 class Config:
-    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "parquet"  # as in fineweb.py
-    data_files: tuple[str, ...] = ()  # as in fineweb.py; none for parquet = the first file of FineWeb-Edu sample-10BT
-    out_dir: str = "log/tokenizer_study"  # report, numbers, picture, vocabularies, shards and the runs' logs
-    vocab_sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 50257)  # tokens of the BPEs, besides GPT-2's
+    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = (
+        "parquet"  # as in fineweb.py
+    )
+    data_files: tuple[
+        str, ...
+    ] = ()  # as in fineweb.py; none for parquet = the first file of FineWeb-Edu sample-10BT
+    out_dir: str = (
+        "log/tokenizer_study"  # report, numbers, picture, vocabularies, shards and the runs' logs
+    )
+    vocab_sizes: tuple[int, ...] = (
+        1024,
+        2048,
+        4096,
+        8192,
+        16384,
+        32768,
+        50257,
+    )  # tokens of the BPEs, besides GPT-2's
     learn_bytes: int = 1_000_000_000  # of the text to learn them from, at most
     held_out_bytes: int = 10_000_000  # of the held-out text to look at, at most
     terms: int = 1000  # of each kind, at most
@@ -72,18 +93,32 @@ class Config:
     sequences: int = 128  # per optimizer step
     B: int = 32  # micro-batch: sequences per forward pass
     max_steps: int = 2000  # optimizer steps
-    max_lr: float = 6e-4  # learning rate after a warmup of a tenth of the steps; it falls to a tenth
+    max_lr: float = (
+        6e-4  # learning rate after a warmup of a tenth of the steps; it falls to a tenth
+    )
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    dtype: runtime.Dtype = (
+        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
     num_parallel: int = 0  # runs at a time; 0 = one per GPU, or per CPU core
 
     def __post_init__(self):
         if self.source == "parquet" and not self.data_files:
-            self.data_files = ("hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet",)
+            self.data_files = (
+                "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet",
+            )
         if not self.vocab_sizes or min(self.vocab_sizes) < MIN_VOCAB_SIZE:
             raise ValueError(f"vocab_sizes must hold at least one, none below {MIN_VOCAB_SIZE}")
-        for name in ("learn_bytes", "held_out_bytes", "terms", "context_bytes", "sequences", "B", "max_steps"):
+        for name in (
+            "learn_bytes",
+            "held_out_bytes",
+            "terms",
+            "context_bytes",
+            "sequences",
+            "B",
+            "max_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.sequences % self.B:
@@ -92,7 +127,9 @@ class Config:
             raise ValueError(f"seeds is {self.seeds}: give different ones")
         if self.max_lr <= 0 or self.num_parallel < 0:
             raise ValueError("max_lr must be above 0, num_parallel not negative")
-        GPTConfig(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)  # refuses what can't be
+        GPTConfig(
+            n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd
+        )  # refuses what can't be
 
 
 def main(config: Config):
@@ -106,10 +143,15 @@ def main(config: Config):
 
     # the text as bytes: what to learn vocabularies from, and what to hold out
     if not (folder / "bytes.tiktoken").exists():
-        write_text(folder / "bytes.tiktoken", tokenizer_to_text(encoding_of({bytes([b]): b for b in range(256)})))
+        write_text(
+            folder / "bytes.tiktoken",
+            tokenizer_to_text(encoding_of({bytes([b]): b for b in range(256)})),
+        )
     shard(config, results, {"text": folder / "bytes.tiktoken"}, "reading")
     vocabularies = learn(config, folder)
-    shard(config, results, {f"shards/{name}": file for name, file in vocabularies.items()}, "sharding")
+    shard(
+        config, results, {f"shards/{name}": file for name, file in vocabularies.items()}, "sharding"
+    )
 
     texts = held_out(config, folder, list(vocabularies))
     known = count_words(training_texts(config, folder / "text", "counting words"))
@@ -120,15 +162,22 @@ def main(config: Config):
     for name, enc in encodings.items():
         if f"vocabulary {name}" not in results:
             numbers = describe(enc, texts, words, terms)
-            results[f"vocabulary {name}"] = numbers | costs(config, enc, results["text"], results[f"shards/{name}"])
+            results[f"vocabulary {name}"] = numbers | costs(
+                config, enc, results["text"], results[f"shards/{name}"]
+            )
             results.save()
 
-    runs = {f"{name} seed {seed}": (name, seed) for name, seed in itertools.product(vocabularies, config.seeds)}
+    runs = {
+        f"{name} seed {seed}": (name, seed)
+        for name, seed in itertools.product(vocabularies, config.seeds)
+    }
     commands = {run: run_command(config, results, *what) for run, what in runs.items()}
 
     def read(run: str, error: str | None) -> dict:
         name = runs[run][0]
-        return read_run(commands[run][1].parent, error, texts, config.B, results[f"vocabulary {name}"]["T"], rt)
+        return read_run(
+            commands[run][1].parent, error, texts, config.B, results[f"vocabulary {name}"]["T"], rt
+        )
 
     results.run_all(commands, read, config.device, config.num_parallel, "training")
     summarize(config, results, encodings, terms)
@@ -162,10 +211,14 @@ def learn(config: Config, folder: Path) -> dict[str, Path | str]:
     vocabularies are the beginnings of the largest."""
     files = {str(size): folder / f"vocab_{size}.tiktoken" for size in sorted(config.vocab_sizes)}
     if not all(file.exists() for file in files.values()):
-        enc, _ = train_tokenizer(training_texts(config, folder / "text", "learning"), max(config.vocab_sizes))
+        enc, _ = train_tokenizer(
+            training_texts(config, folder / "text", "learning"), max(config.vocab_sizes)
+        )
         ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
         for name, file in files.items():
-            write_text(file, tokenizer_to_text(encoding_of(dict(ranks[: int(name) - 1]))))  # <|endoftext|> comes last
+            write_text(
+                file, tokenizer_to_text(encoding_of(dict(ranks[: int(name) - 1])))
+            )  # <|endoftext|> comes last
     try:
         load_tokenizer("gpt2")
     except OSError as error:
@@ -201,8 +254,12 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
     limit = config.held_out_bytes
     for part in (folder / "text", *(folder / "shards" / name for name in names)):
         enc, val = shards_tokenizer(part), open_shards(part, "val")
-        sizes = np.array([*(len(enc.decode_single_token_bytes(n)) for n in range(enc.eot_token)), 0])
-        limit = min(limit, int(sizes[val.read(0, 0, min(config.held_out_bytes, val.lengths[0]))].sum()))
+        sizes = np.array(
+            [*(len(enc.decode_single_token_bytes(n)) for n in range(enc.eot_token)), 0]
+        )
+        limit = min(
+            limit, int(sizes[val.read(0, 0, min(config.held_out_bytes, val.lengths[0]))].sum())
+        )
     texts, val = [], open_shards(folder / "text", "val")
     for document in split_bytes(val.read(0, 0, val.lengths[0])):
         texts.append(document[:limit].decode("utf-8", "ignore"))
@@ -211,15 +268,22 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
             break
     texts = list(filter(None, texts))
     if not any(LETTERS.search(text) for text in texts):
-        raise ValueError("the held-out text has no words of Latin letters: give more text, or other text")
+        raise ValueError(
+            "the held-out text has no words of Latin letters: give more text, or other text"
+        )
     return texts
 
 
 def costs(config: Config, enc: tiktoken.Encoding, text: dict, shards: dict) -> dict:
     """What follows for a model that reads the whole text: tokens in a sequence, parameters, training compute."""
-    tokens, text_bytes = shards["tokens"], text["tokens"] - text["documents"]  # a token a byte, and one a document
+    tokens, text_bytes = (
+        shards["tokens"],
+        text["tokens"] - text["documents"],
+    )  # a token a byte, and one a document
     T = max(1, round(config.context_bytes * tokens / text_bytes))
-    shape = GPTConfig(T, enc.n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    shape = GPTConfig(
+        T, enc.n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd
+    )
     with torch.device("meta"):
         model = GPT(shape)
     return dict(
@@ -233,15 +297,24 @@ def costs(config: Config, enc: tiktoken.Encoding, text: dict, shards: dict) -> d
 def run_command(config: Config, results: Results, name: str, seed: int) -> tuple[list, Path]:
     """The words of the command that trains a model on a vocabulary, and the file for its output."""
     T = results[f"vocabulary {name}"]["T"]
-    constants = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "B", "max_steps", "max_lr")}
+    constants = {
+        key: getattr(config, key)
+        for key in ("n_layer", "n_head", "n_embd", "B", "max_steps", "max_lr")
+    }
     constants |= dict(T=T, block_size=T, total_batch_size=config.sequences * T, seed=seed)
     constants |= dict(min_lr=config.max_lr / 10, warmup_steps=config.max_steps // 10)
-    constants |= dict(val_every=0, sample_every=0, hellaswag_every=0, checkpoint_every=config.max_steps)
+    constants |= dict(
+        val_every=0, sample_every=0, hellaswag_every=0, checkpoint_every=config.max_steps
+    )
     folder = results.folder
-    return train_command(config, folder / "runs" / f"{name}_seed_{seed}", folder / "shards" / name, **constants)
+    return train_command(
+        config, folder / "runs" / f"{name}_seed_{seed}", folder / "shards" / name, **constants
+    )
 
 
-def read_run(folder: Path, error: str | None, texts: list[str], B: int, T: int, rt: Runtime) -> dict:
+def read_run(
+    folder: Path, error: str | None, texts: list[str], B: int, T: int, rt: Runtime
+) -> dict:
     """A trained model's loss on the held-out text. Raises ValueError if the run failed."""
     if error:
         raise ValueError(error)
@@ -251,14 +324,21 @@ def read_run(folder: Path, error: str | None, texts: list[str], B: int, T: int, 
     return dict(loss=loss, bits_per_byte=bits)
 
 
-def bits_per_byte(model: GPT, enc: tiktoken.Encoding, texts: list[str], B: int, T: int, rt: Runtime):
+def bits_per_byte(
+    model: GPT, enc: tiktoken.Encoding, texts: list[str], B: int, T: int, rt: Runtime
+):
     """Mean loss of the texts in nats per token, and in bits per byte of UTF-8."""
     tokens, _ = encode_texts(enc, pa.array(texts))
     loss = stream_loss(model, tokens, B, T, rt)
     return loss, loss * (len(tokens) - 1) / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.Encoding], terms: dict[str, list[str]]):
+def summarize(
+    config: Config,
+    results: Results,
+    encodings: dict[str, tiktoken.Encoding],
+    terms: dict[str, list[str]],
+):
     names, text_bytes = list(encodings), results["text"]["tokens"] - results["text"]["documents"]
     kinds = [kind for kind in KINDS if terms[kind]]
     rows, by_kind = [], []
@@ -271,14 +351,18 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
             f"{found['flops_per_byte'] / 1e6:.3g}", f"{results['encoding_speed'][name]:.1f}",
             mean_and_deviation(bits, 4),
         ))  # fmt: skip
-        cells = (f"{found['tokens_per_term'][k]:.2f} ({found['terms_whole'][k]:.0%})" for k in kinds)
+        cells = (
+            f"{found['tokens_per_term'][k]:.2f} ({found['terms_whole'][k]:.0%})" for k in kinds
+        )
         by_kind.append((name, *cells))
     head = (
         "vocabulary", "bytes per token", "tokens per word", "words whole", f"tokens in {config.context_bytes} bytes",
         "parameters", "of them embeddings", "training MFLOP per byte", "encoding MB/s", "bits per byte",
     )  # fmt: skip
     examples = [
-        (escape(term), *(cut(encodings[name], term) for name in names)) for kind in kinds for term in terms[kind][:3]
+        (escape(term), *(cut(encodings[name], term) for name in names))
+        for kind in kinds
+        for term in terms[kind][:3]
     ]
     text = "\n\n".join(
         (
@@ -295,7 +379,9 @@ def summarize(config: Config, results: Results, encodings: dict[str, tiktoken.En
     write_text(results.folder / "terms.json", json.dumps(terms, indent=1) + "\n")
     write_text(results.folder / "report.md", text + "\n")
     draw(config, results, names, kinds)
-    say(f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json, {results.folder}/tradeoff.png")
+    say(
+        f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json, {results.folder}/tradeoff.png"
+    )
 
 
 def cut(enc: tiktoken.Encoding, term: str) -> str:
@@ -319,25 +405,51 @@ def draw(config: Config, results: Results, names: list[str], kinds: list[str]):
     def plot(ax, value, label: str, color: str, marker: str = "o"):
         ax.plot(sizes, [value(name) for name in own], marker=marker, color=color, label=label)
         if "gpt2" in names:
-            ax.plot(found["gpt2"]["vocab_size"], value("gpt2"), marker="*", ms=12, color=color, ls="")
+            ax.plot(
+                found["gpt2"]["vocab_size"], value("gpt2"), marker="*", ms=12, color=color, ls=""
+            )
 
     plot(left, lambda name: found[name]["tokens_per_word"], "words of the text", "black", "s")
     for n, kind in enumerate(kinds):
         plot(left, lambda name, kind=kind: found[name]["tokens_per_term"][kind], kind, f"C{n}")
-    left.set(title="Fragmentation (stars: GPT-2's own vocabulary)", ylabel="tokens per word or term")
+    left.set(
+        title="Fragmentation (stars: GPT-2's own vocabulary)", ylabel="tokens per word or term"
+    )
 
-    plot(middle, lambda name: found[name]["embedding_share"], "embeddings, share of the parameters", "C0")
+    plot(
+        middle,
+        lambda name: found[name]["embedding_share"],
+        "embeddings, share of the parameters",
+        "C0",
+    )
     top = max(each["flops_per_byte"] for each in found.values())
-    plot(middle, lambda name: found[name]["flops_per_byte"] / top, "training compute per byte, to the highest", "C1")
+    plot(
+        middle,
+        lambda name: found[name]["flops_per_byte"] / top,
+        "training compute per byte, to the highest",
+        "C1",
+    )
     longest = found[own[0]]["T"]
-    plot(middle, lambda name: found[name]["T"] / longest, "tokens in a sequence, to the smallest vocabulary", "C2")
+    plot(
+        middle,
+        lambda name: found[name]["T"] / longest,
+        "tokens in a sequence, to the smallest vocabulary",
+        "C2",
+    )
     middle.set(title="Cost", ylim=(0, None))
 
-    bits = {name: [results[f"{name} seed {seed}"]["bits_per_byte"] for seed in config.seeds] for name in names}
+    bits = {
+        name: [results[f"{name} seed {seed}"]["bits_per_byte"] for seed in config.seeds]
+        for name in names
+    }
     plot(right, lambda name: np.mean(bits[name]), f"mean of {len(config.seeds)} seeds", "C0")
     for name in names:
-        right.plot([found[name]["vocab_size"]] * len(bits[name]), bits[name], "_", color="C0", alpha=0.6)
-    right.set(title="Models trained on the same bytes (strokes: seeds)", ylabel="bits per byte, held out")
+        right.plot(
+            [found[name]["vocab_size"]] * len(bits[name]), bits[name], "_", color="C0", alpha=0.6
+        )
+    right.set(
+        title="Models trained on the same bytes (strokes: seeds)", ylabel="bits per byte, held out"
+    )
     ticks = sorted({each["vocab_size"] for each in found.values()})
     for ax in (left, middle, right):
         ax.set(xscale="log", xlabel="tokens in the vocabulary")

@@ -47,9 +47,13 @@ class Dataset:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b", buffering=0)
         except OSError as error:
-            raise OSError(f"{self.path} can't be written ({error.strerror}): choose another out_dir") from error
+            raise OSError(
+                f"{self.path} can't be written ({error.strerror}): choose another out_dir"
+            ) from error
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(
+                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # ends with the process, however that ends
             self.read()
         except BlockingIOError as error:
             self.file.close()
@@ -86,8 +90,12 @@ class Dataset:
         try:
             record = json.loads(line)
             seed, text, model = record["seed"], record["text"], record["model"]
-            right = PromptSeed(**seed) and all(isinstance(word, str) for word in (*seed.values(), text, model))
-            right = right and all(isinstance(record[f"{kind}_tokens"], int) for kind in ("prompt", "completion"))
+            right = PromptSeed(**seed) and all(
+                isinstance(word, str) for word in (*seed.values(), text, model)
+            )
+            right = right and all(
+                isinstance(record[f"{kind}_tokens"], int) for kind in ("prompt", "completion")
+            )
         except UnicodeDecodeError as error:
             raise ValueError("it is not UTF-8") from error
         except json.JSONDecodeError as error:
@@ -95,17 +103,23 @@ class Dataset:
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is no record of a description ({error})") from error
         if not right or not text.strip():
-            raise ValueError("it is no record of a description (a field has the wrong type or is empty)")
+            raise ValueError(
+                "it is no record of a description (a field has the wrong type or is empty)"
+            )
         if DELIMITER.search(text):
             raise ValueError("its text holds a delimiter")
         if (seed["place"], seed["culture"]) in self.pairs:
             raise ValueError("its place and culture have a description already")
         if (model == OFFLINE) != self.offline:
             kind, other = ("a model", "without") if self.offline else ("the grammar", "with")
-            raise ValueError(f"it is by {kind}; the two do not mix: run {other} --offline, or choose another out_dir")
+            raise ValueError(
+                f"it is by {kind}; the two do not mix: run {other} --offline, or choose another out_dir"
+            )
         return record
 
-    def add(self, about: PromptSeed, text: str, prompt_tokens: int, completion_tokens: int, model: str):
+    def add(
+        self, about: PromptSeed, text: str, prompt_tokens: int, completion_tokens: int, model: str
+    ):
         """Write a description to the disk before anything else happens. Raises OSError if the disk is full."""
         tokens = dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
         record = dict(seed=about._asdict(), text=text, **tokens, model=model)
@@ -138,29 +152,40 @@ class Dataset:
         """Jaccard similarity of the text's word 5-grams with those of the record that is closest."""
         grams = word_grams(text)
         shared = Counter(record for gram in grams for record in self.grams.get(gram, ()))
-        return max((n / (len(grams) + self.sizes[record] - n) for record, n in shared.items()), default=0.0)
+        return max(
+            (n / (len(grams) + self.sizes[record] - n) for record, n in shared.items()), default=0.0
+        )
 
     def near_duplicate(self, text: str) -> bool:
         return self.similarity(text) >= NEAR_DUPLICATE
 
     def write_text(self):
         """finetune_data.txt: all descriptions, whole or not at all. Raises OSError."""
-        files.write_text(self.text_path, "\n".join(f"{OPEN}\n{record['text']}\n{CLOSE}\n" for record in self.records))
+        files.write_text(
+            self.text_path,
+            "\n".join(f"{OPEN}\n{record['text']}\n{CLOSE}\n" for record in self.records),
+        )
 
     def summary(self) -> str:
         texts = [record["text"] for record in self.records]
-        models = ", ".join(f"{n:,} by {model}" for model, n in Counter(r["model"] for r in self.records).items())
+        models = ", ".join(
+            f"{n:,} by {model}" for model, n in Counter(r["model"] for r in self.records).items()
+        )
         vocabulary = {word for text in texts for word in words_of(text)}
         lines = [
             f"{self.text_path}: {len(texts):,} descriptions ({models})",
             f"words: {spread([len(text.split()) for text in texts])}; vocabulary: {len(vocabulary):,} different words",
         ]
         try:
-            lines.append(f"GPT-2 tokens: {spread(list(map(len, load_tokenizer('gpt2').encode_ordinary_batch(texts))))}")
+            lines.append(
+                f"GPT-2 tokens: {spread(list(map(len, load_tokenizer('gpt2').encode_ordinary_batch(texts))))}"
+            )
         except OSError as error:
             lines.append(f"GPT-2 tokens: not counted, {error}")
         kind = f"Jaccard similarity of word 5-grams of {NEAR_DUPLICATE} or more"
-        lines.append(f"near-duplicates ({kind}): {self.duplicates:,}; the closest two have {self.closest:.2f}")
+        lines.append(
+            f"near-duplicates ({kind}): {self.duplicates:,}; the closest two have {self.closest:.2f}"
+        )
         return "\n".join(lines)
 
 
@@ -168,7 +193,9 @@ def read_descriptions(path: str | Path) -> list[str]:
     """The <LOC> ... </LOC> blocks of a file, with their delimiters. Raises ValueError if they do not alternate."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: write it with generate_finetune_data.py (--offline needs no network)")
+        raise FileNotFoundError(
+            f"no file {path}: write it with generate_finetune_data.py (--offline needs no network)"
+        )
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -177,14 +204,18 @@ def read_descriptions(path: str | Path) -> list[str]:
     for mark in re.finditer(f"{OPEN}|{CLOSE}", text):
         if (mark[0] == OPEN) != (start is None):
             line = text.count("\n", 0, mark.start()) + 1
-            raise ValueError(f"{path}, line {line}: {mark[0]} where {CLOSE if mark[0] == OPEN else OPEN} is due")
+            raise ValueError(
+                f"{path}, line {line}: {mark[0]} where {CLOSE if mark[0] == OPEN else OPEN} is due"
+            )
         if mark[0] == CLOSE:
             blocks.append(text[start : mark.end()])
         start = mark.start() if mark[0] == OPEN else None
     if start is not None:
         raise ValueError(f"{path}: the last {OPEN} is not closed")
     if len(blocks) < 2:
-        raise ValueError(f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; two are the fewest")
+        raise ValueError(
+            f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; two are the fewest"
+        )
     return blocks
 
 

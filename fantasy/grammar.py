@@ -347,7 +347,9 @@ ENDINGS = "anwe dor eth una mere ock isk avar enne olt ara imund essa rith ost u
 
 BODY = (SHAPE, WEATHER, SENSES, PEOPLE, ORIGIN, LEGEND, DETAIL)
 LONGEST = 45  # words that no filled sentence reaches
-AT_MOST = dict(custom=1, sky=1, at_hour=1, hour=1, a_mood=1, mood=1)  # sentences of a description that use a slot
+AT_MOST = dict(
+    custom=1, sky=1, at_hour=1, hour=1, a_mood=1, mood=1
+)  # sentences of a description that use a slot
 AT_MOST |= dict(weather=2, light=2, feeling=2, food=2, craft=2, power=2, sound=3)
 
 
@@ -379,7 +381,9 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
                 added += count_words(sentence)
                 words += count_words(sentence)
         if not added:
-            raise ValueError(f"the grammar has no {target} words for one description: lower min_words and max_words")
+            raise ValueError(
+                f"the grammar has no {target} words for one description: lower min_words and max_words"
+            )
 
     paragraphs, paragraph_words = [[opening]], rng.choice([50, 80, 110])
     for sentences in sorted(body.values(), key=lambda sentences: sentences is not body[SHAPE]):
@@ -395,7 +399,9 @@ def count_words(*sentences: Sentence) -> int:
 
 
 def as_text(paragraphs: list[list[Sentence]]) -> str:
-    return "\n\n".join(" ".join(sentence.text for sentence in paragraph) for paragraph in paragraphs)
+    return "\n\n".join(
+        " ".join(sentence.text for sentence in paragraph) for paragraph in paragraphs
+    )
 
 
 class Slots:
@@ -406,10 +412,27 @@ class Slots:
         (custom,), (craft,), (food,), (power,) = CULTURES[about.culture]
         ((feeling,),), ((at_hour,), (light,)) = MOODS[about.mood], TIMES[about.time]
         (weather,), (sky,) = WEATHERS[about.weather]
-        self.words = {slot: [word.strip() for word in words.split(",")] for slot, words in WORDS.items()}
-        self.words |= dict(people=people, part=parts, material=materials, smell=smells, sound=sounds)
-        one = dict(folk=about.culture, custom=custom, craft=craft, food=food, power=power, weather=weather, sky=sky)
-        one |= dict(place=about.place.split()[-1], a_place=f"a {about.place}", hour=about.time, at_hour=at_hour)
+        self.words = {
+            slot: [word.strip() for word in words.split(",")] for slot, words in WORDS.items()
+        }
+        self.words |= dict(
+            people=people, part=parts, material=materials, smell=smells, sound=sounds
+        )
+        one = dict(
+            folk=about.culture,
+            custom=custom,
+            craft=craft,
+            food=food,
+            power=power,
+            weather=weather,
+            sky=sky,
+        )
+        one |= dict(
+            place=about.place.split()[-1],
+            a_place=f"a {about.place}",
+            hour=about.time,
+            at_hour=at_hour,
+        )
         one |= dict(light=light, mood=about.mood, a_mood=f"a {about.mood}", feeling=feeling)
         one |= dict(name=rng.choice(STEMS.split()) + rng.choice(ENDINGS.split()))
         self.words |= {slot: [word] for slot, word in one.items()}
@@ -432,10 +455,14 @@ class Slots:
         return Sentence(text[0].upper() + text[1:], pattern)
 
     def allows(self, pattern: str) -> bool:
-        return all(f"{{{slot}}}" not in pattern or uses < AT_MOST[slot] for slot, uses in self.uses.items())
+        return all(
+            f"{{{slot}}}" not in pattern or uses < AT_MOST[slot] for slot, uses in self.uses.items()
+        )
 
     def deal(self, slot: str) -> str:
         deck, words = self.decks[slot], self.words[slot]
         if len(deck) < 2:  # the last card lies on top of the next round: no word follows itself
-            deck[:0] = self.rng.sample([word for word in words if word not in deck], len(words) - len(deck))
+            deck[:0] = self.rng.sample(
+                [word for word in words if word not in deck], len(words) - len(deck)
+            )
         return deck.pop()

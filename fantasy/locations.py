@@ -27,15 +27,23 @@ def prompt_seeds(seed: int) -> list[PromptSeed]:
     rng = random.Random(seed)
     pairs = list(product(PLACES, CULTURES))
     rng.shuffle(pairs)
-    rest = [(rng.choice(list(MOODS)), rng.choice(list(TIMES)), rng.choice(list(WEATHERS))) for _ in pairs]
-    return [PromptSeed(place, mood, culture, *when) for (place, culture), (mood, *when) in zip(pairs, rest)]
+    rest = [
+        (rng.choice(list(MOODS)), rng.choice(list(TIMES)), rng.choice(list(WEATHERS)))
+        for _ in pairs
+    ]
+    return [
+        PromptSeed(place, mood, culture, *when)
+        for (place, culture), (mood, *when) in zip(pairs, rest)
+    ]
 
 
 def table(text: str) -> dict[str, list[list[str]]]:
     """Rows of cells between bars, several words in a cell between commas; a row ends where a line has no bar left.
     The first cell is the key."""
     rows = text.strip().replace("|\n", "| ").split("\n")
-    cells = [[[word.strip() for word in cell.split(",")] for cell in row.split("|")] for row in rows]
+    cells = [
+        [[word.strip() for word in cell.split(",")] for cell in row.split("|")] for row in rows
+    ]
     return {key: rest for (key,), *rest in cells}
 
 

@@ -42,11 +42,20 @@ def report(config, finetuned: Path, training: list[str], val_tokens: np.ndarray,
         if column == "finetuned":
             write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
         loss = stream_loss(model, val_tokens, config.B, config.T, rt)
-        columns[column] = {"held-out perplexity": math.exp(min(99, loss))} | measure(samples, training)
+        columns[column] = {"held-out perplexity": math.exp(min(99, loss))} | measure(
+            samples, training
+        )
         general = general_tokens(config.general_data, config.general_tokens, enc)
-        loss = None if general is None else stream_loss(model, general, config.B, model.config.block_size, rt)
+        loss = (
+            None
+            if general is None
+            else stream_loss(model, general, config.B, model.config.block_size, rt)
+        )
         columns[column]["general perplexity"] = None if loss is None else math.exp(min(99, loss))
-    rows = [(name, *(shown(name, columns[column][name]) for column in columns)) for name in columns["base"]]
+    rows = [
+        (name, *(shown(name, columns[column][name]) for column in columns))
+        for name in columns["base"]
+    ]
     text = table(("", *columns), rows)
     write_text(out_dir / "report.md", text + "\n")
     write_text(out_dir / "report.json", json.dumps(columns, indent=1) + "\n")
@@ -56,10 +65,18 @@ def report(config, finetuned: Path, training: list[str], val_tokens: np.ndarray,
 def shown(name: str, value: float | None) -> str:
     if value is None:
         return "not available"
-    return f"{value:.1%}" if "share" in name else f"{value:.3f}" if "distinct" in name else f"{value:.2f}"
+    return (
+        f"{value:.1%}"
+        if "share" in name
+        else f"{value:.3f}"
+        if "distinct" in name
+        else f"{value:.2f}"
+    )
 
 
-def draw(model: GPT, enc: tiktoken.Encoding, count: int, seed: int, rt: Runtime, desc: str) -> list[str]:
+def draw(
+    model: GPT, enc: tiktoken.Encoding, count: int, seed: int, rt: Runtime, desc: str
+) -> list[str]:
     """Samples of up to 300 tokens, each ending where the model ends its text."""
     prompt = enc.encode_ordinary(OPEN)
     max_tokens = min(300, model.config.block_size - len(prompt))
@@ -100,7 +117,9 @@ def measure(samples: list[str], training: list[str]) -> dict[str, float]:
         "repeated 4-grams, share": float(np.mean([repeated(text, 4) for text in texts])),
         "copied run, mean words": float(np.mean(copied)),
         "copied run, most words": max(copied),
-        f"copied run > {LONG_RUN} words, share of samples": float(np.mean([n > LONG_RUN for n in copied])),
+        f"copied run > {LONG_RUN} words, share of samples": float(
+            np.mean([n > LONG_RUN for n in copied])
+        ),
     }
 
 
@@ -126,7 +145,10 @@ def longest_copied_run(text: list[str], known: str) -> int:
     """Words of the longest run of `text` within `known`, whose words have a blank on either side."""
     longest = 0
     for start in range(len(text)):
-        while start + longest < len(text) and f" {' '.join(text[start : start + longest + 1])} " in known:
+        while (
+            start + longest < len(text)
+            and f" {' '.join(text[start : start + longest + 1])} " in known
+        ):
             longest += 1
     return longest
 
@@ -136,11 +158,15 @@ def draw_search(path: Path, results: list[dict], base_val_loss: float):
     ax = figure.subplots()
     good = [r for r in results if math.isfinite(r["val_loss"])]
     ax.plot([r["lr"] for r in good], [r["val_loss"] for r in good], "o-", label="validation loss")
-    ax.axhline(base_val_loss, color="grey", ls="--", label=f"before finetuning: {base_val_loss:.3f}")
+    ax.axhline(
+        base_val_loss, color="grey", ls="--", label=f"before finetuning: {base_val_loss:.3f}"
+    )
     for result in results:
         if result["status"] == "diverged":
             ax.axvline(result["lr"], color="tab:red", ls=":", label=f"diverged at {result['lr']:g}")
-    ax.set(xscale="log", xlabel="learning rate", ylabel="nats per token", title="Learning-rate search")
+    ax.set(
+        xscale="log", xlabel="learning rate", ylabel="nats per token", title="Learning-rate search"
+    )
     finish(path, figure, ax)
 
 
@@ -149,9 +175,19 @@ def draw_losses(path: Path, history: list[dict], base_val_loss: float):
     ax = figure.subplots()
     epochs = [epoch["epoch"] for epoch in history]
     ax.plot(epochs, [epoch["train_loss"] for epoch in history], "o-", label="training")
-    ax.plot([0, *epochs], [base_val_loss, *(epoch["val_loss"] for epoch in history)], "o-", label="validation")
+    ax.plot(
+        [0, *epochs],
+        [base_val_loss, *(epoch["val_loss"] for epoch in history)],
+        "o-",
+        label="validation",
+    )
     best = min(history, key=lambda epoch: epoch["val_loss"])
-    ax.axvline(best["epoch"], color="grey", ls=":", label=f"best: {best['val_loss']:.4f} after epoch {best['epoch']}")
+    ax.axvline(
+        best["epoch"],
+        color="grey",
+        ls=":",
+        label=f"best: {best['val_loss']:.4f} after epoch {best['epoch']}",
+    )
     ax.set(xlabel="epoch", ylabel="nats per token", title="Finetuning")
     finish(path, figure, ax)
 

@@ -17,9 +17,14 @@ if (SHARED_DATA / "tiktoken").exists():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other
-TEXTS = [inspect.getsource(module) for module in (argparse, inspect, logging, typing)]  # stable, unlike our own files
+TEXTS = [
+    inspect.getsource(module) for module in (argparse, inspect, logging, typing)
+]  # stable, unlike our own files
 SMALL_MODEL = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64".split()
-SMALL_RUN = [*SMALL_MODEL, *"--B 4 --T 32 --total_batch_size 512 --warmup_steps 4 --max_lr 1e-3 --min_lr 1e-4".split()]
+SMALL_RUN = [
+    *SMALL_MODEL,
+    *"--B 4 --T 32 --total_batch_size 512 --warmup_steps 4 --max_lr 1e-3 --min_lr 1e-4".split(),
+]
 SMALL_RUN += "--val_every 10 --val_tokens 1000 --sample_every 0 --hellaswag_every 0".split()
 SMALL_RUN += "--device cpu --dtype float32".split()
 
@@ -53,7 +58,9 @@ def one_line(result: subprocess.CompletedProcess) -> str:
 
 def worker_of(launcher: subprocess.Popen, rank: int) -> int:
     """The process of a rank that torchrun has started."""
-    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True
+    ).stdout.split()
     for pid in children:
         if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
             return int(pid)
@@ -75,5 +82,16 @@ def data_dir(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(text)
     out = folder / "shards"
     sizes = ["--shard_size", "9000", "--train_tokenizer", "384", "--num_workers", "1"]
-    ok(command("fineweb.py", "--source", "text", "--data_files", folder / "text.txt", "--out_dir", out, *sizes))
+    ok(
+        command(
+            "fineweb.py",
+            "--source",
+            "text",
+            "--data_files",
+            folder / "text.txt",
+            "--out_dir",
+            out,
+            *sizes,
+        )
+    )
     return out

@@ -47,21 +47,33 @@ def folder(tmp_path_factory) -> Path:
     save_pretrained(enc, folder / "hf")
     checkpoint.save(
         folder / "model.pt",
-        dict(model=model.state_dict(), config=model.config_dict(), tokenizer=tokenizer_to_text(enc), step=0),
+        dict(
+            model=model.state_dict(),
+            config=model.config_dict(),
+            tokenizer=tokenizer_to_text(enc),
+            step=0,
+        ),
     )
     (folder / "hellaswag.jsonl").write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES))
-    (folder / "lambada.jsonl").write_text("".join(json.dumps(dict(text=p)) + "\n" for p in PASSAGES))
+    (folder / "lambada.jsonl").write_text(
+        "".join(json.dumps(dict(text=p)) + "\n" for p in PASSAGES)
+    )
     (folder / "cbtest_NE_test.txt").write_text(
         question_text("Mary", "Mary|John|Kitty|Mr|Jane|Anne|Tom|Sam|Ned|Eve") * 6
     )
-    (folder / "cbtest_V_test.txt").write_text(question_text("said", "said|ran|'s|went|is|was|had|saw|ate|sat") * 2)
+    (folder / "cbtest_V_test.txt").write_text(
+        question_text("said", "said|ran|'s|went|is|was|had|saw|ate|sat") * 2
+    )
     return folder
 
 
 def question_text(answer: str, candidates: str) -> str:
     sentences = [f"{n} `` It is n't {n} o'clock , '' said Mr. Brown 's dog ." for n in range(1, 21)]
     return "\n".join(
-        [*sentences, f"21 `` Oh , XXXXX ! '' -LRB- said the boys ' aunt -RRB- .\t{answer}\t\t{candidates}\n\n"]
+        [
+            *sentences,
+            f"21 `` Oh , XXXXX ! '' -LRB- said the boys ' aunt -RRB- .\t{answer}\t\t{candidates}\n\n",
+        ]
     )
 
 
@@ -83,13 +95,18 @@ def test_hellaswag_equals_a_plain_loop_over_transformers(folder):
     right = {metric.name: 0 for metric in metrics}
     for example, line in zip(EXAMPLES, lines):
         context = enc.encode_ordinary(example["ctx"])
-        logprobs = [plain_logprobs(hf, context, enc.encode_ordinary(" " + e)) for e in example["endings"]]
+        logprobs = [
+            plain_logprobs(hf, context, enc.encode_ordinary(" " + e)) for e in example["endings"]
+        ]
         assert line["sums"] == pytest.approx([x.sum() for x in logprobs], abs=1e-4)
         assert line["pred"] == np.argmax([x.sum() for x in logprobs])
         assert line["pred_norm"] == np.argmax([x.mean() for x in logprobs])
 
         context = enc.encode_ordinary("Cooking: A man  cuts bread. He".replace("  ", " "))
-        endings = [e.replace("[title] sings  of", " sings of").replace("  ", " ") for e in example["endings"]]
+        endings = [
+            e.replace("[title] sings  of", " sings of").replace("  ", " ")
+            for e in example["endings"]
+        ]
         sums = [plain_logprobs(hf, context, enc.encode_ordinary(" " + e)).sum() for e in endings]
         assert line["harness_sums"] == pytest.approx(sums, abs=1e-4)
         assert line["harness_pred_norm"] == np.argmax([s / len(e) for s, e in zip(sums, endings)])
@@ -129,16 +146,24 @@ def test_cbt_equals_a_plain_loop_over_transformers(folder):
     assert [q.kind for q in questions] == ["NE"] * 6 + ["V"] * 2
     metrics, lines = cbt.evaluate(model, enc, questions, CPU)
     for question, line in list(zip(questions, lines))[5:7]:
-        context = " ".join(f"\"It isn't {n} o'clock,\" said Mr. Brown's dog." for n in range(1, 21)) + ' "Oh,'
+        context = (
+            " ".join(f"\"It isn't {n} o'clock,\" said Mr. Brown's dog." for n in range(1, 21))
+            + ' "Oh,'
+        )
         for candidate, given in zip(question.candidates, line["paper_scores"]):
             blank = "" if candidate == "'s" else " "
             whole = enc.encode_ordinary(f"{context}{blank}{candidate}!\" (said the boys' aunt).")
             ids = enc.encode_ordinary(context)
             both = (ids + whole[len(ids) :])[-257:]
             rest = whole[len(ids) :]
-            assert given == pytest.approx(plain_logprobs(hf, both[: -len(rest)], rest).sum(), abs=1e-4)
+            assert given == pytest.approx(
+                plain_logprobs(hf, both[: -len(rest)], rest).sum(), abs=1e-4
+            )
         raw = f"{question.context} {question.query}"
-        sequences = [enc.encode_ordinary(raw.replace("XXXXX", candidate)) for candidate in question.candidates]
+        sequences = [
+            enc.encode_ordinary(raw.replace("XXXXX", candidate))
+            for candidate in question.candidates
+        ]
         longest = max(map(len, sequences))
         for ids, given in zip(sequences, line["sequence_scores"]):
             ids = ids[longest - 256 :]
@@ -152,7 +177,10 @@ def test_cbt_equals_a_plain_loop_over_transformers(folder):
     "tokenized, text",
     [
         ("`` Oh , no ! '' cried he ; `` it is n't ! ''", '"Oh, no!" cried he; "it isn\'t!"'),
-        ("they 'll -LRB- I 'm sure -RRB- see Mr. Brown 's hat .", "they'll (I'm sure) see Mr. Brown's hat."),
+        (
+            "they 'll -LRB- I 'm sure -RRB- see Mr. Brown 's hat .",
+            "they'll (I'm sure) see Mr. Brown's hat.",
+        ),
         ("the boys ' coats -- ` what ? '", "the boys' coats -- 'what?'"),
         ("it cost $ 5 , or 10 % : o'clock", "it cost $5, or 10%: o'clock"),
     ],
@@ -164,8 +192,21 @@ def test_the_tokenization_of_books_is_undone(tokenized, text):
 def test_requests_are_tokenized_as_the_whole_text(shared_data):
     """The shortcut of encode_request changes nothing, whatever blanks the context has."""
     enc, _ = train_tokenizer([TEXT], 500)
-    contexts = [line["ctx"] for line in map(json.loads, (shared_data / "hellaswag_val_2000.jsonl").open())][:300]
-    for context in [*contexts, "", "word", "a  b", "a\n b", " a", "a b  ", "end. ", "a \n", "it 's"]:
+    contexts = [
+        line["ctx"] for line in map(json.loads, (shared_data / "hellaswag_val_2000.jsonl").open())
+    ][:300]
+    for context in [
+        *contexts,
+        "",
+        "word",
+        "a  b",
+        "a\n b",
+        " a",
+        "a b  ",
+        "end. ",
+        "a \n",
+        "it 's",
+    ]:
         request = tasks.encode_request(enc, context, [" end", "x", "  two", "\n"])
         for continuation, ids in zip((" end", "x", "  two", "\n"), request.continuations):
             whole = enc.encode_ordinary(context + continuation)
@@ -183,7 +224,14 @@ def run(folder: Path, script: str, *words, model="model.pt"):
 
 def test_commands_print_tables_with_counts_and_published_figures(folder, tmp_path):
     results = tmp_path / "log" / "results.jsonl"
-    words = ["--data", folder / "hellaswag.jsonl", "--results", results, "--save_predictions", tmp_path / "p.jsonl"]
+    words = [
+        "--data",
+        folder / "hellaswag.jsonl",
+        "--results",
+        results,
+        "--save_predictions",
+        tmp_path / "p.jsonl",
+    ]
     out = ok(run(folder, "hellaswag.py", *words)).stdout
     assert "/12)" in out
     assert "29.55%" in out
@@ -192,7 +240,9 @@ def test_commands_print_tables_with_counts_and_published_figures(folder, tmp_pat
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["total"] for line in lines] == [12, 12]
     assert lines[0]["acc"] == lines[0]["correct"] / 12
-    assert lines[0] | {"model": ""} == lines[1] | {"model": ""}, "a checkpoint and its export score the same"
+    assert lines[0] | {"model": ""} == lines[1] | {"model": ""}, (
+        "a checkpoint and its export score the same"
+    )
     predictions = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["ind"] for line in predictions] == list(range(12))
     assert {"label", "pred", "pred_norm", "sums"} <= predictions[0].keys()
@@ -205,10 +255,26 @@ def test_commands_print_tables_with_counts_and_published_figures(folder, tmp_pat
 
 
 def test_two_processes_score_as_one(folder, tmp_path):
-    words = ["--model", folder / "model.pt", "--data", folder / "hellaswag.jsonl", "--device", "cpu"]
+    words = [
+        "--model",
+        folder / "model.pt",
+        "--data",
+        folder / "hellaswag.jsonl",
+        "--device",
+        "cpu",
+    ]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "hellaswag.py"]
     for name, start in (("one", ["hellaswag.py"]), ("two", launcher)):
-        ok(command(*start, *words, "--save_predictions", tmp_path / name, "--results", tmp_path / "results.jsonl"))
+        ok(
+            command(
+                *start,
+                *words,
+                "--save_predictions",
+                tmp_path / name,
+                "--results",
+                tmp_path / "results.jsonl",
+            )
+        )
     assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert len(lines) == 2
@@ -235,7 +301,11 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_data_is_one_line_that_names_the_place(folder, tmp_path, name):
     script, spoil, expected = WRONG[name]
-    source = {"hellaswag.py": "hellaswag.jsonl", "lambada.py": "lambada.jsonl", "cbt.py": "cbtest_NE_test.txt"}[script]
+    source = {
+        "hellaswag.py": "hellaswag.jsonl",
+        "lambada.py": "lambada.jsonl",
+        "cbt.py": "cbtest_NE_test.txt",
+    }[script]
     (tmp_path / source).write_text(spoil((folder / source).read_text()))
     module = {"hellaswag.py": hellaswag, "lambada.py": lambada, "cbt.py": cbt}[script]
     with pytest.raises(ValueError, match=source) as raised:
@@ -245,7 +315,9 @@ def test_wrong_data_is_one_line_that_names_the_place(folder, tmp_path, name):
 
 def test_what_can_not_be_had_is_one_line(folder, tmp_path, monkeypatch):
     assert "no file" in one_line(run(folder, "hellaswag.py", "--data", tmp_path / "none.jsonl"))
-    assert "no checkpoint" in one_line(run(tmp_path, "lambada.py", "--data", folder / "lambada.jsonl"))
+    assert "no checkpoint" in one_line(
+        run(tmp_path, "lambada.py", "--data", folder / "lambada.jsonl")
+    )
     assert "no file" in one_line(run(folder, "cbt.py", "--data", tmp_path / "none_*.txt"))
     assert "check the network" in one_line(run(folder, "cbt.py"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing answers there
@@ -296,8 +368,24 @@ def test_a_failed_download_is_an_error_and_leaves_nothing(server, tmp_path, page
 # in training
 
 
-def train(data_dir: Path, folder: Path, log_dir: Path, *words, start=("train_gpt2.py",), data="hellaswag.jsonl"):
-    flags = ["--data_dir", data_dir, "--log_dir", log_dir, "--hellaswag_data", folder / data, "--hellaswag_every", 4]
+def train(
+    data_dir: Path,
+    folder: Path,
+    log_dir: Path,
+    *words,
+    start=("train_gpt2.py",),
+    data="hellaswag.jsonl",
+):
+    flags = [
+        "--data_dir",
+        data_dir,
+        "--log_dir",
+        log_dir,
+        "--hellaswag_data",
+        folder / data,
+        "--hellaswag_every",
+        4,
+    ]
     return command(*start, *SMALL_RUN, *flags, *words)
 
 
@@ -313,11 +401,21 @@ def test_training_evaluates_alike_whatever_the_number_of_processes(data_dir, fol
     ok(train(data_dir, folder, tmp_path / "two", "--max_steps", 6, start=two))
     assert [step for step, _ in stream(tmp_path / "one", "hella")] == [0, 4, 6]
     assert stream(tmp_path / "one", "hella") == stream(tmp_path / "two", "hella")
-    results = [json.loads(line) for line in (tmp_path / "one" / "hellaswag_results.jsonl").read_text().splitlines()]
+    results = [
+        json.loads(line)
+        for line in (tmp_path / "one" / "hellaswag_results.jsonl").read_text().splitlines()
+    ]
     assert [(r["step"], r["acc_norm"]) for r in results] == [
         (step, pytest.approx(value, abs=1e-6)) for step, value in stream(tmp_path / "one", "hella")
     ]
-    model = ["--model", tmp_path / "one" / "model_final.pt", "--data", folder / "hellaswag.jsonl", "--device", "cpu"]
+    model = [
+        "--model",
+        tmp_path / "one" / "model_final.pt",
+        "--data",
+        folder / "hellaswag.jsonl",
+        "--device",
+        "cpu",
+    ]
     ok(command("hellaswag.py", *model, "--results", tmp_path / "after.jsonl"))
     after = json.loads((tmp_path / "after.jsonl").read_text())
     assert after["correct_norm"] == results[-1]["correct_norm"]
@@ -326,7 +424,10 @@ def test_training_evaluates_alike_whatever_the_number_of_processes(data_dir, fol
 def test_a_resumed_run_has_every_result_once(data_dir, folder, tmp_path):
     ok(train(data_dir, folder, tmp_path, "--max_steps", 4))
     ok(train(data_dir, folder, tmp_path, "--max_steps", 10, "--resume"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "hellaswag_results.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "hellaswag_results.jsonl").read_text().splitlines()
+    ]
     assert steps == [0, 4, 8, 10] == [step for step, _ in stream(tmp_path, "hella")]
 
 
@@ -347,16 +448,37 @@ def test_training_evaluates_under_compile(data_dir, folder, tmp_path):
 
 
 def test_evaluate_is_one_table_and_computes_nothing_twice(data_dir, folder, tmp_path):
-    data = ["--hellaswag_data", folder / "hellaswag.jsonl", "--lambada_data", tmp_path / "none.jsonl"]
-    data += ["--cbt_data", folder, "--val_data", data_dir, "--val_tokens", 500, "--out_dir", tmp_path / "out"]
+    data = [
+        "--hellaswag_data",
+        folder / "hellaswag.jsonl",
+        "--lambada_data",
+        tmp_path / "none.jsonl",
+    ]
+    data += [
+        "--cbt_data",
+        folder,
+        "--val_data",
+        data_dir,
+        "--val_tokens",
+        500,
+        "--out_dir",
+        tmp_path / "out",
+    ]
     words = ["evaluate.py", *data, "--device", "cpu"]
     words += ["--models", folder / "model.pt", tmp_path / "none.pt", folder / "hf"]
     out = ok(command(*words)).stdout
     table = (tmp_path / "out" / "evaluation.md").read_text()
     assert table in out
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    cells = {(model.rsplit("/")[-1], title, metric): figure for model, title, metric, figure, *_ in rows}
-    assert cells["model.pt", "hellaswag", "completion acc_norm"] == cells["hf", "hellaswag", "completion acc_norm"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
+    cells = {
+        (model.rsplit("/")[-1], title, metric): figure for model, title, metric, figure, *_ in rows
+    }
+    assert (
+        cells["model.pt", "hellaswag", "completion acc_norm"]
+        == cells["hf", "hellaswag", "completion acc_norm"]
+    )
     assert cells["model.pt", "val", "bits per byte"] == cells["hf", "val", "bits per byte"]
     assert "no file" in cells["hf", "lambada", "not available"]
     assert "no file" in cells["none.pt", "cbt", "not available"]
@@ -366,7 +488,9 @@ def test_evaluate_is_one_table_and_computes_nothing_twice(data_dir, folder, tmp_
     assert again.count("computed before") == 6
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == results
     changed = ok(command(*words, "--limit", 3)).stdout
-    assert changed.count("computed before") == 2, "only the validation loss does not depend on limit"
+    assert changed.count("computed before") == 2, (
+        "only the validation loss does not depend on limit"
+    )
     (tmp_path / "out" / "evaluation.json").write_text("[")
     assert "evaluation.json is damaged" in one_line(command(*words))
 
@@ -388,4 +512,6 @@ def test_bits_per_byte_by_hand_under_either_vocabulary(data_dir, folder, tmp_pat
         config = evaluate.Config(val_data=str(data_dir), val_tokens=399, device="cpu")
         loss, bits = evaluate.validation(model, enc, config, CPU)
         assert loss.value == pytest.approx(math.log(enc.n_vocab), abs=1e-5)
-        assert bits.value == pytest.approx((count - 1) * math.log2(enc.n_vocab) / len(text.encode()), rel=1e-5)
+        assert bits.value == pytest.approx(
+            (count - 1) * math.log2(enc.n_vocab) / len(text.encode()), rel=1e-5
+        )

@@ -71,7 +71,9 @@ def test_each_epoch_has_another_order_and_the_same_seed_the_same(folder):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("B", [1, 2, 4])
 def test_global_batch_is_the_same_for_any_world_size_and_micro_batch(folder, world_size, B):
-    assert first_tokens(folder, range(7), world_size=world_size, B=B) == first_tokens(folder, range(7), B=32)
+    assert first_tokens(folder, range(7), world_size=world_size, B=B) == first_tokens(
+        folder, range(7), B=32
+    )
 
 
 def test_ranks_are_disjoint(folder):
@@ -137,7 +139,9 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):
         next(loader(tmp_path).iterate(0, 2, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("kwargs", [dict(batch=33 * T), dict(B=3), dict(B=4, world_size=3), dict(B=0)])
+@pytest.mark.parametrize(
+    "kwargs", [dict(batch=33 * T), dict(B=3), dict(B=4, world_size=3), dict(B=0)]
+)
 def test_sizes_that_do_not_divide_are_refused(folder, kwargs):
     with pytest.raises(ValueError, match="not divisible"):
         loader(folder, **kwargs)

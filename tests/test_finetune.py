@@ -29,7 +29,10 @@ from model import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 RNG = random.Random(0)
-WORDS = [RNG.choices("tower harbor grove market bridge cavern garden mist salt ember".split(), k=20) for _ in range(60)]
+WORDS = [
+    RNG.choices("tower harbor grove market bridge cavern garden mist salt ember".split(), k=20)
+    for _ in range(60)
+]
 BLOCKS = [f"<LOC>\nThe {' '.join(words)}.\n</LOC>" for words in WORDS]
 
 
@@ -40,7 +43,12 @@ def folder(tmp_path_factory) -> Path:
     enc, _ = train_tokenizer(BLOCKS, 290)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=290, n_layer=2, n_head=2, n_embd=32, block_size=128))
-    state = dict(model=model.state_dict(), config=model.config_dict(), tokenizer=tokenizer_to_text(enc), step=0)
+    state = dict(
+        model=model.state_dict(),
+        config=model.config_dict(),
+        tokenizer=tokenizer_to_text(enc),
+        step=0,
+    )
     checkpoint.save(folder / "model.pt", state)
     (folder / "data.txt").write_text("\n\n".join(BLOCKS) + "\n")
     return folder
@@ -51,7 +59,16 @@ def run(folder: Path, out: Path, *words, start=("finetune.py",), **kwargs):
 
 
 def flags(folder: Path, out: Path) -> list:
-    flags = ["--init_from", folder / "model.pt", "--data", folder / "data.txt", "--out_dir", out, "--device", "cpu"]
+    flags = [
+        "--init_from",
+        folder / "model.pt",
+        "--data",
+        folder / "data.txt",
+        "--out_dir",
+        out,
+        "--device",
+        "cpu",
+    ]
     flags += "--dtype float32 --T 32 --B 4 --total_batch_size 512 --num_epochs 3 --search_epochs 1".split()
     return [*flags, *"--num_samples 3 --general_data none --learning_rates 1e-3 1e-2".split()]
 
@@ -80,11 +97,15 @@ def test_every_token_is_trained_on_once_an_epoch(world_size, B):
         seen = []
         for step in range(3 * epoch, 3 * epoch + 3):
             each = [loader.batch(step, CPU.device) for loader in loaders]
-            assert len({len(batch) for batch, _, _ in each}) == 1, "every rank takes as many micro-steps"
+            assert len({len(batch) for batch, _, _ in each}) == 1, (
+                "every rank takes as many micro-steps"
+            )
             assert sum(sum(shares) for _, shares, _ in each) / world_size == pytest.approx(1)
             rows = [(x, y) for batch, _, _ in each for micro in batch for x, y in zip(*micro)]
             assert {len(x) for x, _ in rows} == {16}
-            pairs = [pair for x, y in rows for pair in zip(x.tolist(), y.tolist()) if pair[1] != IGNORE]
+            pairs = [
+                pair for x, y in rows for pair in zip(x.tolist(), y.tolist()) if pair[1] != IGNORE
+            ]
             assert {count for _, _, count in each} == {len(pairs)}
             assert all(y == x + 1 for x, y in pairs)
             seen += [y for _, y in pairs]
@@ -135,7 +156,9 @@ def test_merged_adapters_compute_the_same_after_training():
     assert (model(x) - plain(x)).abs().max() < 1e-4
     assert (plain(x) - GPT(GPTConfig(**shape))(x)).abs().max() > 0.1
     frozen = {
-        name.replace(".base.", "."): t for name, t in model.state_dict().items() if not name.endswith((".A", ".B"))
+        name.replace(".base.", "."): t
+        for name, t in model.state_dict().items()
+        if not name.endswith((".A", ".B"))
     }
     assert all(torch.equal(frozen[name], before[name]) for name in before)
 
@@ -164,7 +187,13 @@ def test_search_final_run_and_report(folder, whole):
     assert "best" in table.splitlines()[3]
     names = {path.name for path in final.iterdir()}
     epochs = {f"model_epoch_{n}.pt" for n in (1, 2, 3)}
-    assert names == epochs | {"model_best.pt", "model_00021.pt", "log.txt", "metrics.jsonl", "finetune_losses.png"}
+    assert names == epochs | {
+        "model_best.pt",
+        "model_00021.pt",
+        "log.txt",
+        "metrics.jsonl",
+        "finetune_losses.png",
+    }
     lines = [line.split() for line in (final / "log.txt").read_text().splitlines()]
     assert [int(step) for step, name, _ in lines if name == "train"] == list(range(21))
     assert [int(step) for step, name, _ in lines if name == "val"] == [7, 14, 21]
@@ -176,21 +205,29 @@ def test_search_final_run_and_report(folder, whole):
     assert (whole / "final_gens_after_finetune.txt").read_text().count("<LOC>") >= 3
     for picture in (whole / "finetune_hyperparameter_search.png", final / "finetune_losses.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
-    ok(command("sample.py", "--model", final / "model_best.pt", "--prompt", "<LOC>", "--num_samples", 1))
+    ok(
+        command(
+            "sample.py", "--model", final / "model_best.pt", "--prompt", "<LOC>", "--num_samples", 1
+        )
+    )
 
 
 def test_validation_loss_is_that_of_the_held_out_descriptions(folder, whole):
     """From the checkpoint and the file alone, in float64."""
     model, enc = checkpoint.load_model(whole / "final_lr_0.01" / "model_best.pt")
     held_out = finetune.split(BLOCKS, 1337)[1]
-    tokens = [t for text in held_out for t in (enc.eot_token, *enc.encode_ordinary(text))] + [enc.eot_token]
+    tokens = [t for text in held_out for t in (enc.eot_token, *enc.encode_ordinary(text))] + [
+        enc.eot_token
+    ]
     total = 0.0
     for first in range(0, len(tokens) - 1, 32):
         window = torch.tensor(tokens[first : first + 33])
         with torch.no_grad():
             logits = model.double().eval()(window[None, :-1])[0]
         total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    assert history(whole / "final_lr_0.01")[-1]["val_loss"] == pytest.approx(total / (len(tokens) - 1), abs=1e-4)
+    assert history(whole / "final_lr_0.01")[-1]["val_loss"] == pytest.approx(
+        total / (len(tokens) - 1), abs=1e-4
+    )
 
 
 def test_an_existing_run_is_refused_and_resuming_a_finished_one_repeats_nothing(folder, whole):
@@ -208,20 +245,36 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(folder, whole, tmp
         whole = tmp_path / "whole"
         ok(run(folder, whole, *more))
     out = tmp_path / "killed"
-    words = [sys.executable, "finetune.py", *map(str, flags(folder, out)), "--resume", *map(str, more)]
+    words = [
+        sys.executable,
+        "finetune.py",
+        *map(str, flags(folder, out)),
+        "--resume",
+        *map(str, more),
+    ]
     search, final = out / "finetune_hyperparameter_search.json", out / "final_lr_0.01"
     for sign in (search, final / "model_epoch_1.pt", final / "model_epoch_2.pt"):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not sign.exists() and process.poll() is None:
             time.sleep(0.001)
         process.kill()
         process.wait()
     ok(command(*words[1:]))
-    weights = [checkpoint.load(path / "final_lr_0.01" / "model_epoch_3.pt")["model"] for path in (whole, out)]
+    weights = [
+        checkpoint.load(path / "final_lr_0.01" / "model_epoch_3.pt")["model"]
+        for path in (whole, out)
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    searches = [json.loads((path / "finetune_hyperparameter_search.json").read_text()) for path in (whole, out)]
+    searches = [
+        json.loads((path / "finetune_hyperparameter_search.json").read_text())
+        for path in (whole, out)
+    ]
     assert searches[0] == searches[1]
-    steps = [line.split()[0] for line in (final / "log.txt").read_text().splitlines() if "train" in line]
+    steps = [
+        line.split()[0] for line in (final / "log.txt").read_text().splitlines() if "train" in line
+    ]
     assert steps == [str(step) for step in range(21)], "the log holds every step once"
 
 
@@ -231,12 +284,25 @@ def test_two_processes_train_as_one(folder, whole, tmp_path):
     ok(run(folder, tmp_path, "--dropout", 0, start=two))
     ok(run(folder, tmp_path / "one", "--dropout", 0))
     for name in ("train_loss", "val_loss"):
-        losses = [[epoch[name] for epoch in history(path / "final_lr_0.01")] for path in (tmp_path, tmp_path / "one")]
+        losses = [
+            [epoch[name] for epoch in history(path / "final_lr_0.01")]
+            for path in (tmp_path, tmp_path / "one")
+        ]
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_a_rate_that_diverges_is_recorded_and_patience_stops_early(folder, tmp_path):
-    words = ["--learning_rates", "1e-2", "1e6", "--num_epochs", 30, "--patience", 1, "--grad_clip", 0]
+    words = [
+        "--learning_rates",
+        "1e-2",
+        "1e6",
+        "--num_epochs",
+        30,
+        "--patience",
+        1,
+        "--grad_clip",
+        0,
+    ]
     out = ok(run(folder, tmp_path, *words)).stdout
     table = (tmp_path / "finetune_hyperparameter_search.txt").read_text()
     assert "diverged" in table.splitlines()[3]
@@ -255,7 +321,18 @@ def test_a_pruned_model_is_finetuned_as_it_is(folder, tmp_path):
     pruned = prune_heads(checkpoint.build_model(whole, "model.pt"), [[0], [1]])
     path = tmp_path / "pruned.pt"
     checkpoint.save(path, whole | dict(model=pruned.state_dict(), config=pruned.config_dict()))
-    ok(run(folder, tmp_path / "out", "--init_from", path, "--learning_rates", "1e-3", "--num_epochs", 1))
+    ok(
+        run(
+            folder,
+            tmp_path / "out",
+            "--init_from",
+            path,
+            "--learning_rates",
+            "1e-3",
+            "--num_epochs",
+            1,
+        )
+    )
     best = checkpoint.load(tmp_path / "out" / "final_lr_0.001" / "model_best.pt")
     assert best["config"]["heads_kept"] == (1, 1)
     assert not torch.equal(best["model"]["h.0.attn.c_proj.weight"], pruned.h[0].attn.c_proj.weight)
@@ -283,7 +360,11 @@ WRONG = {
     "no delimiters": ("only text", {}, "holds 0 descriptions"),
     "one description": (BLOCKS[0], {}, "holds 1 descriptions"),
     "not closed": ("\n".join(BLOCKS[:3]) + "\n<LOC> more", {}, "the last <LOC> is not closed"),
-    "opened twice": (BLOCKS[0] + "\n<LOC> a <LOC> b </LOC>", {}, "line 4: <LOC> where </LOC> is due"),
+    "opened twice": (
+        BLOCKS[0] + "\n<LOC> a <LOC> b </LOC>",
+        {},
+        "line 4: <LOC> where </LOC> is due",
+    ),
     "not opened": (BLOCKS[0] + "\n</LOC>", {}, "line 4: </LOC> where <LOC> is due"),
     "too few": ("\n".join(BLOCKS[:6]), {}, "fewer than one batch of 16 sequences"),
     "too long": ("\n".join(BLOCKS), dict(T=256), "above the model's block_size 128"),
@@ -298,7 +379,11 @@ def test_wrong_inputs_are_said(folder, tmp_path, name):
     text, more, expected = WRONG[name]
     if text is not None:
         (tmp_path / "data.txt").write_text(text)
-    files = dict(init_from=str(folder / "model.pt"), data=str(tmp_path / "data.txt"), out_dir=str(tmp_path / "out"))
+    files = dict(
+        init_from=str(folder / "model.pt"),
+        data=str(tmp_path / "data.txt"),
+        out_dir=str(tmp_path / "out"),
+    )
     options = files | dict(T=32, B=4, total_batch_size=512, device="cpu") | more
     with pytest.raises((ValueError, OSError), match=re.escape(expected)):
         finetune.main(finetune.Config(**options))
@@ -306,12 +391,21 @@ def test_wrong_inputs_are_said(folder, tmp_path, name):
 
 def test_an_error_is_one_line(folder, tmp_path):
     (tmp_path / "data.txt").write_text("only text")
-    assert "holds 0 descriptions" in one_line(run(folder, tmp_path / "out", "--data", tmp_path / "data.txt"))
+    assert "holds 0 descriptions" in one_line(
+        run(folder, tmp_path / "out", "--data", tmp_path / "data.txt")
+    )
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused_on_resuming(folder, whole, tmp_path):
     enc, _ = train_tokenizer(BLOCKS, 280)
     model = GPT(GPTConfig(vocab_size=280, n_layer=2, n_head=2, n_embd=32, block_size=128))
-    state = dict(model=model.state_dict(), config=model.config_dict(), tokenizer=tokenizer_to_text(enc), step=0)
+    state = dict(
+        model=model.state_dict(),
+        config=model.config_dict(),
+        tokenizer=tokenizer_to_text(enc),
+        step=0,
+    )
     checkpoint.save(tmp_path / "other.pt", state)
-    assert "holds a run with weights=" in one_line(run(folder, whole, "--resume", "--init_from", tmp_path / "other.pt"))
+    assert "holds a run with weights=" in one_line(
+        run(folder, whole, "--resume", "--init_from", tmp_path / "other.pt")
+    )

@@ -26,9 +26,22 @@ from generate_finetune_data import Config, main
 KEY = "sk-test-4815162342-never-to-be-seen"
 ENV = dict(os.environ, OPENAI_API_KEY=KEY, NO_PROXY="*")
 VOCABULARY = [
-    a + b for a in "stone river lamp salt moth grey tower ash bell reed".split() for b in "s ed ing er ly".split()
+    a + b
+    for a in "stone river lamp salt moth grey tower ash bell reed".split()
+    for b in "s ed ing er ly".split()
 ]
-REJECTED = ["refusal", "polite refusal", "filtered", "empty", "null", "short", "long", "cut", "delimiter", "duplicate"]
+REJECTED = [
+    "refusal",
+    "polite refusal",
+    "filtered",
+    "empty",
+    "null",
+    "short",
+    "long",
+    "cut",
+    "delimiter",
+    "duplicate",
+]
 DELIMITERS = ["<LOC>", "</LOC>", "<|endoftext|>"]
 FAILED = ["429", "500", "503", "dropped", "truncated", "not JSON", "no choices", "HTML"]
 
@@ -122,14 +135,29 @@ class Handler(BaseHTTPRequestHandler):
         usage = dict(prompt_tokens=100, completion_tokens=250, total_tokens=350)
         choices = [dict(index=0, message=message, finish_reason=finish)]
         return json.dumps(
-            dict(id="x", object="chat.completion", created=1, model="served", choices=choices, usage=usage)
+            dict(
+                id="x",
+                object="chat.completion",
+                created=1,
+                model="served",
+                choices=choices,
+                usage=usage,
+            )
         ).encode()
 
     def fail(self, kind: str, argument: str):
         status = {"quota": 429, "policy": 400}.get(kind) or int(kind)
-        codes = {"401": "invalid_api_key", "quota": "insufficient_quota", "policy": "content_filter"}
-        message = f"{kind}: what is this? {self.headers['Authorization']}"  # a server that quotes the key
-        body = json.dumps(dict(error=dict(message=message, type="x", code=codes.get(kind)))).encode()
+        codes = {
+            "401": "invalid_api_key",
+            "quota": "insufficient_quota",
+            "policy": "content_filter",
+        }
+        message = (
+            f"{kind}: what is this? {self.headers['Authorization']}"  # a server that quotes the key
+        )
+        body = json.dumps(
+            dict(error=dict(message=message, type="x", code=codes.get(kind)))
+        ).encode()
         self.reply(body, status, headers={"Retry-After": argument} if argument else {})
 
     def reply(self, data: bytes, status=200, headers=(), content_type="application/json"):
@@ -140,7 +168,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def head(self, status, length, headers=(), content_type="application/json"):
         self.send_response(status)
-        for name, value in (dict(headers) | {"Content-Type": content_type, "Content-Length": length}).items():
+        for name, value in (
+            dict(headers) | {"Content-Type": content_type, "Content-Length": length}
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
 
@@ -231,10 +261,15 @@ def killed_and_run_again(serve, folder: Path, samples: int, kills: int):
         process.kill()
         output += "".join(process.communicate())
         wait_for(lambda: server.active == 0)
-        kept, last_write = {r["text"] for r in records(folder)}, (folder / "finetune_data.jsonl").stat().st_mtime
+        kept, last_write = (
+            {r["text"] for r in records(folder)},
+            (folder / "finetune_data.jsonl").stat().st_mtime,
+        )
         missing = server.good.keys() - kept - lost
         assert len(missing) <= concurrency
-        assert all(server.good[text] > last_write - 0.5 for text in missing), "delivered, but not the first thing kept"
+        assert all(server.good[text] > last_write - 0.5 for text in missing), (
+            "delivered, but not the first thing kept"
+        )
         lost |= missing
     result = ok(generate(server, folder, *words))
     assert_no_key(folder, output)
@@ -246,9 +281,9 @@ def killed_and_run_again(serve, folder: Path, samples: int, kills: int):
     assert {line["text"] for line in lines} <= server.good.keys()
     assert len(server.good) <= samples + kills * concurrency, "paid for, and thrown away"
     assert blocks(folder) == [line["text"] for line in lines]
-    assert {(line["model"], line["prompt_tokens"], line["completion_tokens"]) for line in lines} == {
-        ("gpt-4.1", 100, 250)
-    }
+    assert {
+        (line["model"], line["prompt_tokens"], line["completion_tokens"]) for line in lines
+    } == {("gpt-4.1", 100, 250)}
     assert 4 < server.peak <= concurrency
     bad = sum(kind != "good" for _, kind, _ in server.requests) / len(server.requests)
     assert 0.2 < bad < 0.4
@@ -264,7 +299,9 @@ def test_descriptions_arrive_whole_although_requests_fail_and_the_run_is_killed(
 
 
 @pytest.mark.slow
-def test_a_thousand_descriptions_arrive_whole_although_the_run_is_killed_three_times(serve, tmp_path):
+def test_a_thousand_descriptions_arrive_whole_although_the_run_is_killed_three_times(
+    serve, tmp_path
+):
     killed_and_run_again(serve, tmp_path, samples=1000, kills=3)
 
 
@@ -278,13 +315,32 @@ def test_each_way_to_fail_is_asked_again_and_counted(serve, tmp_path):
         return next(prompts[prompt], "good")
 
     server = serve(plan)
-    out = ok(generate(server, tmp_path, "--num_samples", 2, "--concurrency", 1, "--timeout", 1)).stdout
-    for count in "3 refusal", "2 empty", "2 too long", "1 too short", "1 delimiter", "1 near-duplicate":
+    out = ok(
+        generate(server, tmp_path, "--num_samples", 2, "--concurrency", 1, "--timeout", 1)
+    ).stdout
+    for count in (
+        "3 refusal",
+        "2 empty",
+        "2 too long",
+        "1 too short",
+        "1 delimiter",
+        "1 near-duplicate",
+    ):
         assert count in out
-    for count in "1 rate limit (429)", "1 status 500", "1 status 503", "2 no connection", "3 malformed", "1 timeout":
+    for count in (
+        "1 rate limit (429)",
+        "1 status 500",
+        "1 status 503",
+        "2 no connection",
+        "3 malformed",
+        "1 timeout",
+    ):
         assert count in out
     answers = 10 + 2  # of these, tokens were paid
-    assert f"{answers * 100:,} + {answers * 250:,} tokens, ${(answers * 100 * 2 + answers * 250 * 8) / 1e6:.2f}" in out
+    assert (
+        f"{answers * 100:,} + {answers * 250:,} tokens, ${(answers * 100 * 2 + answers * 250 * 8) / 1e6:.2f}"
+        in out
+    )
     assert len(blocks(tmp_path)) == 2
 
 
@@ -322,7 +378,9 @@ def test_retry_after_holds_back_all_requests(serve, tmp_path, date):
 
     server = serve(plan)
     ok(generate(server, tmp_path, "--num_samples", 30, "--concurrency", 4))
-    assert not [moment for moment, *_ in server.requests if limited[0] + 0.3 < moment < limited[0] + 0.99]
+    assert not [
+        moment for moment, *_ in server.requests if limited[0] + 0.3 < moment < limited[0] + 0.99
+    ]
     assert len(records(tmp_path)) == 30
 
 
@@ -355,11 +413,15 @@ def test_an_error_ends_the_run_once_and_loses_nothing_that_was_paid(serve, tmp_p
         ("short", "100 answers in a row were rejected (100 too short)", 104),
     ],
 )
-def test_a_server_that_is_no_help_ends_the_run(serve, tmp_path, kind, expected, requests, monkeypatch, capsys):
+def test_a_server_that_is_no_help_ends_the_run(
+    serve, tmp_path, kind, expected, requests, monkeypatch, capsys
+):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "*")
     server = serve(lambda prompt, attempt: kind)
-    flags = dict(base_url=server.url, out_dir=str(tmp_path), concurrency=4, max_retries=3, backoff=0.002)
+    flags = dict(
+        base_url=server.url, out_dir=str(tmp_path), concurrency=4, max_retries=3, backoff=0.002
+    )
     with pytest.raises((ValueError, OSError)) as raised:
         main(Config(**flags))
     assert expected in str(raised.value)
@@ -396,7 +458,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(serve, tmp_path):
     server = serve()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # noqa: E731
     words = ["--num_samples", 30, "--concurrency", 1]
-    assert "make room, then run again" in one_line(generate(server, tmp_path, *words, preexec_fn=limit))
+    assert "make room, then run again" in one_line(
+        generate(server, tmp_path, *words, preexec_fn=limit)
+    )
     data = (tmp_path / "finetune_data.jsonl").read_bytes()
     assert 7_000 < len(data) <= 10_000
     assert data.endswith(b"\n")
@@ -432,12 +496,18 @@ def test_offline_descriptions_are_varied_and_of_the_right_length(thousand):
     assert not re.search(r"[{}]|offline|\b[Aa] (?!one-)[aeio]|  |\b(\w+) \1\b", " ".join(texts))
 
     described = [describe(seed, 0, 150, 400) for seed in prompt_seeds(0)[:1000]]
-    sentences = [sentence for paragraphs in described for paragraph in paragraphs for sentence in paragraph]
-    assert {sentence.text in " ".join(texts[:20]) for sentence in sum(sum(described[:20], []), [])} == {True}
+    sentences = [
+        sentence for paragraphs in described for paragraph in paragraphs for sentence in paragraph
+    ]
+    assert {
+        sentence.text in " ".join(texts[:20]) for sentence in sum(sum(described[:20], []), [])
+    } == {True}
     for sentence in sentences:
         words = re.sub(r"\\{\w+\\}", "(.+)", re.escape(sentence.pattern))
         words = re.sub(r"\b([Aa])n?\\ ", r"\1n?\\ ", words)
-        assert re.fullmatch(words, sentence.text, re.I), "the pattern is the sentence without its slots"
+        assert re.fullmatch(words, sentence.text, re.I), (
+            "the pattern is the sentence without its slots"
+        )
         assert re.match(r"[A-Z].*[.]$", sentence.text)
     _, most = Counter(sentence.pattern for sentence in sentences).most_common(1)[0]
     assert most <= 0.02 * len(sentences)
@@ -452,7 +522,9 @@ def test_offline_is_the_same_again_also_if_interrupted(thousand, tmp_path):
     ok(offline(tmp_path, "--num_samples", 60))
     assert path.read_text() == "".join((thousand / path.name).open().readlines()[:60])
     ok(offline(tmp_path / "other", "--num_samples", 60, "--seed", 1))
-    assert not {r["text"] for r in records(tmp_path)} & {r["text"] for r in records(tmp_path / "other")}
+    assert not {r["text"] for r in records(tmp_path)} & {
+        r["text"] for r in records(tmp_path / "other")
+    }
 
 
 def test_offline_and_a_model_do_not_mix(serve, tmp_path):
@@ -489,7 +561,11 @@ def test_a_malformed_line_is_named_and_nothing_is_changed(thousand, tmp_path, na
 
 
 def test_dry_run_shows_a_prompt_and_the_cost_without_key_or_network(tmp_path):
-    env = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "TIKTOKEN_CACHE_DIR")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OPENAI_API_KEY", "TIKTOKEN_CACHE_DIR")
+    }
     words = [
         "generate_finetune_data.py",
         "--dry_run",

@@ -45,7 +45,9 @@ def random_reference() -> GPT2LMHeadModel:
     """transformers' model in eval mode, with its attention written out instead of the kernel that ours calls."""
     sizes = {"n_positions" if name == "block_size" else name: size for name, size in TINY.items()}
     torch.manual_seed(0)
-    config = GPT2Config(**sizes, bos_token_id=V - 1, eos_token_id=V - 1, attn_implementation="eager")
+    config = GPT2Config(
+        **sizes, bos_token_id=V - 1, eos_token_id=V - 1, attn_implementation="eager"
+    )
     return shake(GPT2LMHeadModel(config))
 
 
@@ -126,7 +128,9 @@ def test_transformers_reads_what_we_save(tmp_path):
     model = random_model()
     model.save_pretrained(tmp_path)
     reference, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     assert reference.config.eos_token_id == V - 1
     assert same_logits(model, reference.eval())
 
@@ -172,7 +176,9 @@ def test_from_pretrained_sets_dropout(reference_folder):
 
 def copy_with(folder, target, **config):
     (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    (target / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    (target / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | config)
+    )
 
 
 def refused(folder) -> str:
@@ -194,7 +200,9 @@ def test_truncated_weights_are_refused(reference_folder, tmp_path, kept):
     refused(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"", b'{"model_type": "gp', b'{"model_type": "\xff"}', b"[]", b"7"])
+@pytest.mark.parametrize(
+    "text", [b"", b'{"model_type": "gp', b'{"model_type": "\xff"}', b"[]", b"7"]
+)
 def test_damaged_config_is_refused(reference_folder, tmp_path, text):
     copy_with(reference_folder, tmp_path)
     (tmp_path / "config.json").write_bytes(text)
@@ -235,7 +243,9 @@ def test_absent_settings_are_those_of_transformers(reference_folder, tmp_path):
     copy_with(reference_folder, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     absent = ["n_layer", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"]
-    (tmp_path / "config.json").write_text(json.dumps({key: saved[key] for key in saved if key not in absent}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: saved[key] for key in saved if key not in absent})
+    )
     assert GPT2Config.from_pretrained(tmp_path).n_layer == 12
     assert "h.10." in refused(tmp_path)  # twelve layers are expected, and three are there
 
@@ -251,13 +261,15 @@ def test_unknown_name_is_an_os_error():
 
 
 def test_export_is_readable_by_transformers(tmp_path):
-    words = (
-        "the cat sat on the mat and naïve bears don't like 12345 honeyed cakes, do they?\n\n  Ja, größer! 日本語 🙂\n"
-    )
+    words = "the cat sat on the mat and naïve bears don't like 12345 honeyed cakes, do they?\n\n  Ja, größer! 日本語 🙂\n"
     text = "".join(words[n % 50 :] for n in range(400))
     enc, _ = tokenizer.train_tokenizer([text], 300)
     model = random_model()
-    fields = dict(model=model.state_dict(), config=model.config_dict(), tokenizer=tokenizer.tokenizer_to_text(enc))
+    fields = dict(
+        model=model.state_dict(),
+        config=model.config_dict(),
+        tokenizer=tokenizer.tokenizer_to_text(enc),
+    )
     checkpoint.save(tmp_path / "model_final.pt", fields | {"step": 1})
     export.main(export.Config(str(tmp_path / "model_final.pt"), str(tmp_path / "out")))
 
@@ -279,11 +291,15 @@ def test_export_is_readable_by_transformers(tmp_path):
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids) == sample
     special = "cat<|endoftext|>mat"
     assert theirs(special)["input_ids"] == enc.encode(special, allowed_special="all")
-    assert max(map(len, map(enc.decode_single_token_bytes, enc.encode_ordinary(words)))) > 2  # merges took place
+    assert (
+        max(map(len, map(enc.decode_single_token_bytes, enc.encode_ordinary(words)))) > 2
+    )  # merges took place
 
     assert same_logits(model, GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval())
     loaded, own = checkpoint.load_model(tmp_path / "out")
-    assert isinstance(own, tiktoken.Encoding) and own.encode_ordinary(text) == enc.encode_ordinary(text)
+    assert isinstance(own, tiktoken.Encoding) and own.encode_ordinary(text) == enc.encode_ordinary(
+        text
+    )
     assert torch.equal(loaded(random_tokens(1, 9)), model(random_tokens(1, 9)))
 
 
@@ -292,7 +308,12 @@ def test_export_is_readable_by_transformers(tmp_path):
 
 @pytest.mark.parametrize(
     "name, published",
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
 )
 def test_published_parameter_counts(name, published):
     with torch.device("meta"):
@@ -384,7 +405,9 @@ def test_greedy_equals_transformers(pair):
     prompt = random_tokens(1, 5)
     reference.generation_config.eos_token_id = None
     mask = torch.ones_like(prompt)
-    theirs = reference.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=200, pad_token_id=0)
+    theirs = reference.generate(
+        prompt, attention_mask=mask, do_sample=False, max_new_tokens=200, pad_token_id=0
+    )
     ours = model.generate(prompt.tolist(), 200, temperature=0)
     assert len(ours[0]) == 200
     assert ours == theirs[:, 5:].tolist()
@@ -453,7 +476,9 @@ def test_draws_follow_the_distribution(sampling):
     """Pearson's chi-squared test of 8,000 draws against probabilities computed one by one in float64."""
     model = random_model(vocab_size=16, n_layer=1, n_embd=32, n_head=2, seed=3)
     draws = 8_000
-    logits = (model(torch.tensor([[3, 1, 4]]))[0, -1].double() / sampling.get("temperature", 1.0)).tolist()
+    logits = (
+        model(torch.tensor([[3, 1, 4]]))[0, -1].double() / sampling.get("temperature", 1.0)
+    ).tolist()
     probs = {token: math.exp(logit) for token, logit in enumerate(logits)}
     ranked = sorted(probs, key=probs.get, reverse=True)[: sampling.get("top_k")]
     total, reached, kept = sum(probs[token] for token in ranked), 0.0, []
@@ -500,7 +525,10 @@ def fresh():
 
 
 def test_initial_loss_is_that_of_a_guess(fresh):
-    idx, targets = random_tokens(4, 256, vocab_size=50257), random_tokens(4, 256, vocab_size=50257, seed=2)
+    idx, targets = (
+        random_tokens(4, 256, vocab_size=50257),
+        random_tokens(4, 256, vocab_size=50257, seed=2),
+    )
     with torch.no_grad():
         loss = fresh(idx, targets).item()
     assert math.log(50257) < loss < math.log(50257) + 0.3
@@ -618,8 +646,12 @@ def test_linear_cross_entropy_needs_little_memory(tmp_path):
     x = torch.randn(2048, 48, requires_grad=True)
     weight = torch.randn(50304, 48, requires_grad=True)
     targets = random_tokens(2048, vocab_size=50257)
-    whole = peak_bytes(lambda: F.cross_entropy(F.linear(x, weight)[:, :50257], targets).backward(), tmp_path)
-    assert whole > 2 * 2048 * 50257 * 4  # logits and their gradient: the measurement sees what it should
+    whole = peak_bytes(
+        lambda: F.cross_entropy(F.linear(x, weight)[:, :50257], targets).backward(), tmp_path
+    )
+    assert (
+        whole > 2 * 2048 * 50257 * 4
+    )  # logits and their gradient: the measurement sees what it should
     ours = peak_bytes(lambda: linear_cross_entropy(x, weight, targets, 50257).backward(), tmp_path)
     assert 256 * 50304 * 4 < ours < whole / 2
 
@@ -686,7 +718,9 @@ def test_dropout_acts_at_each_site_in_training_only(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compile", [torch.compile, compile_model])  # all of it as on GPUs, and as on CPUs
+@pytest.mark.parametrize(
+    "compile", [torch.compile, compile_model]
+)  # all of it as on GPUs, and as on CPUs
 def test_compiled_model_equals_the_eager_one(compile):
     model = random_model(n_layer=1)
     idx, targets = random_tokens(2, 48), random_tokens(2, 48, seed=2)

@@ -16,15 +16,21 @@ import plot
 ROOT = Path(plot.__file__).parent
 LOSSES = {"training_loss.png", "validation_loss.png", "log_plot.png"}
 EVERY_STEP = {"learning_rate.png", "throughput.png", "grad_norm.png"}
-BUILD_NANOGPT = "0 val 10.9505\n0 hella 0.2463\n0 train 10.955029\n1 train 10.610803\n\n250 val 5.9113\n2 tra"
+BUILD_NANOGPT = (
+    "0 val 10.9505\n0 hella 0.2463\n0 train 10.955029\n1 train 10.610803\n\n250 val 5.9113\n2 tra"
+)
 
 
-def write_run(folder: Path, steps: int = 30, mfu: float | None = None, source: str = "pydoc", val: bool = True) -> Path:
+def write_run(
+    folder: Path, steps: int = 30, mfu: float | None = None, source: str = "pydoc", val: bool = True
+) -> Path:
     """A run folder as train_gpt2.py leaves it: loss 5 - step / 100, validation loss 0.1 above it every ten steps."""
     folder.mkdir(parents=True)
     log, metrics = "", ""
     for step in range(steps):
-        record = dict(step=step, loss=5 - step / 100, lr=step * 1e-5, grad_norm=0.5, ms=100.0, memory=1e9)
+        record = dict(
+            step=step, loss=5 - step / 100, lr=step * 1e-5, grad_norm=0.5, ms=100.0, memory=1e9
+        )
         record |= dict(tokens_per_sec=4000.0 + step, mfu=mfu, samples=["text"])
         if val and step % 10 == 0:
             record["val"] = record["loss"] + 0.1
@@ -63,7 +69,9 @@ def points(series: tuple[np.ndarray, np.ndarray]) -> list[tuple]:
 
 def shell(*args, cwd=ROOT) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if key != "TRACEBACK"}
-    return subprocess.run([sys.executable, ROOT / "plot.py", *args], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "plot.py", *args], cwd=cwd, env=env, capture_output=True, text=True
+    )
 
 
 # ------------------------------------------------------------ which pictures
@@ -121,7 +129,9 @@ def test_last_line_that_a_crash_cut_is_not_drawn(tmp_path):
 
 
 def test_values_of_a_run_folder(tmp_path):
-    (tmp_path / "log.txt").write_text("0 train 3.123457\n0 val 3.2\n5 train 3.000000\n5 hella 0.2600\n")
+    (tmp_path / "log.txt").write_text(
+        "0 train 3.123457\n0 val 3.2\n5 train 3.000000\n5 hella 0.2600\n"
+    )
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "loss": 3.12345678, "lr": 1e-4, "mfu": null, "samples": ["a"]}\n'
         '{"step": 1, "loss": NaN, "lr": 2e-4}\n'
@@ -144,10 +154,14 @@ def test_the_curves_are_those_values(tmp_path):
     steps, losses = np.arange(30), 5 - np.arange(30) / 100
     raw, smooth = drawn(plot.draw_training_loss, run).lines[:2]
     np.testing.assert_allclose(raw.get_xydata(), np.stack([steps, losses], 1))
-    assert np.abs(smooth.get_ydata() - losses).max() < 0.06 and smooth.get_ydata()[0] == pytest.approx(5)
+    assert np.abs(smooth.get_ydata() - losses).max() < 0.06 and smooth.get_ydata()[
+        0
+    ] == pytest.approx(5)
     (val,) = drawn(plot.draw_validation_loss, run, size="124M").lines
     np.testing.assert_allclose(val.get_xydata(), [[0, 5.1], [10, 5.0], [20, 4.9]])
-    np.testing.assert_allclose(drawn(plot.draw_learning_rate, run).lines[0].get_ydata(), steps * 1e-5)
+    np.testing.assert_allclose(
+        drawn(plot.draw_learning_rate, run).lines[0].get_ydata(), steps * 1e-5
+    )
     np.testing.assert_allclose(drawn(plot.draw_throughput, run).lines[0].get_ydata(), 4000 + steps)
     np.testing.assert_allclose(drawn(plot.draw_grad_norm, run).lines[0].get_ydata(), 0.5)
 
@@ -177,14 +191,23 @@ def test_openai_loss_only_where_the_data_is_fineweb_edu(tmp_path):
 
 @pytest.mark.parametrize(
     "size, gpt2, gpt3",
-    [("124M", 0.294463, 0.337), ("350M", 0.375224, 0.436), ("774M", 0.431986, 0.510), ("1558M", 0.488946, 0.547)],
+    [
+        ("124M", 0.294463, 0.337),
+        ("350M", 0.375224, 0.436),
+        ("774M", 0.431986, 0.510),
+        ("1558M", 0.488946, 0.547),
+    ],
 )
 def test_hellaswag_baselines_by_size(tmp_path, size, gpt2, gpt3):
     (tmp_path / "log.txt").write_text("0 train 5.0\n0 hella 0.25\n250 hella 0.2664\n")
     ax = drawn(plot.draw_hellaswag, tmp_path, size=size)
     assert levels(ax) == [0.25, gpt2, gpt3]
     assert legend(ax)[0] == f"{tmp_path.name}: 26.6% at step 250"
-    assert legend(ax)[1:] == [f"OpenAI GPT-3 {size}: {gpt3:.1%}", f"OpenAI GPT-2 {size}: {gpt2:.1%}", "chance: 25%"]
+    assert legend(ax)[1:] == [
+        f"OpenAI GPT-3 {size}: {gpt3:.1%}",
+        f"OpenAI GPT-2 {size}: {gpt2:.1%}",
+        "chance: 25%",
+    ]
 
 
 def test_panel_says_that_there_are_no_hellaswag_results(tmp_path):
@@ -198,7 +221,9 @@ def test_runs_side_by_side_are_named_by_their_folders(tmp_path):
     ax = drawn(plot.draw_training_loss, first, second / "log.txt", first)
     assert legend(ax) == ["first", "second"]
     assert len({line.get_color() for line in ax.lines}) == 2
-    assert drawn(plot.draw_throughput, first, second).lines[2].get_color() == ax.lines[2].get_color()
+    assert (
+        drawn(plot.draw_throughput, first, second).lines[2].get_color() == ax.lines[2].get_color()
+    )
 
 
 def test_pictures_of_several_runs_lie_in_the_first_one(tmp_path):
@@ -206,21 +231,29 @@ def test_pictures_of_several_runs_lie_in_the_first_one(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.txt").write_text("0 train 10.9\n5 train 9\n")
     plot.main(plot.Config(runs=(str(tmp_path / "first"), str(tmp_path / "second" / "log.txt"))))
-    assert pictures(tmp_path / "first") == {"training_loss.png", "log_plot.png"} and not pictures(tmp_path / "second")
+    assert pictures(tmp_path / "first") == {"training_loss.png", "log_plot.png"} and not pictures(
+        tmp_path / "second"
+    )
 
 
 def test_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     for name in ("a/log", "b/log", "c"):
         write_run(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert [run.name for run in plot.read_runs(("a/log", "b/log/log.txt", "c"))] == ["a/log", "b/log/log.txt", "c"]
+    assert [run.name for run in plot.read_runs(("a/log", "b/log/log.txt", "c"))] == [
+        "a/log",
+        "b/log/log.txt",
+        "c",
+    ]
 
 
 def test_mfu_is_on_the_right_axis_where_it_is_known(tmp_path):
     known = drawn(plot.draw_throughput, write_run(tmp_path / "gpu", mfu=0.4))
     known.figure.draw_without_rendering()
     (right,) = known.child_axes
-    assert right.get_ylim()[1] / known.get_ylim()[1] == pytest.approx(0.4 / 4014.5)  # 4014.5 is the median
+    assert right.get_ylim()[1] / known.get_ylim()[1] == pytest.approx(
+        0.4 / 4014.5
+    )  # 4014.5 is the median
     assert "gpu" in right.get_ylabel() and legend(known) == ["gpu: median 4,014 tokens/s"]
     assert not drawn(plot.draw_throughput, write_run(tmp_path / "cpu")).child_axes
 
@@ -239,7 +272,9 @@ def test_the_start_of_a_long_run_does_not_flatten_the_rest(tmp_path):
 @pytest.mark.parametrize("last, ticks", [(4.2, {"4.2", "5"}), (0.02, {"0.02", "0.1", "1", "5"})])
 def test_log_scale_has_readable_ticks(tmp_path, last, ticks):
     losses = np.geomspace(5.2, last, 40)
-    (tmp_path / "log.txt").write_text("".join(f"{1000 * i} val {loss:.4f}\n" for i, loss in enumerate(losses)))
+    (tmp_path / "log.txt").write_text(
+        "".join(f"{1000 * i} val {loss:.4f}\n" for i, loss in enumerate(losses))
+    )
     ax = drawn(plot.draw_validation_loss, tmp_path, size="124M")
     assert ax.get_yscale() == "log"
     assert ticks <= {label.get_text() for label in ax.get_yticklabels()}
@@ -261,7 +296,9 @@ def test_inputs_that_cannot_be_drawn(tmp_path):
         plot.read_runs((str(tmp_path / "missing"),))
     with pytest.raises(FileNotFoundError, match="log.txt or metrics.jsonl"):
         plot.read_runs((str(tmp_path),))
-    for name, content in dict(empty=b"", foreign=b"Dear diary,\n1 train two\n", binary=bytes(range(256)) * 9).items():
+    for name, content in dict(
+        empty=b"", foreign=b"Dear diary,\n1 train two\n", binary=bytes(range(256)) * 9
+    ).items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} holds no losses"):
             plot.read_runs((str(tmp_path / name),))
@@ -279,8 +316,12 @@ def test_inputs_that_cannot_be_drawn(tmp_path):
 def test_errors_are_one_line(tmp_path, args, word):
     write_run(tmp_path / "log")
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "taken" / "training_loss.png").mkdir(parents=True)  # can't be replaced, even by root
+    (tmp_path / "taken" / "training_loss.png").mkdir(
+        parents=True
+    )  # can't be replaced, even by root
     done = shell(*args, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and word in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: ") and word in done.stderr and done.stderr.count("\n") == 1
+    )
     assert "Traceback" not in done.stderr + done.stdout

@@ -17,7 +17,16 @@ DASHES = "-" * 80 + "\n"
 @pytest.fixture(scope="module")
 def model(data_dir, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("run") / "log"
-    words = ["train_gpt2.py", "--data_dir", data_dir, "--log_dir", log_dir, *SMALL_RUN, "--max_steps", 40]
+    words = [
+        "train_gpt2.py",
+        "--data_dir",
+        data_dir,
+        "--log_dir",
+        log_dir,
+        *SMALL_RUN,
+        "--max_steps",
+        40,
+    ]
     ok(command(*words))
     return log_dir / "model_final.pt"
 
@@ -29,7 +38,9 @@ def run(module, *flags):
 
 def greedy(model, prompt: str, n: int) -> str:
     gpt, enc = load_model(model)
-    (output,) = gpt.eval().generate([enc.encode_ordinary(prompt)], n, stop_token=enc.eot_token, temperature=0)
+    (output,) = gpt.eval().generate(
+        [enc.encode_ordinary(prompt)], n, stop_token=enc.eot_token, temperature=0
+    )
     return prompt + enc.decode(output)
 
 
@@ -37,7 +48,16 @@ def greedy(model, prompt: str, n: int) -> str:
 def test_samples_of_several_prompts(model, tmp_path, capsys, how):
     prompts = ["import", "def main(", "The shards of a"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
-    flags = ["--prompt_file", tmp_path / "prompts.txt", "--num_samples", 1, "--temperature", 0, "--max_tokens", 20]
+    flags = [
+        "--prompt_file",
+        tmp_path / "prompts.txt",
+        "--num_samples",
+        1,
+        "--temperature",
+        0,
+        "--max_tokens",
+        20,
+    ]
     run(sample, "--model", model, *flags, "--dtype", "float32", "--out", tmp_path / "out.txt", *how)
     expected = "".join(f"{greedy(model, prompt, 20)}\n{DASHES}" for prompt in prompts)
     assert (tmp_path / "out.txt").read_text() == expected

@@ -23,7 +23,17 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def arguments(data_dir, log_dir, *more) -> list:
-    return ["train_gpt2.py", "--data_dir", data_dir, "--log_dir", log_dir, *SMALL_RUN, "--max_steps", STEPS, *more]
+    return [
+        "train_gpt2.py",
+        "--data_dir",
+        data_dir,
+        "--log_dir",
+        log_dir,
+        *SMALL_RUN,
+        "--max_steps",
+        STEPS,
+        *more,
+    ]
 
 
 def train(data_dir, log_dir, *more, **kwargs) -> subprocess.CompletedProcess:
@@ -42,7 +52,11 @@ def train_here(data_dir, log_dir, *more):
 
 def launch(words, launcher=(sys.executable,)) -> subprocess.Popen:
     return subprocess.Popen(
-        [*launcher, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*launcher, *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -84,7 +98,11 @@ def assert_same_bits(a: Path, b: Path):
 def reference(data_dir, tmp_path_factory) -> Path:
     """An undisturbed run of one process."""
     log_dir = tmp_path_factory.mktemp("reference") / "log"
-    result = ok(train(data_dir, log_dir, "--sample_every", 15, "--checkpoint_every", 10, "--rolling_every", 4))
+    result = ok(
+        train(
+            data_dir, log_dir, "--sample_every", 15, "--checkpoint_every", 10, "--rolling_every", 4
+        )
+    )
     (log_dir / "screen.txt").write_text(result.stdout)
     return log_dir
 
@@ -114,12 +132,17 @@ def test_a_run_leaves_what_the_design_says(reference):
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine(reference):
-    rates = [json.loads(line).get("lr") for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(line).get("lr")
+        for line in (reference / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rates[0] == pytest.approx(1e-3 / 4)
     assert rates[3] == pytest.approx(1e-3)
     halfway = 4 + (STEPS - 4) // 2
     assert rates[halfway] == pytest.approx((1e-3 + 1e-4) / 2)
-    assert rates[29] == pytest.approx(1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * 25 / 26)))
+    assert rates[29] == pytest.approx(
+        1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * 25 / 26))
+    )
 
 
 @pytest.mark.parametrize("B", [8, 16])
@@ -141,13 +164,17 @@ def test_two_processes_draw_the_same_curve_as_one(data_dir, tmp_path, reference)
 def kill_and_resume(data_dir, log_dir, kills, seed, *more):
     """Kill -9 at random moments until enough; then let the run finish."""
     rng = random.Random(seed)
-    arguments_ = arguments(data_dir, log_dir, "--rolling_every", 1, "--resume", "--max_steps", 120, *more)
+    arguments_ = arguments(
+        data_dir, log_dir, "--rolling_every", 1, "--resume", "--max_steps", 120, *more
+    )
     done = 0
     while done < kills:
         process = launch(arguments_)
         have = max((step for step, _ in stream(log_dir, "train")), default=-1)
         wait_for_step(log_dir, min(have + 1 + rng.randrange(6), 110), process)
-        time.sleep(rng.random() * 0.05)  # at any place of the step, often while a checkpoint is written
+        time.sleep(
+            rng.random() * 0.05
+        )  # at any place of the step, often while a checkpoint is written
         process.kill()
         process.communicate()
         done += 1
@@ -164,7 +191,9 @@ def kill_and_resume(data_dir, log_dir, kills, seed, *more):
         pytest.param(10, "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_random_moments_the_weights_are_the_same_to_the_bit(data_dir, tmp_path, kills, dtype):
+def test_killed_at_random_moments_the_weights_are_the_same_to_the_bit(
+    data_dir, tmp_path, kills, dtype
+):
     more = ["--dtype", dtype, "--dropout", 0.1]
     ok(train(data_dir, tmp_path / "whole", "--max_steps", 120, *more))
     kill_and_resume(data_dir, tmp_path / "killed", kills, kills, *more)
@@ -191,7 +220,9 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data_dir, tmp_path, ref
 
 def test_sigterm_to_torchrun_stops_all_ranks_at_the_same_step(data_dir, tmp_path):
     log_dir = tmp_path / "log"
-    process = launch(arguments(data_dir, log_dir, "--max_steps", 100000, "--val_every", 0), TORCHRUN)
+    process = launch(
+        arguments(data_dir, log_dir, "--max_steps", 100000, "--val_every", 0), TORCHRUN
+    )
     wait_for_step(log_dir, 5, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
@@ -219,7 +250,10 @@ def test_a_second_signal_after_five_seconds_ends_at_once(pause, ends):
 
 @pytest.mark.parametrize(
     "first, then",
-    [(TORCHRUN, (sys.executable,)), pytest.param((sys.executable,), TORCHRUN, marks=pytest.mark.slow)],
+    [
+        (TORCHRUN, (sys.executable,)),
+        pytest.param((sys.executable,), TORCHRUN, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(data_dir, tmp_path, reference, first, then):
     log_dir = tmp_path / "log"
@@ -238,7 +272,9 @@ def test_a_run_goes_on_with_another_number_of_processes(data_dir, tmp_path, refe
 def test_the_death_of_one_rank_ends_all_of_them(data_dir, tmp_path):
     process = launch(arguments(data_dir, tmp_path / "log", "--max_steps", 100000), TORCHRUN)
     wait_for_step(tmp_path / "log", 3, process)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[1]), signal.SIGKILL)
     out, err = process.communicate(timeout=40)
@@ -279,13 +315,17 @@ def test_disk_full_during_a_checkpoint_keeps_the_old_one(data_dir, tmp_path, ref
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
-    result = train(data_dir, tmp_path / "log", "--max_lr", "1e30", "--rolling_every", 1, "--grad_clip", 0)
+    result = train(
+        data_dir, tmp_path / "log", "--max_lr", "1e30", "--rolling_every", 1, "--grad_clip", 0
+    )
     line = one_line(result)
     assert "step " in line
     assert "last good checkpoint is" in line
     saved = sorted((tmp_path / "log").glob("model_*.pt"))
     assert (saved[-1].name if saved else "None") in line
-    assert all(tensor.isfinite().all() for path in saved for tensor in weights(path)["model"].values())
+    assert all(
+        tensor.isfinite().all() for path in saved for tensor in weights(path)["model"].values()
+    )
     assert not (tmp_path / "log" / "model_final.pt").exists()
 
 
@@ -302,13 +342,24 @@ def test_by_epochs(data_dir, tmp_path):
     manifest = json.loads((data_dir / "manifest.json").read_text())
     windows = sum((shard["tokens"] - 1) // 32 for shard in manifest["shards"][1:])
     train_here(
-        data_dir, tmp_path / "log", "--max_steps", "None", "--num_epochs", 1, "--total_batch_size", 4096, "--B", 32
+        data_dir,
+        tmp_path / "log",
+        "--max_steps",
+        "None",
+        "--num_epochs",
+        1,
+        "--total_batch_size",
+        4096,
+        "--B",
+        32,
     )
     assert len(losses(tmp_path / "log")) == windows // 128
 
 
 def test_starting_from_other_weights(data_dir, tmp_path, reference):
-    train_here(data_dir, tmp_path / "log", "--init_from", reference / "model_final.pt", "--max_steps", 2)
+    train_here(
+        data_dir, tmp_path / "log", "--init_from", reference / "model_final.pt", "--max_steps", 2
+    )
     first = stream(tmp_path / "log", "val")[0][1]
     assert first == pytest.approx(stream(reference, "val")[-1][1], abs=1e-5)
 
@@ -368,7 +419,12 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
     if name in ("two dimensions", "float shard"):
         (data / "manifest.json").unlink()
         tokens = np.load(shard)
-        np.save(shard, tokens[:1000].reshape(10, 100) if name == "two dimensions" else tokens.astype(np.float32))
+        np.save(
+            shard,
+            tokens[:1000].reshape(10, 100)
+            if name == "two dimensions"
+            else tokens.astype(np.float32),
+        )
         return flags, "one-dimensional, uint16 or uint32"
     if name == "other tokenizer":
         other = torch.load(tmp_path.parent / "reference.pt", weights_only=True)
@@ -444,7 +500,9 @@ def one_line_in_process(words, monkeypatch, capsys) -> str:
     return errors[0]
 
 
-@pytest.mark.parametrize("flags", [["--no_such_flag", "3"], ["--B", "many"], ["--norm", "sideways"]])
+@pytest.mark.parametrize(
+    "flags", [["--no_such_flag", "3"], ["--B", "many"], ["--norm", "sideways"]]
+)
 def test_unknown_flags_and_wrong_types_are_refused(flags):
     result = command("train_gpt2.py", *flags)
     assert flags[0] in one_line(result)
@@ -458,7 +516,9 @@ def test_out_of_memory_says_which_constants_to_lower(monkeypatch, capsys, data_d
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_gpt2, "train_step", no_memory)
-    assert "lower B" in one_line_in_process(arguments(data_dir, tmp_path / "log"), monkeypatch, capsys)
+    assert "lower B" in one_line_in_process(
+        arguments(data_dir, tmp_path / "log"), monkeypatch, capsys
+    )
 
 
 def test_wrong_input_under_torchrun_is_said_once(data_dir, tmp_path):
@@ -488,5 +548,7 @@ print(min(after - before for before, after in zip(faults, faults[1:])) * resourc
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
 def test_a_step_reuses_the_memory_of_the_one_before():
-    fresh = float(subprocess.check_output([sys.executable, "-c", STEPS_ON_ONE_BATCH], cwd=ROOT, text=True))
+    fresh = float(
+        subprocess.check_output([sys.executable, "-c", STEPS_ON_ONE_BATCH], cwd=ROOT, text=True)
+    )
     assert fresh < 10e6  # bytes of new pages in the best step; the logits alone are 51 MB

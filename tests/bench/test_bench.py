@@ -43,7 +43,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(SCRIPT)
     monkeypatch.setitem(bench.SHAPES, "cpu", [((1, 2, 8), (2,), 8)])
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(
+        bench, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers)
+    )
     monkeypatch.setattr(bench, "shape_of", lambda sizes, T: GPTConfig(T, 50257, 0, *sizes))
     return tmp_path
 
@@ -57,19 +59,25 @@ def test_a_script_is_read_and_not_run(folder):
 def test_training_is_measured_for_everyone_in_every_dtype(folder, capsys):
     pytest.importorskip("transformers")
     out = folder / "bench.json"
-    bench.main(bench.Config(rows=("train",), nanogpt=str(folder), rounds=1, device="cpu", out=str(out)))
+    bench.main(
+        bench.Config(rows=("train",), nanogpt=str(folder), rounds=1, device="cpu", out=str(out))
+    )
     result = json.loads(out.read_text())
     assert result["torch"] == torch.__version__
     figures = {figure["name"]: figure for figure in result["figures"]}
     for name in (bench.OURS, bench.TRANSFORMERS, NANOGPT):
-        shipped = [figure for label, figure in figures.items() if label.startswith(f"{name}, as shipped")]
+        shipped = [
+            figure for label, figure in figures.items() if label.startswith(f"{name}, as shipped")
+        ]
         best = [figure for label, figure in figures.items() if label.startswith(f"{name}, best")]
         assert (len(shipped), len(best)) == (1, 2)
     ours = next(figure for figure in figures.values() if figure["name"].startswith(bench.OURS))
     assert ours["ratio"] == 1
     for figure in figures.values():  # ratios and limits are those of the rates
         assert figure["ratio"] == pytest.approx(ours["value"] / figure["value"])
-    limit = max(figure["value"] for figure in figures.values() if figure["name"].startswith("limit"))
+    limit = max(
+        figure["value"] for figure in figures.values() if figure["name"].startswith("limit")
+    )
     assert ours["of_limit"] == pytest.approx(ours["value"] / limit)
     assert "1 x 8, B=2, T=8" in capsys.readouterr().out
 

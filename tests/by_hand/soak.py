@@ -28,16 +28,28 @@ from conftest import is_alive, worker_of  # noqa: E402
 from two_hosts import log, make_data  # noqa: E402
 
 MODEL = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --B 4 --T 64 --total_batch_size 512 --device cpu".split()
-RUN = [*MODEL, *"--dtype float32 --warmup_steps 10 --val_every 100 --val_tokens 2000 --dropout 0.1".split()]
+RUN = [
+    *MODEL,
+    *"--dtype float32 --warmup_steps 10 --val_every 100 --val_tokens 2000 --dropout 0.1".split(),
+]
 RUN += "--sample_every 0 --hellaswag_every 0 --checkpoint_every 2000 --rolling_every 7 --resume".split()
 os.environ |= dict(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
 def launch(data: Path, folder: Path, steps: int) -> subprocess.Popen:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1000"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1000",
+    ]
     words += [str(ROOT / "train_gpt2.py"), "--data_dir", str(data), "--log_dir", str(folder), *RUN]
     with open(folder.with_suffix(".txt"), "a") as output:
-        return subprocess.Popen([*words, "--max_steps", str(steps)], stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [*words, "--max_steps", str(steps)], stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 def workers(launcher: subprocess.Popen) -> list[int]:
@@ -54,7 +66,9 @@ def resident(pid: int) -> float:
 
 
 def step_of(folder: Path) -> int:
-    lines = (folder / "log.txt").read_text().splitlines()[-3:] if (folder / "log.txt").exists() else []
+    lines = (
+        (folder / "log.txt").read_text().splitlines()[-3:] if (folder / "log.txt").exists() else []
+    )
     return max((int(line.split()[0]) for line in lines if len(line.split()) == 3), default=0)
 
 
@@ -67,7 +81,12 @@ def pace(pids: list[int], go: bool):
 def disturb(data: Path, folder: Path, steps: int, kills: int, seed: int) -> dict:
     """Kill the run again and again, then let it finish; what was seen of it."""
     rng = random.Random(seed)
-    launcher, done, counts, memory = launch(data, folder, steps), 0, {}, dict(worker=[], launcher=[])
+    launcher, done, counts, memory = (
+        launch(data, folder, steps),
+        0,
+        {},
+        dict(worker=[], launcher=[]),
+    )
     began = next_kill = time.monotonic()
     while launcher.poll() is None or launcher.returncode:
         if launcher.poll() is not None:
@@ -79,14 +98,19 @@ def disturb(data: Path, folder: Path, steps: int, kills: int, seed: int) -> dict
                 memory["worker"].append(max(map(resident, pids)))
                 memory["launcher"].append(resident(launcher.pid))
                 victim = rng.choice(("rank 0", "rank 1", "launcher"))
-                os.kill(dict(zip(("rank 0", "rank 1"), pids)).get(victim, launcher.pid), signal.SIGKILL)
+                os.kill(
+                    dict(zip(("rank 0", "rank 1"), pids)).get(victim, launcher.pid), signal.SIGKILL
+                )
                 counts[victim] = counts.get(victim, 0) + 1
                 if victim == "launcher":
                     launcher.wait()
                     pace(pids, True)  # stopped processes could not see that it is gone
                     while any(map(is_alive, pids)):
                         time.sleep(0.1)
-                print(f"{time.monotonic() - began:6.0f} s, kill {done}: {victim} at step {step_of(folder)}", flush=True)
+                print(
+                    f"{time.monotonic() - began:6.0f} s, kill {done}: {victim} at step {step_of(folder)}",
+                    flush=True,
+                )
             done += 1
             next_kill = time.monotonic() + rng.uniform(20, 60)
         time.sleep(0.2)
@@ -94,7 +118,9 @@ def disturb(data: Path, folder: Path, steps: int, kills: int, seed: int) -> dict
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=51)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
@@ -105,15 +131,27 @@ def main():
     seen = disturb(data, killed, args.steps, args.kills, args.seed)
 
     a, b = (torch.load(folder / "model_final.pt", weights_only=True) for folder in (whole, killed))
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]), "other weights"
-    states = [(a["optimizer"]["state"][i], b["optimizer"]["state"][i]) for i in a["optimizer"]["state"]]
-    assert all(torch.equal(ours[key], theirs[key]) for theirs, ours in states for key in ours), "other optimizer states"
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]), (
+        "other weights"
+    )
+    states = [
+        (a["optimizer"]["state"][i], b["optimizer"]["state"][i]) for i in a["optimizer"]["state"]
+    ]
+    assert all(torch.equal(ours[key], theirs[key]) for theirs, ours in states for key in ours), (
+        "other optimizer states"
+    )
     assert log(whole) == log(killed), "other logs"
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(args.steps + 1)], "a step is missing in metrics.jsonl, or stands there twice"
+    steps = [
+        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [*range(args.steps + 1)], (
+        "a step is missing in metrics.jsonl, or stands there twice"
+    )
     names = sorted(path.name for path in killed.iterdir())
     assert names == ["config.json", "log.txt", "metrics.jsonl", "model_final.pt"], names
-    print(f"{sum(seen['kills'].values())} kills {seen['kills']} in {seen['seconds']:.0f} s: same weights, same logs")
+    print(
+        f"{sum(seen['kills'].values())} kills {seen['kills']} in {seen['seconds']:.0f} s: same weights, same logs"
+    )
     for name, values in seen["memory"].items():
         tenth = max(1, len(values) // 10)
         first, last = (statistics.median(part) for part in (values[:tenth], values[-tenth:]))

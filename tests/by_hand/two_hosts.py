@@ -23,10 +23,15 @@ from conftest import TEXTS  # noqa: E402
 HOSTS = {"a": "10.77.0.1", "b": "10.77.0.2"}
 STEPS, TIMEOUT = 200, 35
 MODEL = "--n_layer 4 --n_head 4 --n_embd 64 --block_size 64 --B 2 --T 64 --total_batch_size 512 --device cpu".split()
-RUN = [*MODEL, *f"--dtype float32 --max_steps {STEPS} --warmup_steps 10 --val_every 50 --val_tokens 2000".split()]
+RUN = [
+    *MODEL,
+    *f"--dtype float32 --max_steps {STEPS} --warmup_steps 10 --val_every 50 --val_tokens 2000".split(),
+]
 RUN += f"--sample_every 0 --hellaswag_every 0 --rolling_every 10 --timeout {TIMEOUT}".split()
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a launcher that was started anew could not join the others
+os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
+    "1"  # or a launcher that was started anew could not join the others
+)
 
 
 def ip(*words):
@@ -39,7 +44,20 @@ def lay_cable():
         ip("-n", f"host-{host}", "link", "set", "lo", "up")
         # torchrun waits for a vanished host's store until TCP gives up: after 15 minutes, or with 7 retries after 51 s
         ip("netns", "exec", f"host-{host}", "sysctl", "-qw", "net.ipv4.tcp_retries2=7")
-    ip("link", "add", "eth-a", "netns", "host-a", "type", "veth", "peer", "name", "eth-b", "netns", "host-b")
+    ip(
+        "link",
+        "add",
+        "eth-a",
+        "netns",
+        "host-a",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth-b",
+        "netns",
+        "host-b",
+    )
     for host, address in HOSTS.items():
         ip("-n", f"host-{host}", "address", "add", f"{address}/24", "dev", f"eth-{host}")
         plug(host, "up")
@@ -55,7 +73,9 @@ def remove_cable():
 
 
 def pids(host: str) -> list[int]:
-    listed = subprocess.run(["ip", "netns", "pids", f"host-{host}"], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["ip", "netns", "pids", f"host-{host}"], capture_output=True, text=True
+    ).stdout
     return list(map(int, listed.split()))
 
 
@@ -69,14 +89,36 @@ class Job:
         self.launchers = {host: self.launch(host) for host in HOSTS}
 
     def launch(self, host: str) -> subprocess.Popen:
-        words = ["ip", "netns", "exec", f"host-{host}", sys.executable, "-m", "torch.distributed.run"]
-        words += [f"--nnodes={self.nnodes}", "--nproc_per_node=1", f"--max-restarts={self.max_restarts}"]
-        words += ["--rdzv_backend=c10d", f"--rdzv_endpoint={HOSTS['a']}:29400", "--rdzv_id=two_hosts"]
+        words = [
+            "ip",
+            "netns",
+            "exec",
+            f"host-{host}",
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+        ]
+        words += [
+            f"--nnodes={self.nnodes}",
+            "--nproc_per_node=1",
+            f"--max-restarts={self.max_restarts}",
+        ]
+        words += [
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={HOSTS['a']}:29400",
+            "--rdzv_id=two_hosts",
+        ]
         words += [
             f"--local_addr={HOSTS[host]}",
             f"--rdzv_conf=join_timeout=60,last_call_timeout=5,read_timeout=5,is_host={int(host == 'a')}",
         ]
-        words += [str(ROOT / "train_gpt2.py"), "--data_dir", str(self.data), "--log_dir", str(self.folder / "log")]
+        words += [
+            str(ROOT / "train_gpt2.py"),
+            "--data_dir",
+            str(self.data),
+            "--log_dir",
+            str(self.folder / "log"),
+        ]
         with open(self.folder / f"{host}.txt", "a") as output:
             return subprocess.Popen(
                 [*words, *RUN, "--resume"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
@@ -87,32 +129,47 @@ class Job:
         """The process that trains on a host."""
         for pid in pids(host):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"train_gpt2.py") for word in words) and b"torch.distributed.run" not in words:
+            if (
+                any(word.endswith(b"train_gpt2.py") for word in words)
+                and b"torch.distributed.run" not in words
+            ):
                 return pid
         raise RuntimeError(f"nothing trains on host {host}")
 
     def wait_for_step(self, step: int, seconds: float = 240):
         deadline = time.monotonic() + seconds
         while last_step(self.folder / "log") < step:
-            assert time.monotonic() < deadline, f"step {step} was not reached in {seconds} s\n{self.outputs()}"
+            assert time.monotonic() < deadline, (
+                f"step {step} was not reached in {seconds} s\n{self.outputs()}"
+            )
             time.sleep(0.05)
 
     def wait(self, seconds: float, hosts=tuple(HOSTS)) -> dict[str, int]:
         """Exit codes of the launchers."""
         deadline = time.monotonic() + seconds
         try:
-            return {host: self.launchers[host].wait(max(0.1, deadline - time.monotonic())) for host in hosts}
+            return {
+                host: self.launchers[host].wait(max(0.1, deadline - time.monotonic()))
+                for host in hosts
+            }
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s: it hangs\n{self.outputs()}") from None
+            raise AssertionError(
+                f"still running after {seconds} s: it hangs\n{self.outputs()}"
+            ) from None
 
     def outputs(self) -> str:
-        return "\n".join(f"--- {host}\n" + (self.folder / f"{host}.txt").read_text()[-3000:] for host in HOSTS)
+        return "\n".join(
+            f"--- {host}\n" + (self.folder / f"{host}.txt").read_text()[-3000:] for host in HOSTS
+        )
 
 
 def log(folder: Path) -> list[tuple[str, str, float]]:
     path = folder / "log.txt"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    return [(step, stream, float(value)) for step, stream, value in (line for line in lines if len(line) == 3)]
+    return [
+        (step, stream, float(value))
+        for step, stream, value in (line for line in lines if len(line) == 3)
+    ]
 
 
 def last_step(folder: Path) -> int:
@@ -121,7 +178,9 @@ def last_step(folder: Path) -> int:
 
 def compare(found: Path, expected: Path) -> float:
     ours, theirs = log(found), log(expected)
-    assert [line[:2] for line in ours] == [line[:2] for line in theirs], "a step is missing, or stands there twice"
+    assert [line[:2] for line in ours] == [line[:2] for line in theirs], (
+        "a step is missing, or stands there twice"
+    )
     return max(abs(a[2] - b[2]) for a, b in zip(ours, theirs))
 
 
@@ -236,7 +295,16 @@ def kill_all():
 def make_data(work: Path) -> Path:
     """Shards of this repository's own files."""
     (work / "text.txt").write_text("\n".join(TEXTS))
-    words = ["--source", "text", "--data_files", work / "text.txt", "--train_tokenizer", "384", "--num_workers", "1"]
+    words = [
+        "--source",
+        "text",
+        "--data_files",
+        work / "text.txt",
+        "--train_tokenizer",
+        "384",
+        "--num_workers",
+        "1",
+    ]
     subprocess.run([sys.executable, ROOT / "fineweb.py", *words, "--out_dir", work / "data"], check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
     return work / "data"

@@ -7,12 +7,16 @@ from common.cpu import can_pack, packed
 from model import GPT, GPTConfig
 
 DEVICE = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not can_pack(DEVICE, torch.float32), reason="PyTorch without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not can_pack(DEVICE, torch.float32), reason="PyTorch without oneDNN"
+)
 
 
 def make_model(**more) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=4, n_embd=64, **more)).eval()
+    return GPT(
+        GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=4, n_embd=64, **more)
+    ).eval()
 
 
 @pytest.mark.parametrize("more", [{}, dict(norm="post"), dict(heads_kept=(4, 1, 3))])
@@ -20,7 +24,9 @@ def test_it_writes_the_same_texts(more):
     model = make_model(**more)
     prompts = [[1, 2, 3], [4] * 20, [5]]
     replica = packed(model, torch.float32)
-    assert replica.generate(prompts, 40, temperature=0) == model.generate(prompts, 40, temperature=0)
+    assert replica.generate(prompts, 40, temperature=0) == model.generate(
+        prompts, 40, temperature=0
+    )
     idx = torch.randint(300, (2, 50))
     with torch.no_grad():
         assert torch.allclose(replica(idx), model(idx), atol=1e-5)

@@ -18,7 +18,9 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
     model = small_model()
     optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, muon=True)
     names = {id(p): name for name, p in model.named_parameters()}
-    muon, decayed, rest = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    muon, decayed, rest = (
+        [names[id(p)] for p in group["params"]] for group in optimizer.param_groups
+    )
     matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert muon == [f"h.{layer}.{matrix}.weight" for layer in range(2) for matrix in matrices]
     assert decayed == ["wte.weight", "wpe.weight"]
@@ -32,7 +34,9 @@ def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
     optimizer = make_optimizer(model, 1e-3, 0.0, (0.9, 0.95), 1e-8, muon=True)
     idx = torch.randint(100, (16, 17), generator=torch.Generator().manual_seed(0))
     model(idx[:, :-1], idx[:, 1:]).backward()
-    matrices = {name: p for name, p in model.named_parameters() if name.startswith("h.1.") and p.dim() == 2}
+    matrices = {
+        name: p for name, p in model.named_parameters() if name.startswith("h.1.") and p.dim() == 2
+    }
     before = {name: p.detach().clone() for name, p in matrices.items()}
     gradients = {name: p.grad.double() for name, p in matrices.items()}
     optimizer.step()

@@ -9,7 +9,15 @@ import pytest
 import torch
 from conftest import is_alive, worker_of
 from test_model import random_model, random_tokens
-from test_train import TORCHRUN, arguments, assert_same_bits, launch, losses, train_here, wait_for_step
+from test_train import (
+    TORCHRUN,
+    arguments,
+    assert_same_bits,
+    launch,
+    losses,
+    train_here,
+    wait_for_step,
+)
 
 from common import checkpoint, runtime
 
@@ -28,8 +36,15 @@ def two_processes(data_dir, tmp_path_factory):
     return log_dir
 
 
-def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint(data_dir, tmp_path, two_processes):
-    finish(launch(arguments(data_dir, tmp_path / "log", "--shard_optimizer", "--checkpoint_every", 10), TORCHRUN))
+def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint(
+    data_dir, tmp_path, two_processes
+):
+    finish(
+        launch(
+            arguments(data_dir, tmp_path / "log", "--shard_optimizer", "--checkpoint_every", 10),
+            TORCHRUN,
+        )
+    )
     assert losses(tmp_path / "log") == losses(two_processes)
     assert_same_bits(tmp_path / "log" / "model_final.pt", two_processes / "model_final.pt")
     # one process goes on from it, its optimizer whole
@@ -40,8 +55,12 @@ def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_whose_worker_was_killed(data_dir, tmp_path, two_processes, monkeypatch):
-    words = arguments(data_dir, tmp_path / "log", "--rolling_every", 1)  # without --resume: the restart implies it
+def test_torchrun_restarts_a_run_whose_worker_was_killed(
+    data_dir, tmp_path, two_processes, monkeypatch
+):
+    words = arguments(
+        data_dir, tmp_path / "log", "--rolling_every", 1
+    )  # without --resume: the restart implies it
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     process = launch(words, [*TORCHRUN, "--max-restarts=3"])
     wait_for_step(tmp_path / "log", 8, process)
@@ -54,7 +73,9 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed(data_dir, tmp_path, two
 def test_restarts_that_cannot_work_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")  # as torchrun sets it
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
-    with pytest.raises(ValueError, match="--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+    with pytest.raises(
+        ValueError, match="--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    ):
         runtime.check_launcher()
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     runtime.check_launcher()
@@ -79,7 +100,9 @@ def test_activation_checkpointing_changes_memory_only():
         model.activation_checkpointing = checkpointing
         sizes = []
         torch.manual_seed(0)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t
+        ):
             loss = model(x, y)
         kept[checkpointing] = sum(sizes)
         loss.backward()
@@ -91,7 +114,11 @@ def test_activation_checkpointing_changes_memory_only():
 
 def test_a_background_checkpoint_is_that_of_the_moment_of_saving(tmp_path):
     saver, events = checkpoint.BackgroundSaver(), []
-    state = dict(model=dict(a=torch.arange(4.0)), optimizer=dict(groups=[dict(lr=0.1)], betas=(0.9, 0.95)), step=1)
+    state = dict(
+        model=dict(a=torch.arange(4.0)),
+        optimizer=dict(groups=[dict(lr=0.1)], betas=(0.9, 0.95)),
+        step=1,
+    )
     for step in (1, 2):
         state["model"]["a"] += 1
         state["step"] = step

@@ -17,7 +17,9 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 
 def make_model(block_size: int, **shape) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=block_size, vocab_size=100, n_layer=2, n_head=2, n_embd=32, **shape))
+    return GPT(
+        GPTConfig(block_size=block_size, vocab_size=100, n_layer=2, n_head=2, n_embd=32, **shape)
+    )
 
 
 def make_requests(longest: int) -> list[Request]:
@@ -27,7 +29,9 @@ def make_requests(longest: int) -> list[Request]:
     def tokens(shortest: int) -> list[int]:
         return rng.choices(range(100), k=rng.randrange(shortest, longest))
 
-    requests = [Request(tokens(1), [tokens(1) for _ in range(rng.choice([1, 4, 10]))]) for _ in range(30)]
+    requests = [
+        Request(tokens(1), [tokens(1) for _ in range(rng.choice([1, 4, 10]))]) for _ in range(30)
+    ]
     for request in requests[::3]:
         beginning = tokens(1)
         request.continuations = [beginning + c for c in request.continuations] + [beginning]
@@ -36,7 +40,9 @@ def make_requests(longest: int) -> list[Request]:
 
 
 @torch.no_grad()
-def plain(model: GPT, context: list[int], continuation: list[int], barred=()) -> tuple[float, bool, bool]:
+def plain(
+    model: GPT, context: list[int], continuation: list[int], barred=()
+) -> tuple[float, bool, bool]:
     whole = torch.tensor((context + continuation)[-model.config.block_size - 1 :])
     logits = model(whole[None, :-1])[0].double()[-len(continuation) :]
     targets = whole[-len(continuation) :]
@@ -90,7 +96,9 @@ def test_greedy_matches_and_barred_tokens():
     scores = score(model, requests, CPU, barred)
     agree(model, requests, scores, barred)
     flat = [one for many in scores for one in many]
-    assert {(s.greedy, s.greedy_unbarred) for s in flat} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert {(s.greedy, s.greedy_unbarred) for s in flat} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }
 
 
 def test_ranks_share_the_work_of_scoring(monkeypatch):
@@ -98,7 +106,9 @@ def test_ranks_share_the_work_of_scoring(monkeypatch):
     monkeypatch.setitem(scoring.MAX_TOKENS, "cpu", 100)
     whole = score(model, requests, CPU)
     parts = []
-    monkeypatch.setattr(Runtime, "sum", lambda self, values: parts.append(values) or torch.from_numpy(values))
+    monkeypatch.setattr(
+        Runtime, "sum", lambda self, values: parts.append(values) or torch.from_numpy(values)
+    )
     for rank in range(3):
         score(model, requests, Runtime(CPU.device, CPU.dtype, rank, rank, 3))
     assert all((part[:, 0] != 0).any() for part in parts)
@@ -149,6 +159,9 @@ def test_ranks_share_the_work_and_the_answer(monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 100, 500).astype(np.uint16)
     whole = stream_loss(model, tokens, 2, 16, CPU)
     monkeypatch.setattr(Runtime, "sum", lambda self, values: torch.tensor(values[0]))
-    parts = [stream_loss(model, tokens, 2, 16, Runtime(CPU.device, CPU.dtype, rank, rank, 3)) for rank in range(3)]
+    parts = [
+        stream_loss(model, tokens, 2, 16, Runtime(CPU.device, CPU.dtype, rank, rank, 3))
+        for rank in range(3)
+    ]
     assert sum(parts) == pytest.approx(whole, abs=1e-6)
     assert min(parts) > 0

@@ -38,7 +38,14 @@ def source(tmp_path_factory) -> Path:
 
 
 def flags(source: Path, out: Path, *more, kind="parquet", files="*.parquet") -> list:
-    words = ["--source", kind, "--data_files", source / files, "--tokenizer", source / "vocab.tiktoken"]
+    words = [
+        "--source",
+        kind,
+        "--data_files",
+        source / files,
+        "--tokenizer",
+        source / "vocab.tiktoken",
+    ]
     return ["fineweb.py", *words, "--out_dir", out, "--num_workers", 1, *more]
 
 
@@ -48,20 +55,29 @@ def expected_tokens(source: Path) -> np.ndarray:
 
 
 def stream(out: Path) -> np.ndarray:
-    return np.concatenate([np.load(path) for path in sorted(out.glob("*.npy"), key=lambda p: p.name[-10:])])
+    return np.concatenate(
+        [np.load(path) for path in sorted(out.glob("*.npy"), key=lambda p: p.name[-10:])]
+    )
 
 
 def contents(out: Path) -> dict:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
-@pytest.mark.parametrize("shard_size, kind, files", [(1000, "parquet", "*.parquet"), (7777, "json", "all.jsonl")])
+@pytest.mark.parametrize(
+    "shard_size, kind, files", [(1000, "parquet", "*.parquet"), (7777, "json", "all.jsonl")]
+)
 def test_shards_are_the_documents_in_order(source, tmp_path, shard_size, kind, files):
-    result = ok(command(*flags(source, tmp_path, "--shard_size", shard_size, kind=kind, files=files)))
+    result = ok(
+        command(*flags(source, tmp_path, "--shard_size", shard_size, kind=kind, files=files))
+    )
     expected = expected_tokens(source)
     assert np.array_equal(stream(tmp_path), expected)
     paths = sorted(tmp_path.glob("*.npy"), key=lambda p: p.name[-10:])
-    assert [path.name for path in paths[:2]] == [f"{kind}_val_000000.npy", f"{kind}_train_000001.npy"]
+    assert [path.name for path in paths[:2]] == [
+        f"{kind}_val_000000.npy",
+        f"{kind}_train_000001.npy",
+    ]
     lengths = [len(np.load(path)) for path in paths]
     assert set(lengths[:-1]) == {shard_size}
     assert 0 < lengths[-1] <= shard_size
@@ -76,7 +92,13 @@ def test_shards_are_the_documents_in_order(source, tmp_path, shard_size, kind, f
 
 def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
     for workers in (1, 3):
-        ok(command(*flags(source, tmp_path / str(workers), "--shard_size", 3000, "--num_workers", workers)))
+        ok(
+            command(
+                *flags(
+                    source, tmp_path / str(workers), "--shard_size", 3000, "--num_workers", workers
+                )
+            )
+        )
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
@@ -85,7 +107,9 @@ def test_a_text_that_does_not_fill_two_shards_is_split(source, tmp_path):
     for shard_size in (10**6, len(expected) // 2 + 50):
         out = tmp_path / str(shard_size)
         ok(command(*flags(source, out, "--shard_size", shard_size)))
-        assert np.array_equal(np.load(out / "parquet_val_000000.npy"), expected[: len(expected) // 10])
+        assert np.array_equal(
+            np.load(out / "parquet_val_000000.npy"), expected[: len(expected) // 10]
+        )
         assert np.array_equal(stream(out), expected)
 
 
@@ -94,15 +118,24 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(source, tmp_path):
     words = [sys.executable, *map(str, flags(source, tmp_path / "killed", "--shard_size", 500))]
     went_on = []
     for kill in range(4):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         have = len(list((tmp_path / "killed").glob("*.npy")))
         deadline = time.monotonic() + 60
-        while len(list((tmp_path / "killed").glob("*.npy"))) < have + 5 + kill and process.poll() is None:
+        while (
+            len(list((tmp_path / "killed").glob("*.npy"))) < have + 5 + kill
+            and process.poll() is None
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.kill()
         out, _ = process.communicate()
-        went_on += [int(line.split()[4].replace(",", "")) for line in out.splitlines() if "going on at" in line]
+        went_on += [
+            int(line.split()[4].replace(",", ""))
+            for line in out.splitlines()
+            if "going on at" in line
+        ]
         for path in (tmp_path / "killed").glob("*.npy"):
             assert len(np.load(path)) == 500, "never half a shard under its final name"
     ok(command(*words[1:]))
@@ -110,7 +143,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(source, tmp_path):
     assert went_on == sorted(went_on)
     assert went_on[-1] > 0
     time.sleep(2)
-    left = subprocess.run(["pgrep", "-f", str(tmp_path / "killed")], capture_output=True, text=True).stdout
+    left = subprocess.run(
+        ["pgrep", "-f", str(tmp_path / "killed")], capture_output=True, text=True
+    ).stdout
     assert left == "", "no worker outlives a killed run"
 
 
@@ -120,7 +155,9 @@ def test_going_on_tokenizes_no_earlier_document_again(source, tmp_path, monkeypa
 
     enc = load_tokenizer(source / "vocab.tiktoken")
     monkeypatch.setattr(fineweb, "encoding", enc, raising=False)
-    config = fineweb.Config(source="parquet", data_files=(str(source / "*.parquet"),), out_dir=str(tmp_path))
+    config = fineweb.Config(
+        source="parquet", data_files=(str(source / "*.parquet"),), out_dir=str(tmp_path)
+    )
     whole = fineweb.Source(config)
     header = fineweb.manifest_header(config, whole, enc, tmp_path)
     writer = fineweb.ShardWriter(tmp_path, "x", 3000, header)
@@ -136,7 +173,10 @@ def test_going_on_tokenizes_no_earlier_document_again(source, tmp_path, monkeypa
 def test_run_again_it_verifies_and_mends(source, tmp_path):
     words = flags(source, tmp_path, "--shard_size", 3000)
     ok(command(*words))
-    before, times = contents(tmp_path), {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before, times = (
+        contents(tmp_path),
+        {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()},
+    )
     ok(command(*words))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
     tokens = np.load(tmp_path / "parquet_train_000002.npy")
@@ -150,7 +190,9 @@ def test_run_again_it_verifies_and_mends(source, tmp_path):
 
 def test_a_dropped_connection_is_tried_again_where_it_was(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    config = fineweb.Config(source="parquet", data_files=(str(source / "*.parquet"),), out_dir=str(tmp_path))
+    config = fineweb.Config(
+        source="parquet", data_files=(str(source / "*.parquet"),), out_dir=str(tmp_path)
+    )
     whole = fineweb.Source(config)
     whole.remote = True
     original, drops = whole._read, []
@@ -163,7 +205,9 @@ def test_a_dropped_connection_is_tried_again_where_it_was(source, tmp_path, monk
                 raise ConnectionResetError("reset by peer")
 
     monkeypatch.setattr(whole, "_read", drops_out)
-    assert [text for _, texts in whole.batches(fineweb.START) for text in texts.to_pylist()] == DOCUMENTS
+    assert [
+        text for _, texts in whole.batches(fineweb.START) for text in texts.to_pylist()
+    ] == DOCUMENTS
     assert drops == [0, 64]
     assert capsys.readouterr().out.count("trying again") == 2
 
@@ -178,8 +222,12 @@ def test_pydoc_reads_and_never_imports():
 def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
     folder, out = tmp_path / "wrong", tmp_path / "out"
     folder.mkdir()
-    json_flags = flags(folder, out, "--tokenizer", source / "vocab.tiktoken", kind="json", files="*.jsonl")
-    text_flags = flags(folder, out, "--tokenizer", source / "vocab.tiktoken", kind="text", files="*.txt")
+    json_flags = flags(
+        folder, out, "--tokenizer", source / "vocab.tiktoken", kind="json", files="*.jsonl"
+    )
+    text_flags = flags(
+        folder, out, "--tokenizer", source / "vocab.tiktoken", kind="text", files="*.txt"
+    )
     if name == "no files":
         return text_flags, "no file matches"
     if name == "no data_files":
@@ -233,7 +281,9 @@ def test_wrong_inputs_end_in_one_line(name, source, tmp_path):
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    line = one_line(command("fineweb.py", "--out_dir", tmp_path, "--tokenizer", tokenizer_file(tmp_path)))
+    line = one_line(
+        command("fineweb.py", "--out_dir", tmp_path, "--tokenizer", tokenizer_file(tmp_path))
+    )
     assert "fineweb-edu can't be" in line
 
 
@@ -246,7 +296,9 @@ def tokenizer_file(folder: Path) -> Path:
 def test_gpt2_vocabulary_without_network_names_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing answers there
-    assert "TIKTOKEN_CACHE_DIR" in one_line(command("fineweb.py", "--source", "pydoc", "--out_dir", tmp_path / "out"))
+    assert "TIKTOKEN_CACHE_DIR" in one_line(
+        command("fineweb.py", "--source", "pydoc", "--out_dir", tmp_path / "out")
+    )
 
 
 def test_not_enough_disk_is_refused_before_anything_is_written(source, tmp_path, monkeypatch):
@@ -256,7 +308,9 @@ def test_not_enough_disk_is_refused_before_anything_is_written(source, tmp_path,
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda _: usage(10, 10, 10))
     tokenizer = str(source / "vocab.tiktoken")
     files = (str(source / "*.parquet"),)
-    config = fineweb.Config(source="parquet", data_files=files, tokenizer=tokenizer, out_dir=str(tmp_path / "out"))
+    config = fineweb.Config(
+        source="parquet", data_files=files, tokenizer=tokenizer, out_dir=str(tmp_path / "out")
+    )
     with pytest.raises(OSError, match="make room"):
         fineweb.main(config)
     assert not list((tmp_path / "out").glob("*.npy"))
@@ -279,7 +333,14 @@ def test_a_document_of_50_megabytes(tmp_path):
     (tmp_path / "dense.txt").write_text("x" * 2**20)
     enc = load_tokenizer(tokenizer_file(tmp_path))
     result = command(
-        *flags(tmp_path, tmp_path / "out", "--tokenizer", tmp_path / "v.tiktoken", kind="text", files="*.txt")
+        *flags(
+            tmp_path,
+            tmp_path / "out",
+            "--tokenizer",
+            tmp_path / "v.tiktoken",
+            kind="text",
+            files="*.txt",
+        )
     )
     ok(result)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.txt"))

@@ -13,7 +13,9 @@ from common import tokenizer
 from fineweb import pydoc_texts
 
 ODD = (
-    "naïve → 日本語 🙂 \u200b\u0000 x\r\n\r\n   \t\t  don't we'll I'VE 123456 ３４ ½ <|endoftext|> " + "a" * 500 + "  "
+    "naïve → 日本語 🙂 \u200b\u0000 x\r\n\r\n   \t\t  don't we'll I'VE 123456 ３４ ½ <|endoftext|> "
+    + "a" * 500
+    + "  "
 )
 
 
@@ -40,12 +42,43 @@ def test_ids_equal_the_librarys_own_on_a_megabyte_it_has_not_seen(trained):
 def test_texts_encoded_for_the_shards_have_tiktokens_ids(trained):
     encoding, _ = trained
     rng = random.Random(0)
-    blanks = [" ", "  ", "\t", "\n", "\r", "\v", "\f", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u3000"]
-    others = [*"aé1½!日🙂_", "Bc", "'s", "'LL", "\0", "\u200b", "\ufeff", "\x1c", "\u0301", "<|endoftext|>"]
-    texts = ["", *("".join(rng.choices(blanks + others, k=rng.randrange(60))) for _ in range(3000)), unseen_text()]
+    blanks = [
+        " ",
+        "  ",
+        "\t",
+        "\n",
+        "\r",
+        "\v",
+        "\f",
+        "\x85",
+        "\xa0",
+        "\u1680",
+        "\u2003",
+        "\u2028",
+        "\u3000",
+    ]
+    others = [
+        *"aé1½!日🙂_",
+        "Bc",
+        "'s",
+        "'LL",
+        "\0",
+        "\u200b",
+        "\ufeff",
+        "\x1c",
+        "\u0301",
+        "<|endoftext|>",
+    ]
+    texts = [
+        "",
+        *("".join(rng.choices(blanks + others, k=rng.randrange(60))) for _ in range(3000)),
+        unseen_text(),
+    ]
     for batch in (texts, [*texts[:100], tokenizer.CUT + "  a  b"]):
         ids, lengths = tokenizer.encode_texts(encoding, pa.array(batch, pa.string()))
-        expected = [[encoding.eot_token, *encoding.encode_ordinary(text)] if text else [] for text in batch]
+        expected = [
+            [encoding.eot_token, *encoding.encode_ordinary(text)] if text else [] for text in batch
+        ]
         assert lengths == list(map(len, expected))
         assert ids.tolist() == [token for tokens in expected for token in tokens]
 
@@ -93,7 +126,10 @@ def test_autotokenizer_reads_what_is_exported(trained, tmp_path):
     assert theirs(text).input_ids == trained[0].encode_ordinary(text)
     assert theirs.eos_token_id == trained[0].eot_token
     assert theirs.decode(trained[0].encode_ordinary("naïve → 日本")) == "naïve → 日本"
-    assert tokenizer.load_tokenizer(tmp_path / "vocab.tiktoken").encode_ordinary(text) == theirs(text).input_ids
+    assert (
+        tokenizer.load_tokenizer(tmp_path / "vocab.tiktoken").encode_ordinary(text)
+        == theirs(text).input_ids
+    )
 
 
 def test_gpt2s_own_files_are_recovered(tmp_path):
@@ -108,7 +144,11 @@ def test_gpt2s_own_files_are_recovered(tmp_path):
     assert len(merges) == 50001
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = unseen_text().replace("<|endoftext|>", "")
-    assert theirs(text).input_ids == gpt2.encode_ordinary(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert (
+        theirs(text).input_ids
+        == gpt2.encode_ordinary(text)
+        == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    )
 
 
 @pytest.mark.parametrize("text", ["", "words of prose", "AAAA 0\n", "IQ== 0\nIg== 0\n", "\xff\xfe"])

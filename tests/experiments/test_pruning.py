@@ -46,11 +46,19 @@ def test_a_pruned_model_computes_what_the_masked_one_does(norm):
 def test_the_matrices_are_smaller_and_the_counts_follow():
     model, pruned = random_model(), prune_heads(random_model(), KEEP)
     C, width = 64, 16
-    assert [tuple(block.attn.c_attn.weight.shape) for block in pruned.h] == [(3 * width * len(k), C) for k in KEEP]
-    assert [tuple(block.attn.c_proj.weight.shape) for block in pruned.h] == [(C, width * len(k)) for k in KEEP]
-    per_head = 3 * (C * width + width) + width * C  # query, key, value with their biases, and the projection
+    assert [tuple(block.attn.c_attn.weight.shape) for block in pruned.h] == [
+        (3 * width * len(k), C) for k in KEEP
+    ]
+    assert [tuple(block.attn.c_proj.weight.shape) for block in pruned.h] == [
+        (C, width * len(k)) for k in KEEP
+    ]
+    per_head = (
+        3 * (C * width + width) + width * C
+    )  # query, key, value with their biases, and the projection
     assert model.num_params() - pruned.num_params() == 5 * per_head
-    assert model.flops_per_token(50) - pruned.flops_per_token(50) == 5 * (6 * per_head + 12 * width * 50)
+    assert model.flops_per_token(50) - pruned.flops_per_token(50) == 5 * (
+        6 * per_head + 12 * width * 50
+    )
 
 
 def test_pruning_again_removes_heads_of_what_is_left():
@@ -78,9 +86,13 @@ def test_similarity_and_patterns_equal_those_of_transformers(tmp_path):
     windows = random_tokens(3, 150)  # longer than the rows that are computed at a time
     with torch.no_grad():
         attentions = torch.stack(reference(windows, output_attentions=True).attentions).double()
-    by_head = attentions.transpose(1, 2).reshape(12, 3, 150, 150)  # layers and heads, texts, queries, keys
+    by_head = attentions.transpose(1, 2).reshape(
+        12, 3, 150, 150
+    )  # layers and heads, texts, queries, keys
     cosines = torch.nn.functional.cosine_similarity(by_head[:, None], by_head[None], dim=-1)
-    similarity, patterns = attention_similarity(GPT.from_pretrained(tmp_path).eval(), windows, CPU, shown=140)
+    similarity, patterns = attention_similarity(
+        GPT.from_pretrained(tmp_path).eval(), windows, CPU, shown=140
+    )
     assert np.abs(similarity - cosines[..., 1:].mean((2, 3)).numpy()).max() < 1e-5
     assert np.abs(patterns - by_head.mean(1)[:, :140, :140].numpy()).max() < 1e-5
 
@@ -129,7 +141,15 @@ def test_redundancy_removes_one_of_two_heads_that_are_the_same_first():
 def test_redundancy_by_hand():
     config = GPTConfig(n_layer=2, n_head=3, n_embd=48)
     similarity = np.eye(6)
-    for i, j, cosine in ((0, 1, 0.9), (0, 2, 0.3), (1, 2, 0.5), (3, 4, 0.7), (3, 5, 0.95), (4, 5, 0.2), (1, 4, 0.99)):
+    for i, j, cosine in (
+        (0, 1, 0.9),
+        (0, 2, 0.3),
+        (1, 2, 0.5),
+        (3, 4, 0.7),
+        (3, 5, 0.95),
+        (4, 5, 0.2),
+        (1, 4, 0.99),
+    ):
         similarity[i, j] = similarity[j, i] = cosine
     # 3-5 are most alike, and 3 is more like 4 than 5 is; then 0-1, and 1 is more like 2; then 0-2 before 4-5, where
     # only one peer is left and neither is more like the other: the later one goes.
@@ -140,7 +160,9 @@ def test_importance_spares_heads_that_do_something():
     model = random_model()
     with torch.no_grad():
         model.h[2].attn.c_proj.weight[:, 16:32] = 0  # what head 1 of layer 2 writes
-    importance = head_importance(model, random_tokens(4, 20), random_tokens(4, 20, seed=2), B=4, rt=CPU)
+    importance = head_importance(
+        model, random_tokens(4, 20), random_tokens(4, 20, seed=2), B=4, rt=CPU
+    )
     assert order_by_importance(model.config, importance)[0] == (2, 1)
 
 
@@ -164,7 +186,10 @@ def test_generation_with_a_cache_is_that_of_the_masked_model():
 def test_export_writes_removed_heads_as_zeros(tmp_path):
     model, idx = prune_heads(random_model(), KEEP), random_tokens(2, 40)
     model.save_pretrained(tmp_path)
-    reference, again = GPT2LMHeadModel.from_pretrained(tmp_path).eval(), GPT.from_pretrained(tmp_path).eval()
+    reference, again = (
+        GPT2LMHeadModel.from_pretrained(tmp_path).eval(),
+        GPT.from_pretrained(tmp_path).eval(),
+    )
     assert reference.transformer.h[1].attn.c_proj.weight.shape == (64, 64)
     with torch.no_grad():
         logits = model(idx)
@@ -193,13 +218,24 @@ def pruned_file(data_dir, tmp_path_factory):
     model = prune_heads(whole, [[1, 2], [3]])
     path = tmp_path_factory.mktemp("pruned") / "model_pruned.pt"
     text = tokenizer.tokenizer_to_text(enc)
-    checkpoint.save(path, dict(model=model.state_dict(), config=model.config_dict(), tokenizer=text, step=0))
+    checkpoint.save(
+        path, dict(model=model.state_dict(), config=model.config_dict(), tokenizer=text, step=0)
+    )
     return path
 
 
 @pytest.mark.slow
 def test_it_trains_resumes_evaluates_samples_and_exports(data_dir, pruned_file, tmp_path):
-    words = ["train_gpt2.py", "--data_dir", data_dir, *SMALL_RUN, "--init_from", pruned_file, "--log_dir", tmp_path]
+    words = [
+        "train_gpt2.py",
+        "--data_dir",
+        data_dir,
+        *SMALL_RUN,
+        "--init_from",
+        pruned_file,
+        "--log_dir",
+        tmp_path,
+    ]
     words += ["--max_steps", 12, "--checkpoint_every", 6]
     ok(command(*words))
     final = tmp_path / "model_final.pt"
@@ -209,9 +245,20 @@ def test_it_trains_resumes_evaluates_samples_and_exports(data_dir, pruned_file, 
     again = checkpoint.load(final)
     assert again["config"]["heads_kept"] == (2, 1)
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in once["model"].items())
-    words = ["--benchmarks", "val", "--val_data", data_dir, "--out_dir", tmp_path / "evaluation", "--device", "cpu"]
+    words = [
+        "--benchmarks",
+        "val",
+        "--val_data",
+        data_dir,
+        "--out_dir",
+        tmp_path / "evaluation",
+        "--device",
+        "cpu",
+    ]
     assert "bits per byte" in ok(command("evaluate.py", "--models", final, *words)).stdout
-    sample = command("sample.py", "--model", final, "--prompt", "import", "--max_tokens", 20, "--device", "cpu")
+    sample = command(
+        "sample.py", "--model", final, "--prompt", "import", "--max_tokens", 20, "--device", "cpu"
+    )
     assert "import" in ok(sample).stdout
     ok(command("export.py", "--model", final, "--out", tmp_path / "exported"))
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["n_head"] == 4

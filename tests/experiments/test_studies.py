@@ -18,7 +18,14 @@ from conftest import ROOT, SMALL_RUN, TEXTS, command, ok, one_line
 from common.runtime import Runtime
 from common.shards import shards_tokenizer
 from common.tokenizer import load_tokenizer, train_tokenizer
-from experiments import fragmentation, head_study, norm_study, optimizer_study, sweep, tokenizer_study
+from experiments import (
+    fragmentation,
+    head_study,
+    norm_study,
+    optimizer_study,
+    sweep,
+    tokenizer_study,
+)
 from model import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -35,7 +42,11 @@ def last_gradients(norm: str, depths: list[int]) -> list[float]:
         found = []
         for seed in range(8):
             torch.manual_seed(seed)
-            model = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=depth, n_head=2, n_embd=64, norm=norm))
+            model = GPT(
+                GPTConfig(
+                    block_size=32, vocab_size=500, n_layer=depth, n_head=2, n_embd=64, norm=norm
+                )
+            )
             norm_study.init_xavier(model)
             idx = torch.randint(500, (4, 33))
             found.append(norm_study.layer_gradients(model, idx[:, :-1], idx[:, 1:], CPU)[-1])
@@ -58,7 +69,9 @@ def test_layer_gradients_are_those_of_backward():
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=32))
     idx = torch.randint(50, (2, 17))
     found = norm_study.layer_gradients(model, idx[:, :-1], idx[:, 1:], CPU)
-    torch.nn.functional.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten()
+    ).backward()
     expected = [float(block.mlp.c_proj.weight.grad.norm()) for block in model.h]
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -67,10 +80,14 @@ def test_pictures_of_any_number_of_measurements(norm_folder):
     """Shades of grey from light to black, which rounding must not push below zero."""
     out, _, _ = norm_folder
     results = json.loads((out / "results.json").read_text())
-    config = norm_study.Config(learning_rates=(1e-3,), warmups=(4,), seeds=(1,), n_layer=2, T=32, out_dir=str(out))
+    config = norm_study.Config(
+        learning_rates=(1e-3,), warmups=(4,), seeds=(1,), n_layer=2, T=32, out_dir=str(out)
+    )
     for count in (1, 3, 6, 12, 48):
         for norm in ("pre", "post"):
-            results[norm_study.run_name(norm, 1e-3, 4, 1)]["gradients"] = [(n, [1.0, 2.0]) for n in range(1, count + 1)]
+            results[norm_study.run_name(norm, 1e-3, 4, 1)]["gradients"] = [
+                (n, [1.0, 2.0]) for n in range(1, count + 1)
+            ]
         drawn = sweep.Results.__new__(sweep.Results)
         drawn.update(results)
         drawn.save_picture = lambda name, figure: None
@@ -101,11 +118,16 @@ def test_unigram_loss_by_hand(tmp_path):
     np.save(tmp_path / "x_train_0.npy", np.array([0, 0, 0, 1, 2], dtype=np.uint16))
     np.save(tmp_path / "x_val_0.npy", np.array([0, 2, 3, 3], dtype=np.uint16))
     config = norm_study.Config(data_dir=str(tmp_path), val_tokens=3)
-    expected = -(math.log(4 / 9) + math.log(2 / 9) + math.log(1 / 9)) / 3  # of nine counts, one added to each of four
+    expected = (
+        -(math.log(4 / 9) + math.log(2 / 9) + math.log(1 / 9)) / 3
+    )  # of nine counts, one added to each of four
     assert norm_study.unigram_loss(config, vocab_size=4) == pytest.approx(expected)
 
 
-NORM_RUN = [*TINY, *"--B 4 --T 32 --total_batch_size 128 --max_steps 12 --gradients_every 6 --val_tokens 1000".split()]
+NORM_RUN = [
+    *TINY,
+    *"--B 4 --T 32 --total_batch_size 128 --max_steps 12 --gradients_every 6 --val_tokens 1000".split(),
+]
 NORM_RUN += "--warmups 4 --depths 2 4 --seeds 1 --num_parallel 2".split()
 
 
@@ -153,7 +175,9 @@ def test_other_settings_are_refused(norm_folder):
     assert "holds a study with max_steps=12, not 13: choose another --out_dir" in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stopped_study_takes_its_runs_along_and_goes_on(data_dir, tmp_path, number):
     words = [
         "-m",
@@ -169,7 +193,9 @@ def test_a_stopped_study_takes_its_runs_along_and_goes_on(data_dir, tmp_path, nu
     words += ["--max_steps", "100000"]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell in the background ignores it
     words = list(map(str, words))
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     try:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.rglob("log.txt"))) < 2:
@@ -180,7 +206,9 @@ def test_a_stopped_study_takes_its_runs_along_and_goes_on(data_dir, tmp_path, nu
         assert "error: interrupted" in process.communicate(timeout=60)[1]
         assert process.returncode == 130
     finally:
-        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # its runs, if the study left them behind
+        subprocess.run(
+            ["pkill", "-KILL", "-f", str(tmp_path)]
+        )  # its runs, if the study left them behind
     outputs = [path.read_text() for path in tmp_path.rglob("output.txt")]
     assert len(outputs) == 2
     assert all("stopped: saved" in output for output in outputs)
@@ -195,8 +223,15 @@ def test_what_was_trained_but_not_yet_read_is_not_trained_again(norm_folder):
     path.write_text(json.dumps(results))
     folder = out / "runs" / "post_lr_0.001_warmup_4_seed_1"
     shutil.rmtree(folder)
-    command_line = (out / "runs" / "pre_lr_0.001_warmup_4_seed_1" / "output.txt").read_text().splitlines()[0]
-    run = command_line.replace("$ ", "").replace("--norm pre", "--norm post").replace("/pre_lr", "/post_lr").split()[1:]
+    command_line = (
+        (out / "runs" / "pre_lr_0.001_warmup_4_seed_1" / "output.txt").read_text().splitlines()[0]
+    )
+    run = (
+        command_line.replace("$ ", "")
+        .replace("--norm pre", "--norm post")
+        .replace("/pre_lr", "/post_lr")
+        .split()[1:]
+    )
     ok(command(*run))
     before = (folder / "log.txt").stat().st_mtime
     ok(command(*words, "--learning_rates", "1e-3"))
@@ -251,7 +286,9 @@ def test_head_study(data_dir, model_file, tmp_path):
              endings=["line by line.", "at once.", "never.", "and then closed."])
         for n in range(6)
     ]  # fmt: skip
-    (tmp_path / "hellaswag.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    (tmp_path / "hellaswag.jsonl").write_text(
+        "".join(json.dumps(example) + "\n" for example in examples)
+    )
     words = [
         "-m",
         "experiments.head_study",
@@ -267,10 +304,22 @@ def test_head_study(data_dir, model_file, tmp_path):
     output = ok(command(*words)).stdout
     path = tmp_path / "study" / "results.json"
     results = json.loads(path.read_text())
-    assert np.diag(np.load(tmp_path / "study" / "similarity.npy")) == pytest.approx([1] * 8, abs=1e-5)
-    assert len(results) == 3 + 1 + 2 * 4  # settings, importance, speed; the whole model; shares and orders
+    assert np.diag(np.load(tmp_path / "study" / "similarity.npy")) == pytest.approx(
+        [1] * 8, abs=1e-5
+    )
+    assert (
+        len(results) == 3 + 1 + 2 * 4
+    )  # settings, importance, speed; the whole model; shares and orders
     whole, half = results["whole model"], results["importance 0.5"]
-    evaluate = ["evaluate.py", "--models", model_file, "--benchmarks", "val", "--val_data", data_dir]
+    evaluate = [
+        "evaluate.py",
+        "--models",
+        model_file,
+        "--benchmarks",
+        "val",
+        "--val_data",
+        data_dir,
+    ]
     evaluate += ["--val_tokens", 1500, "--out_dir", tmp_path / "evaluation", "--device", "cpu"]
     ok(command(*evaluate))
     evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
@@ -295,7 +344,15 @@ def test_head_study(data_dir, model_file, tmp_path):
 
 
 def test_head_study_refuses(data_dir, model_file, tmp_path):
-    words = ["--data_dir", data_dir, "--out_dir", tmp_path / "study", *HEAD_RUN, "--hellaswag_limit", 0]
+    words = [
+        "--data_dir",
+        data_dir,
+        "--out_dir",
+        tmp_path / "study",
+        *HEAD_RUN,
+        "--hellaswag_limit",
+        0,
+    ]
     with pytest.raises(OSError, match="no checkpoint"):
         here(head_study, *words, "--model", tmp_path / "model.pt")
     words += ["--model", model_file]
@@ -304,7 +361,9 @@ def test_head_study_refuses(data_dir, model_file, tmp_path):
     with pytest.raises(ValueError, match="are not one"):
         here(head_study, *words, "--shares", 0.01)
     with pytest.raises(ValueError, match="lower T"):
-        here(head_study, *words, "--data_dir", shards_of(np.zeros(50), tmp_path / "short", data_dir))
+        here(
+            head_study, *words, "--data_dir", shards_of(np.zeros(50), tmp_path / "short", data_dir)
+        )
     with pytest.raises(ValueError, match="shares must"):
         head_study.Config(shares=(1.5,))
 
@@ -357,10 +416,14 @@ def test_optimizer_study(data_dir, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     half = results["muon_lr_0.001_share_0.5_seed_1"]
     assert half["steps"] == [0, 6]
-    settings = json.loads((tmp_path / "runs" / "muon_lr_0.001_share_0.5_seed_1" / "config.json").read_text())[
-        "constants"
-    ]
-    assert (settings["optimizer"], settings["max_steps"], settings["warmup_steps"]) == ("muon", 6, 2)
+    settings = json.loads(
+        (tmp_path / "runs" / "muon_lr_0.001_share_0.5_seed_1" / "config.json").read_text()
+    )["constants"]
+    assert (settings["optimizer"], settings["max_steps"], settings["warmup_steps"]) == (
+        "muon",
+        6,
+        2,
+    )
     assert results["adamw_lr_0.001_share_1_seed_1"]["steps"] == [0, 6, 12]
     assert half["val"] == half["vals"][-1]
     assert (tmp_path / "report.md").read_text() in output
@@ -382,7 +445,9 @@ def test_smaller_vocabularies_are_the_beginnings_of_larger_ones():
 def test_terms_by_hand():
     text = 'The os.path module (see utf8 and file_name, or camelCase) is a well-known "abstraction-layer"; the modules'
     more = "the Implementations. The other see, e.g. U.S. McDonald in the 1990s"
-    known = fragmentation.count_words(["module see see-see, see! and the other", "other: other, other"])
+    known = fragmentation.count_words(
+        ["module see see-see, see! and the other", "other: other, other"]
+    )
     assert known == dict(module=1, see=4, other=4, the=1) | {"and": 1}
     words, terms = fragmentation.find_terms([text, more], known, count=100)
     assert set(terms["code-like"]) == {"os.path", "utf8", "file_name", "camelCase"}
@@ -435,10 +500,14 @@ def test_tokenizer_study(tmp_path):
         assert found["bytes_per_token"] == pytest.approx(
             len(held_out.encode()) / len(enc.encode_ordinary(held_out)), rel=1e-9
         )
-        settings = json.loads((out / "runs" / f"{name}_seed_1" / "config.json").read_text())["constants"]
+        settings = json.loads((out / "runs" / f"{name}_seed_1" / "config.json").read_text())[
+            "constants"
+        ]
         assert settings["total_batch_size"] == 4 * found["T"]
         assert 1 < results[f"{name} seed 1"]["bits_per_byte"] < 8
-    assert results["vocabulary 600"]["tokens_per_word"] < results["vocabulary 300"]["tokens_per_word"]
+    assert (
+        results["vocabulary 600"]["tokens_per_word"] < results["vocabulary 300"]["tokens_per_word"]
+    )
     assert (out / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "report.md").read_text() in output + "\n"
     before = {path: path.stat().st_mtime for path in out.rglob("*.npy")}
@@ -453,9 +522,13 @@ def test_bits_per_byte_by_hand(data_dir, tmp_path):
     model = GPT(GPTConfig(block_size=8, vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
         model.wte.weight.zero_()
-    count = sum(1 + len(enc.encode_ordinary(text)) for text in texts) - 1  # all but the first end-of-text token
+    count = (
+        sum(1 + len(enc.encode_ordinary(text)) for text in texts) - 1
+    )  # all but the first end-of-text token
     expected = count * math.log2(enc.n_vocab) / sum(len(text.encode()) for text in texts)
-    assert tokenizer_study.bits_per_byte(model, enc, texts, 4, 8, CPU)[1] == pytest.approx(expected, rel=1e-5)
+    assert tokenizer_study.bits_per_byte(model, enc, texts, 4, 8, CPU)[1] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_tokenizer_study_refuses(tmp_path):
