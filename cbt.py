@@ -27,7 +27,7 @@ from pathlib import Path
 import tiktoken
 
 from common import runtime, tasks
-from common.console import cli
+from common.console import UserError, cli
 from common.runtime import Runtime
 from common.scoring import Request, score
 from common.tasks import Metric, accuracy, encode_request
@@ -107,7 +107,7 @@ def from_file(path: Path) -> list[Question]:
     empty field, candidates, with tabs between them; a blank line between questions."""
     kind = re.search(r"cbtest_(CN|NE|V|P)_", path.name)
     if not kind:
-        raise ValueError(
+        raise UserError(
             f"{path}: its name must say what is missing: cbtest_CN_test.txt, or NE, V, P"
         )
     questions, sentences = [], []
@@ -116,13 +116,13 @@ def from_file(path: Path) -> list[Question]:
         for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
             if not line.strip():
                 if sentences:
-                    raise ValueError(
+                    raise UserError(
                         f"the question ends after {len(sentences)} sentences, without a query"
                     )
                 continue
             place, _, text = line.partition(" ")
             if place != str(len(sentences) + 1):
-                raise ValueError(
+                raise UserError(
                     f"it must begin with {len(sentences) + 1}, the number of the sentence"
                 )
             if len(sentences) < 20:
@@ -136,13 +136,13 @@ def from_file(path: Path) -> list[Question]:
             )
             sentences = []
         if sentences:
-            raise ValueError(f"the file ends after {len(sentences)} sentences, without a query")
+            raise UserError(f"the file ends after {len(sentences)} sentences, without a query")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
     if not questions:
-        raise ValueError(f"{path} holds no questions")
+        raise UserError(f"{path} holds no questions")
     return questions
 
 
@@ -151,11 +151,9 @@ def make_question(
 ) -> Question:
     """Raises ValueError if there is not one blank, or the candidates don't hold the answer."""
     if query.count(BLANK) != 1:
-        raise ValueError(f"the query must have one {BLANK}, has {query.count(BLANK)}")
+        raise UserError(f"the query must have one {BLANK}, has {query.count(BLANK)}")
     if answer not in candidates:
-        raise ValueError(
-            f"the answer {answer!r} is not among the candidates {'|'.join(candidates)}"
-        )
+        raise UserError(f"the answer {answer!r} is not among the candidates {'|'.join(candidates)}")
     return Question(kind, " ".join(sentences), query, answer, candidates)
 
 

@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from common.console import UserError
 from common.shards import Shards
-from loss import IGNORE
+from model import IGNORE
 
 
 class WindowOrder:
@@ -46,7 +47,7 @@ class WindowOrder:
         return shard, int(window) * self.T
 
 
-class TrainLoader:
+class PretrainLoader:
     """Micro-batches of this rank, read ahead by a thread.
 
     A global batch is total_batch_size tokens. Iterating from step k yields, per step, `accumulation` pairs (x, y) of
@@ -66,7 +67,7 @@ class TrainLoader:
     ):
         per_micro_step = B * T * world_size
         if min(B, T, total_batch_size) < 1 or total_batch_size % per_micro_step:
-            raise ValueError(
+            raise UserError(
                 f"total_batch_size {total_batch_size} is not divisible by B * T * processes = {B} * {T} * {world_size}"
                 f" = {per_micro_step}: change B or total_batch_size"
             )
@@ -76,7 +77,7 @@ class TrainLoader:
         self.windows_per_batch = total_batch_size // T
         self.order = WindowOrder(shards.lengths, T, seed)
         if self.order.per_epoch < self.windows_per_batch:
-            raise ValueError(
+            raise UserError(
                 f"the training shards hold {shards.num_tokens} tokens ({self.order.per_epoch} windows of {T}), fewer "
                 f"than one batch of {total_batch_size}: lower total_batch_size or shard more text"
             )
@@ -141,7 +142,7 @@ class TrainLoader:
             stopped.set()
 
 
-class SequenceLoader:
+class FinetuneLoader:
     """Batches of sequences from a token stream in memory, for finetuning: every token of it once per epoch.
 
     The stream is read in windows as above, the last one filled up with targets that do not count; each epoch permutes
@@ -160,7 +161,7 @@ class SequenceLoader:
     ):
         count = -(-(len(tokens) - 1) // T)
         if count < per_step:
-            raise ValueError(
+            raise UserError(
                 f"the training part holds {len(tokens)} tokens ({count} sequences of {T}), fewer than one batch of "
                 f"{per_step} sequences: lower total_batch_size or T, or add descriptions"
             )

@@ -24,14 +24,13 @@ import cbt
 import hellaswag
 import lambada
 from common import checkpoint, runtime, tasks
-from common.console import cli, table
-from common.files import checksum, write_text
+from common.console import UserError, checksum, cli, table, write_text
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
-from common.tasks import Metric, reference
+from common.tasks import Metric, closest_openai_model
 from common.tokenizer import tokenizer_to_text
-from model import GPT, SIZES
+from model import GPT, OPENAI_MODELS
 
 BENCHMARKS = {"hellaswag": hellaswag, "lambada": lambada, "cbt": cbt}
 OPENAI_VAL_LOSS = {"gpt2": 3.2924}  # on FineWeb-Edu's first shard: build-nanogpt
@@ -80,7 +79,7 @@ def main(config: Config):
     rt.print(f"{text}\n{out_dir}/evaluation.md, {out_dir}/evaluation.json")
     runtime.leave()
     if all("error" in result for result in results):
-        raise ValueError("nothing could be evaluated: the table says why")
+        raise UserError("nothing could be evaluated: the table says why")
 
 
 def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> list[dict]:
@@ -91,7 +90,7 @@ def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> 
         try:
             what = dict(
                 benchmark=title,
-                weights=checkpoint.identity(name),
+                weights=checkpoint.fingerprint(name),
                 data=data_identity(title, config),
             )
             what |= dict(limit=None if title == "val" else config.limit, dtype=str(rt.dtype)[6:])
@@ -103,9 +102,9 @@ def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> 
                 model, enc = checkpoint.load_model(name)
                 model.to(rt.device)
             metrics = [asdict(metric) for metric in run_benchmark(title, model, enc, config, rt)]
-            result |= what | dict(size=reference(name, model), metrics=metrics)
+            result |= what | dict(size=closest_openai_model(name, model), metrics=metrics)
             done.append(result)
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             rt.print(f"{name} on {title}: {error}")
             result["error"] = str(error)
         results.append(result)
@@ -170,14 +169,16 @@ def read_results(path: Path) -> list[dict]:
         results = json.loads(path.read_text())
         [(result["model"], result["benchmark"], result["metrics"]) for result in results]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): move it away") from error
+        raise UserError(f"{path} is damaged ({error}): move it away") from error
     return results
 
 
 def to_table(results: list[dict]) -> str:
     """A row per model and metric; the figures published for OpenAI's models in columns of their own."""
     sizes = [
-        s for s in SIZES if any(s in m["published"] for r in results for m in r.get("metrics", ()))
+        s
+        for s in OPENAI_MODELS
+        if any(s in m["published"] for r in results for m in r.get("metrics", ()))
     ]
     rows = []
     for result in results:

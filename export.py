@@ -7,9 +7,9 @@ transformers' GPT2LMHeadModel and AutoTokenizer read it, and so does every stage
 
 from dataclasses import dataclass
 
-from common import tokenizer
 from common.checkpoint import load_model
 from common.console import cli, say
+from common.huggingface import save_pretrained, save_tokenizer
 
 
 @dataclass
@@ -20,8 +20,8 @@ class Config:
 
 def main(config: Config):
     model, enc = load_model(config.model)
-    model.save_pretrained(config.out)
-    tokenizer.save_pretrained(enc, config.out)
+    save_pretrained(model, config.out)
+    save_tokenizer(enc, config.out)
     say(
         f"{config.out}: {model.num_params():,} parameters and a tokenizer of {enc.n_vocab:,} tokens"
     )

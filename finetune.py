@@ -23,17 +23,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint, lora, runtime
-from common.console import Progress, cli, table
-from common.files import checksum, write_text
-from common.optim import compile_model, learning_rate, make_optimizer, train_step
+from common import checkpoint, cpu, lora, runtime
+from common.console import Progress, UserError, checksum, cli, table, write_text
+from common.optim import Diverged, learning_rate, make_optimizer, prepare_model, train_step
 from common.runlog import RunLog
 from common.runtime import Runtime
 from common.scoring import stream_loss
-from common.tokenizer import tokenizer_to_text
-from dataloader import SequenceLoader
+from dataloader import FinetuneLoader
 from fantasy.descriptions import read_descriptions
 from fantasy.report import draw_losses, draw_search, report
 
@@ -100,22 +97,22 @@ class Config:
             "general_tokens",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.total_batch_size % self.T:
-            raise ValueError(
+            raise UserError(
                 f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}"
             )
         if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError("learning_rates must hold at least one, and each be above 0")
+            raise UserError("learning_rates must hold at least one, and each be above 0")
         if not 0 <= self.warmup <= 1 or min(self.patience, self.lora_rank, self.grad_clip) < 0:
-            raise ValueError(
+            raise UserError(
                 "warmup must be between 0 and 1; patience, lora_rank and grad_clip not negative"
             )
 
 
 def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
-    rt.keep_freed_memory()
+    cpu.keep_freed_memory(rt.device)
     out_dir = Path(config.out_dir)
     training, held_out = split(read_descriptions(config.data), config.seed)
     tuner = Finetuner(config, training, held_out, rt)
@@ -149,11 +146,11 @@ def prepare_folder(out_dir: Path, resume: bool, settings: dict):
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "settings.json"
     if path.exists() and not resume:
-        raise ValueError(f"{out_dir} already holds a run: --resume it, or choose another --out_dir")
+        raise UserError(f"{out_dir} already holds a run: --resume it, or choose another --out_dir")
     if path.exists():
         for key, was in json.loads(path.read_text()).items():
             if was != settings[key]:
-                raise ValueError(
+                raise UserError(
                     f"{out_dir} holds a run with {key}={was}, not {settings[key]}: choose another --out_dir"
                 )
     write_text(path, json.dumps(settings, indent=1) + "\n")
@@ -171,7 +168,7 @@ class Finetuner:
         self.config, self.rt = config, rt
         self.model, self.enc = checkpoint.load_model(config.init_from, config.dropout)
         if self.model.config.block_size < config.T:
-            raise ValueError(
+            raise UserError(
                 f"T {config.T} is above the model's block_size {self.model.config.block_size}"
             )
         if config.lora_rank:
@@ -179,15 +176,11 @@ class Finetuner:
             lora.add_adapters(self.model, config.lora_rank)
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.to(rt.device)
-        compiled = config.compile == "on" or (config.compile == "auto" and rt.device.type == "cuda")
-        self.eval_model = self.train_model = compile_model(self.model) if compiled else self.model
-        if rt.world_size > 1:
-            devices = [rt.device] if rt.device.type == "cuda" else None
-            self.train_model = DistributedDataParallel(self.eval_model, device_ids=devices)
+        self.train_model, self.eval_model = prepare_model(self.model, rt, config.compile)
 
         per_step = config.total_batch_size // config.T
         tokens = self.encode(training)
-        self.loader = SequenceLoader(
+        self.loader = FinetuneLoader(
             tokens, config.B, config.T, per_step, config.seed, rt.rank, rt.world_size
         )
         self.val_tokens = self.encode(held_out)
@@ -202,7 +195,7 @@ class Finetuner:
             "grad_clip",
         )
         self.settings = dict(
-            weights=checkpoint.identity(config.init_from), data=checksum(config.data)
+            weights=checkpoint.fingerprint(config.init_from), data=checksum(config.data)
         )
         self.settings |= {
             key: getattr(config, key) for key in (*fixed, "dropout", "lora_rank", "seed")
@@ -317,7 +310,7 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
         write_text(out_dir / f"{SEARCH}.txt", text + "\n")
         draw_search(out_dir / f"{SEARCH}.png", results, tuner.base_val_loss)
     if best is None:
-        raise ValueError(
+        raise UserError(
             "training diverged at every learning rate: give lower ones with --learning_rates"
         )
     return best["lr"]
@@ -337,7 +330,7 @@ def finetune(config: Config, tuner: Finetuner, lr: float, folder: Path, rt: Runt
         return history
     for epoch in tuner.train(optimizer, lr, config.num_epochs, done=len(history), log=log):
         if not math.isfinite(epoch["val_loss"]):
-            raise ValueError(
+            raise Diverged(
                 f"epoch {epoch['epoch']}: the loss is not finite, the run diverged and stops; its checkpoints are in "
                 f"{folder}; lower the learning rate"
             )
@@ -347,10 +340,8 @@ def finetune(config: Config, tuner: Finetuner, lr: float, folder: Path, rt: Runt
             f"epoch {epoch['epoch']} | train {epoch['train_loss']:.4f} | val {epoch['val_loss']:.4f}"
         )
         if rt.is_main:
-            saved = dict(
-                model=lora.merged_state(tuner.model), config=tuner.model.config_dict(),
-                tokenizer=tokenizer_to_text(tuner.enc), step=epoch["step"],
-            )  # fmt: skip
+            saved = checkpoint.build(tuner.model, tuner.enc, epoch["step"])
+            saved["model"] = lora.merged_state(tuner.model)
             checkpoint.save(folder / f"model_epoch_{epoch['epoch']}.pt", saved)
             if epoch["val_loss"] == best:
                 checkpoint.save(folder / "model_best.pt", saved)

@@ -37,9 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from common.console import Progress, cli, say
-from common.files import write_text
-from common.shards import START, ShardWriter
+from common.console import Progress, UserError, cli, say, write_text
+from common.shards import SOURCE_START, ShardWriter
 from common.tokenizer import (
     encode_texts,
     encoding_of,
@@ -89,9 +88,9 @@ class Config:
 
 def main(config: Config):
     if not 2 <= config.shard_size <= 2**30 or config.num_workers < 1:
-        raise ValueError("shard_size must be between 2 and 2**30, num_workers at least 1")
+        raise UserError("shard_size must be between 2 and 2**30, num_workers at least 1")
     if config.train_tokenizer and config.tokenizer != "gpt2":
-        raise ValueError("tokenizer and train_tokenizer exclude each other")
+        raise UserError("tokenizer and train_tokenizer exclude each other")
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     source = Source(config)
@@ -140,7 +139,7 @@ def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoke
         if enc.n_vocab == config.train_tokenizer:
             say(f"using {path}, learned before")
             return enc
-        raise ValueError(
+        raise UserError(
             f"{path} has {enc.n_vocab} tokens, not {config.train_tokenizer}: choose another out_dir"
         )
 
@@ -150,7 +149,7 @@ def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoke
         with Progress(
             total=total, unit="char", unit_scale=True, desc="learning the tokenizer"
         ) as bar:
-            for _, texts in source.batches(START):
+            for _, texts in source.batches(SOURCE_START):
                 for text in filter(None, texts.to_pylist()):
                     yield text
                     chars += len(text)
@@ -173,7 +172,7 @@ def manifest_header(
     if name != "gpt2" and not (out_dir / name).exists():
         write_text(out_dir / name, text)  # so that the folder can be read by itself
     if name != "gpt2" and (out_dir / name).read_text() != text:
-        raise ValueError(f"{out_dir / name} is another vocabulary: choose another out_dir")
+        raise UserError(f"{out_dir / name} is another vocabulary: choose another out_dir")
     return dict(
         source=config.source,
         subset=config.subset if config.source in HUB else None,
@@ -197,7 +196,7 @@ class Source:
         self.files = [name for pattern in config.data_files for name in expand(pattern)]
         self.remote = self.kind in HUB or any("://" in name for name in self.files)
         if bool(self.files) != (self.kind in ("parquet", "json", "text")):
-            raise ValueError(
+            raise UserError(
                 "the sources parquet, json and text, and only they, need --data_files GLOB"
             )
 
@@ -263,7 +262,7 @@ class Source:
             batch_size=1 if self.kind == "text" else BATCH_DOCUMENTS
         ):  # a text may be a library
             if str(table["text"].type) not in ("string", "large_string", "string_view", "null"):
-                raise ValueError(f"the field 'text' holds {table['text'].type}, not only strings")
+                raise UserError(f"the field 'text' holds {table['text'].type}, not only strings")
             texts = table["text"].combine_chunks()[position["skip"] :].cast(pa.string())
             if self.kind == "json":
                 texts = pa.array(map(json_text, texts.to_pylist()), pa.string())
@@ -297,9 +296,9 @@ class Source:
             try:
                 metadata = pq.read_metadata(name)
             except (OSError, ValueError) as error:
-                raise ValueError(f"{name} is damaged or no parquet file: {error}") from error
+                raise UserError(f"{name} is damaged or no parquet file: {error}") from error
             if "text" not in metadata.schema.names or not metadata.num_rows:
-                raise ValueError(f"{name} has no column 'text', or no rows")
+                raise UserError(f"{name} has no column 'text', or no rows")
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 columns = map(group.column, range(group.num_columns))
                 total += sum(
@@ -333,7 +332,7 @@ class Source:
                             (json_text(line) or "").encode()
             except UnicodeDecodeError:
                 return f"{name} (not UTF-8)"
-            except (ValueError, OSError):
+            except (UserError, ValueError, OSError):
                 return f"{name}, line {number}," if number else name
         return "the source"
 
@@ -359,7 +358,7 @@ def json_text(line: str) -> str | None:
     match json.loads(line):
         case {"text": str() | None as text}:
             return text
-    raise ValueError("there is no field 'text' with a string")
+    raise UserError("there is no field 'text' with a string")
 
 
 def is_connection_error(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from common.console import Progress, cli, say
+from common.console import Progress, UserError, cli, say
 from fantasy.descriptions import DELIMITER, OFFLINE, Dataset
 from fantasy.grammar import as_text, describe
 from fantasy.locations import CULTURES, PromptSeed, prompt_seeds
@@ -78,7 +78,7 @@ def main(config: Config):
             s for s in prompt_seeds(config.seed) if (s.place, s.culture) not in dataset.pairs
         )
         if have + len(seeds) < config.num_samples:
-            raise ValueError(
+            raise UserError(
                 f"only {have + len(seeds):,} of {config.num_samples:,} samples have seeds of their own"
             )
         with Progress(
@@ -99,21 +99,21 @@ def main(config: Config):
 def check(config: Config):
     most = len(prompt_seeds(config.seed))
     if config.num_samples < 1 or config.concurrency < 1:
-        raise ValueError("num_samples and concurrency must be at least 1")
+        raise UserError("num_samples and concurrency must be at least 1")
     if config.num_samples > most:
-        raise ValueError(
+        raise UserError(
             f"num_samples must be at most {most:,}: there are no more seeds, pairs of place and culture"
         )
     if not 1 <= config.min_words < config.max_words:
-        raise ValueError("min_words must be at least 1, and max_words more than min_words")
+        raise UserError("min_words must be at least 1, and max_words more than min_words")
     if config.timeout <= 0 or config.max_retries < 0 or config.backoff < 0:
-        raise ValueError("timeout must be more than 0, max_retries and backoff not less")
+        raise UserError("timeout must be more than 0, max_retries and backoff not less")
     if config.model == OFFLINE:
-        raise ValueError(f"{OFFLINE} is what the grammar is called: give --{OFFLINE} to use it")
+        raise UserError(f"{OFFLINE} is what the grammar is called: give --{OFFLINE} to use it")
     if config.dry_run and config.offline:
-        raise ValueError("dry_run and offline exclude each other: offline costs nothing")
+        raise UserError("dry_run and offline exclude each other: offline costs nothing")
     if config.base_url is not None and not is_url(config.base_url):
-        raise ValueError(f"base_url must be like http://localhost:8000/v1, not {config.base_url!r}")
+        raise UserError(f"base_url must be like http://localhost:8000/v1, not {config.base_url!r}")
 
 
 def is_url(text: str) -> bool:
@@ -128,13 +128,13 @@ def api_key() -> str:
     """From the environment, nowhere else. Raises ValueError, which does not show it, if it can't be one."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
-        raise ValueError(
+        raise UserError(
             "no API key: set OPENAI_API_KEY (to any word, for a server that asks for none), or --offline"
         )
     if not re.fullmatch(
         r"[!-~]+", key
     ):  # as an HTTP header it would fail, with an error that quotes it
-        raise ValueError("OPENAI_API_KEY holds blanks or other characters that no key has")
+        raise UserError("OPENAI_API_KEY holds blanks or other characters that no key has")
     return key
 
 
@@ -172,7 +172,7 @@ def dry_run(config: Config):
 def write_offline(config: Config, dataset: Dataset, seeds: deque[PromptSeed], bar: Progress):
     while len(dataset.records) < config.num_samples:
         if not seeds:
-            raise ValueError("the seeds are used up")
+            raise UserError("the seeds are used up")
         about = seeds.popleft()
         text = as_text(describe(about, config.seed, config.min_words, config.max_words))
         if not dataset.near_duplicate(text):
@@ -234,7 +234,7 @@ class Generation:
         try:
             while self.wanted > 0 and not self.stop.is_set():
                 if not self.seeds:
-                    raise ValueError(
+                    raise UserError(
                         "no seeds are left to replace those whose answers were all rejected"
                     )
                 self.wanted -= 1
@@ -242,7 +242,7 @@ class Generation:
                     self.wanted += 1
         except Stopped:
             pass
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             self.error = self.error or error
             self.stop.set()
 
@@ -262,7 +262,7 @@ class Generation:
             if not flaw:
                 return True
             if self.rejected_in_a_row >= REJECTED_IN_A_ROW:
-                raise ValueError(
+                raise UserError(
                     f"{REJECTED_IN_A_ROW} answers in a row were rejected ({counts(self.rejected)}): try another model, "
                     f"or other min_words and max_words; {self.kept()}"
                 )

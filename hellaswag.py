@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 
 from common import runtime, tasks
-from common.console import cli
+from common.console import UserError, cli
 from common.runtime import Runtime
 from common.scoring import Request, score
 from common.tasks import Metric, accuracy, encode_request
@@ -90,9 +90,9 @@ def parse(example: dict) -> dict:
         and len(endings) == 4
         and all(isinstance(e, str) and e for e in endings)
     ):
-        raise ValueError("endings must be four texts")
+        raise UserError("endings must be four texts")
     if label not in (0, 1, 2, 3):
-        raise ValueError(f"the label is {label!r}, must be 0, 1, 2 or 3")
+        raise UserError(f"the label is {label!r}, must be 0, 1, 2 or 3")
     return kept | dict(ind=example.get("ind"))
 
 

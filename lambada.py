@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import tiktoken
 
 from common import runtime, tasks
-from common.console import cli
+from common.console import UserError, cli
 from common.runtime import Runtime
 from common.scoring import score
 from common.tasks import Metric, accuracy, encode_request
@@ -75,7 +75,7 @@ def load(path: str | None = None, limit: int | None = None) -> list[tuple[str, s
 def parse(line: dict) -> tuple[str, str]:
     context, blank, word = line["text"].rpartition(" ")
     if not context or not word:
-        raise ValueError("the text must have two words at least, and end with one")
+        raise UserError("the text must have two words at least, and end with one")
     return context, blank + word
 
 

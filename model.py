@@ -1,7 +1,6 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), whole but for its loss.
 
     model = GPT(GPTConfig())                     # random weights, 124M
-    model = GPT.from_pretrained("gpt2")          # OpenAI's weights; or a folder in Hugging Face's layout
     logits = model(idx)                          # (B, T) int64 -> (B, T, vocab_size)
     loss = model(idx, targets)                   # mean cross-entropy in nats, a scalar
     texts = model.generate([[15496, 11]], 20)    # lists of token ids in, lists of new token ids out
@@ -9,11 +8,9 @@
 Parameters carry GPT-2's own names (wte, wpe, h.0.attn.c_attn, ...).
 """
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,18 +18,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from loss import linear_cross_entropy
-
-SIZES = {
+IGNORE = -100  # a target with this value does not count
+OPENAI_MODELS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-HF_FIXED = dict(  # what may vary in Hugging Face's configurations, but not here
-    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-)  # fmt: skip
 
 
 @dataclass
@@ -329,131 +321,6 @@ class GPT(nn.Module):
             self.train(was_training)
         return outputs
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> "GPT":
-        """Read a model in Hugging Face's GPT-2 layout (config.json and safetensors): a local folder, or a hub name.
-
-        `gpt2` ... `gpt2-xl` are OpenAI's weights. Raises ValueError if it is no GPT-2, OSError if it can't be had.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(name_or_folder)
-        if not folder.is_dir():
-            folder = download(str(name_or_folder))
-        files, config_file = sorted(folder.glob("model*.safetensors")), folder / "config.json"
-        if not files or not config_file.exists():
-            raise ValueError(
-                f"{folder} holds no model: config.json and model.safetensors are needed"
-            )
-        try:
-            hf = dict(n_positions=1024, vocab_size=50257, **SIZES["gpt2"]) | json.loads(
-                config_file.read_bytes()
-            )
-            weights = {
-                k.removeprefix("transformer."): v
-                for file in files
-                for k, v in load_file(file).items()
-            }
-        except (SafetensorError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{folder} can't be read, it is damaged or incomplete: {error}"
-            ) from error
-        for key, value in HF_FIXED.items():
-            if hf.get(key, value) != value:
-                raise ValueError(
-                    f"{folder} is no GPT-2 that fits here: its {key} is {hf[key]}, not {value}"
-                )
-        config = GPTConfig(
-            block_size=hf["n_positions"], vocab_size=hf["vocab_size"], dropout=dropout,
-            n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"],
-        )  # fmt: skip
-        model = cls(config)
-        state = model.state_dict()
-        missing = sorted(state.keys() - weights.keys())
-        if missing:
-            raise ValueError(f"{folder} lacks the tensors {', '.join(missing[:3])} ...")
-        for (
-            name,
-            ours,
-        ) in state.items():  # a file may also hold lm_head, which is wte, and the causal mask
-            tensor = weights[name].t() if is_transposed(name) else weights[name]
-            if name == "wte.weight":
-                tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-            if tensor.shape != ours.shape:
-                raise ValueError(
-                    f"{folder}: {name} is {tuple(tensor.shape)}, expected {tuple(ours.shape)}"
-                )
-            ours.copy_(tensor)
-        return model
-
-    def save_pretrained(self, folder: str | Path):
-        """Write config.json and model.safetensors as Hugging Face's GPT2LMHeadModel reads them. Heads that were pruned
-        are written as zeros."""
-        from safetensors.torch import save_file
-
-        c = self.config
-        if c.norm != "pre":
-            raise ValueError(
-                "a Post-LN model can't be exported: Hugging Face's GPT-2 is Pre-LN only"
-            )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {}
-        for name, tensor in self.state_dict().items():
-            tensor = (
-                tensor[: c.vocab_size]
-                if name == "wte.weight"
-                else pad_heads(name, tensor, c.n_embd)
-            )
-            tensor = tensor.t() if is_transposed(name) else tensor
-            weights[f"transformer.{name}"] = tensor.cpu().clone(
-                memory_format=torch.contiguous_format
-            )
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        hf = HF_FIXED | dict(
-            architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_ctx=c.block_size, vocab_size=c.vocab_size,
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1,
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        )  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-
-    def config_dict(self) -> dict:
-        """The configuration as plain values: GPT(GPTConfig(**d)) makes the same shape again."""
-        return asdict(self.config)
-
-
-def pad_heads(name: str, tensor: torch.Tensor, n_embd: int) -> torch.Tensor:
-    """A parameter of attention with zeros where heads were pruned, others as they are."""
-    if ".attn.c_attn." in name:  # (3 * width) or (3 * width, n_embd)
-        parts = tensor.unflatten(0, (3, -1))
-        missing = n_embd - parts.size(1)
-        return F.pad(parts, (0, 0) * (parts.dim() - 2) + (0, missing)).flatten(0, 1)
-    if name.endswith(".attn.c_proj.weight"):  # (n_embd, width)
-        return F.pad(tensor, (0, n_embd - tensor.size(1)))
-    return tensor
-
-
-def is_transposed(name: str) -> bool:
-    """Hugging Face's GPT-2 keeps its projections as (in, out), nn.Linear as (out, in)."""
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
-
-
-def download(name: str) -> Path:
-    """Folder of the hub model `name` in the local cache, downloaded if need be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo = f"openai-community/{name}" if name in SIZES else name
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise OSError(
-            f"no model {name!r}: it is no local folder, and {repo} can't be had from the hub "
-            f"({type(error).__name__}); check the name and the network, or set HF_HOME to a cache that holds it"
-        ) from error
-
 
 def sample_token(
     logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator
@@ -470,3 +337,67 @@ def sample_token(
         outside = probs.cumsum(-1) - probs >= top_p  # the tokens before it already reach top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T against targets, an eighth of the tokens at a time.
+
+    Each part's gradient is computed while its logits are there, so that they need not be kept or computed again:
+    of the (N, V) logits only an eighth ever exists, and it is passed over no more than need be.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
+        valid = targets != IGNORE
+        share = (valid / valid.sum().clamp(min=1))[:, None]  # of each token in the mean
+        w = weight.to(dtype)
+        loss = torch.zeros((), device=x.device)
+        grads_x = []
+        grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
+        part = max(256, math.ceil(len(x) / 8))
+        rows = torch.arange(part, device=x.device)
+        buffer = torch.empty(
+            part, len(w), dtype=dtype, device=x.device
+        )  # new memory is dear on CPUs
+        for xs, ts, vs, ss in zip(
+            x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)
+        ):
+            logits = torch.mm(xs, w.t(), out=buffer[: len(xs)]).float()
+            logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
+            ts = ts.where(vs, 0)[:, None]
+            target_logits = logits.gather(1, ts)
+            highest = logits.amax(-1, keepdim=True)
+            probs = torch.softmax(logits, -1, out=logits)
+            lse = highest - probs.amax(-1, keepdim=True).log()
+            loss += ((lse - target_logits) * ss).sum()
+            if needs_grad:
+                probs[rows[: len(ts)], ts[:, 0]] -= (
+                    1  # not scatter_add_: it has no deterministic CUDA kernel
+                )
+                grad = probs.to(dtype)
+                grads_x.append((grad @ w) * ss)
+                shared_x = (xs * ss).to(dtype)
+                if dtype == weight.dtype:
+                    grad_w.addmm_(grad.t(), shared_x)
+                else:
+                    grad_w.add_(grad.t() @ shared_x)
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(grads_x).to(x.dtype), grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None, None
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Mean loss in nats (scalar, float32) of hidden states x (N, C) against targets (N,) int64 under the logits
+    x @ weight.T, of which only the first vocab_size columns count. Matrix products run in autocast's dtype."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, needs_grad)

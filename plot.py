@@ -20,8 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # drawn without pyplot, so without a display
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from common.console import cli, say
-from common.files import write_whole
+from common.console import UserError, cli, say, write_atomically
 
 OTHER_NAMES = {
     "train": "loss",
@@ -108,7 +107,7 @@ def read_series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if isinstance(value, int | float) and np.isfinite(value):
             points.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
     if not {"loss", "val"} & points.keys():
-        raise ValueError(
+        raise UserError(
             f"{path} holds no losses: it is empty, or its lines don't read 'step train value'"
         )
     return {
@@ -148,7 +147,7 @@ def save(path: Path, runs: list[Run], *panels):
     figure = Figure((4 + 4 * len(panels), 5), layout="constrained")
     for ax, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(ax, runs)
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         figure.savefig(file, format="png", dpi=150)
     say(path)
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from common import runtime
 from common.checkpoint import load_model
-from common.console import Progress, cli, say
-from common.cpu import can_pack, packed
-from common.files import write_text
+from common.console import Progress, UserError, cli, say, write_text
+from common.cpu import can_pack, pack_weights
 
 
 @dataclass
@@ -46,13 +45,13 @@ class Config:
 
     def __post_init__(self):
         if self.num_samples < 1 or self.max_tokens < 1 or self.batch_size < 1:
-            raise ValueError("num_samples, max_tokens and batch_size must be at least 1")
+            raise UserError("num_samples, max_tokens and batch_size must be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, must not be negative")
+            raise UserError(f"temperature is {self.temperature}, must not be negative")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, must be at least 1, or None for no limit")
+            raise UserError(f"top_k is {self.top_k}, must be at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+            raise UserError(f"top_p is {self.top_p}, must be above 0 and at most 1")
 
 
 def main(config: Config):
@@ -62,7 +61,7 @@ def main(config: Config):
     model.to(rt.device).eval()
     autocast = rt.autocast()
     if can_pack(rt.device, rt.dtype):
-        model, autocast = packed(model, rt.dtype), nullcontext()
+        model, autocast = pack_weights(model, rt.dtype), nullcontext()
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     jobs = [
         (prompt, enc.encode_ordinary(prompt))
@@ -103,9 +102,9 @@ def read_prompts(config: Config) -> list[str]:
             raise FileNotFoundError(f"no prompt file {path}")
         prompts = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
         if not prompts:
-            raise ValueError(f"{path} holds no prompts: write one a line")
+            raise UserError(f"{path} holds no prompts: write one a line")
     if not all(prompts):
-        raise ValueError("the prompt is empty: give some text to go on from")
+        raise UserError("the prompt is empty: give some text to go on from")
     return prompts
 
 

@@ -25,19 +25,24 @@ from shutil import which
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from common import checkpoint, runtime, tasks
-from common.console import Progress, cli
-from common.files import write_text
-from common.optim import compile_model, learning_rate, make_optimizer, optimizer_state, train_step
+from common import checkpoint, cpu, runtime, tasks
+from common.console import Progress, UserError, cli, write_text
+from common.optim import (
+    Diverged,
+    learning_rate,
+    make_optimizer,
+    optimizer_state,
+    prepare_model,
+    train_step,
+)
 from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
 from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
-from dataloader import TrainLoader
+from dataloader import PretrainLoader
 from model import GPT, GPTConfig
 
 
@@ -76,7 +81,7 @@ class Config:
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width
     block_size: int = 1024  # longest context that the model can read; T may be shorter
-    vocab_size: int | None = (
+    padded_vocab_size: int | None = (
         None  # rows of the embedding; None = the tokenizer's, padded to a multiple of 128: 50304
     )
     norm: Literal["pre", "post"] = (
@@ -116,9 +121,9 @@ class Config:
 
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:
-            raise ValueError("give max_steps or num_epochs, not both")
+            raise UserError("give max_steps or num_epochs, not both")
         if self.shard_optimizer and self.optimizer != "adamw":
-            raise ValueError(
+            raise UserError(
                 f"shard_optimizer shards AdamW's states, not {self.optimizer}'s: leave one of them out"
             )
         intervals = (
@@ -130,10 +135,10 @@ class Config:
         )
         for name in (*intervals, "warmup_steps", "grad_clip"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+                raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
         for name in ("B", "T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
 
 
 def main(config: Config):
@@ -144,7 +149,7 @@ def main(config: Config):
         torch.use_deterministic_algorithms(True)
     rt = runtime.start(config.device, config.dtype, config.timeout)
     if not config.activation_checkpointing:  # where memory matters more than time
-        rt.keep_freed_memory()
+        cpu.keep_freed_memory(rt.device)
     log_dir, resume = Path(config.log_dir), config.resume or runtime.restarted()
     if rt.is_main:
         prepare_folder(log_dir, resume)
@@ -153,7 +158,7 @@ def main(config: Config):
     # data
     train_shards = open_shards(config.data_dir, "train")
     val_shards = open_shards(config.data_dir, "val") if config.val_every else None
-    loader = TrainLoader(
+    loader = PretrainLoader(
         train_shards,
         config.B,
         config.T,
@@ -187,16 +192,7 @@ def main(config: Config):
         start_step = resumed["step"]
         rt.print(f"resuming from {path}, step {start_step}")
         del resumed
-    compiled = config.compile == "on" or (config.compile == "auto" and rt.device.type == "cuda")
-    model = (
-        compile_model(raw_model) if compiled else raw_model
-    )  # for evaluation; shares its weights with raw_model
-    train_model = model
-    if rt.world_size > 1:
-        devices = [rt.device] if rt.device.type == "cuda" else None
-        train_model = DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True
-        )
+    train_model, model = prepare_model(raw_model, rt, config.compile)
 
     if start_step >= max_steps:
         rt.print(f"{log_dir} is finished: {start_step} steps; nothing to do")
@@ -207,7 +203,7 @@ def main(config: Config):
         write_config(config, max_steps, rt)
     rt.print(
         f"{raw_model.num_params():,} parameters, {rt.device} x {rt.world_size}, {str(rt.dtype)[6:]}"
-        f"{', compiled' if compiled else ''}; {train_shards.num_tokens:,} training tokens; steps of "
+        f"{', compiled' if model is not raw_model else ''}; {train_shards.num_tokens:,} training tokens; steps of "
         f"{loader.accumulation} x {config.B} x {config.T} x {rt.world_size} tokens"
     )
 
@@ -229,10 +225,7 @@ def main(config: Config):
     def save(name: str, step: int) -> Path:
         path, optimizer_states = log_dir / name, optimizer_state(optimizer)
         if rt.is_main:
-            state = dict(
-                model=raw_model.state_dict(), config=raw_model.config_dict(), tokenizer=tokenizer_to_text(enc),
-                step=step, optimizer=optimizer_states, run=fixed,
-            )  # fmt: skip
+            state = checkpoint.build(raw_model, enc, step, optimizer=optimizer_states, run=fixed)
             keep = 0 if step == max_steps else 2
             saver.save(
                 path,
@@ -261,7 +254,7 @@ def main(config: Config):
             loss, grad_norm = loss / rt.world_size, float(grad_norm)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 saver.wait()
-                raise ValueError(
+                raise Diverged(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the last good "
                     f"checkpoint is {last_good}; lower max_lr or lengthen the warmup"
                 )
@@ -318,7 +311,7 @@ def prepare_folder(log_dir: Path, resume: bool):
         if p.name in ("log.txt", "config.json") or p.match("model_*.pt")
     ]
     if held and not resume:
-        raise ValueError(
+        raise UserError(
             f"{log_dir} already holds a run ({held[0]}): --resume it, or choose another --log_dir"
         )
     for leftover in log_dir.glob("*.tmp"):
@@ -335,7 +328,7 @@ def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
         return []
     try:
         return tasks.load_on_all_ranks(lambda: hellaswag.load(config.hellaswag_data), rt)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         rt.print(f"warning: training without HellaSwag: {error}")
         return []
 
@@ -352,14 +345,14 @@ def check_agreement(resumed: dict, fixed: dict, path: Path):
     for key, value in fixed.items():
         was = resumed.get("run", {}).get(key, value)
         if was != value:
-            raise ValueError(
+            raise UserError(
                 f"{path} is from a run with {key}={was}, not {value}: resume with the same, or start anew"
             )
 
 
 def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> GPT:
     """The resumed run's model, or that of init_from, or a new one."""
-    rows = config.vocab_size or 0
+    rows = config.padded_vocab_size or 0
     if resumed:
         model, its_enc = (
             checkpoint.build_model(resumed, path, config.dropout),
@@ -369,22 +362,23 @@ def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> 
         path = config.init_from
         model, its_enc = checkpoint.load_model(path, config.dropout)
     elif rows and rows < enc.n_vocab:
-        raise ValueError(f"vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
+        raise UserError(f"padded_vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
     else:
         shape = {
             key: getattr(config, key)
             for key in ("block_size", "n_layer", "n_head", "n_embd", "norm", "dropout")
         }
-        model, its_enc = (
-            GPT(GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=rows, **shape)),
-            enc,
-        )
+        try:
+            shape = GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=rows, **shape)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        model, its_enc = GPT(shape), enc
     if tokenizer_to_text(its_enc) != tokenizer_to_text(enc):
-        raise ValueError(
+        raise UserError(
             f"the shards in {config.data_dir} were made with another tokenizer than {path}"
         )
     if model.config.block_size < config.T:
-        raise ValueError(f"T {config.T} is above the model's block_size {model.config.block_size}")
+        raise UserError(f"T {config.T} is above the model's block_size {model.config.block_size}")
     return model
 
 
@@ -392,7 +386,7 @@ def draw_samples(model: GPT, enc, config: Config, rt: Runtime) -> list[str]:
     prompt = enc.encode_ordinary(config.sample_prompt)
     room = model.config.block_size - len(prompt)
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"sample_prompt has {len(prompt)} tokens, the context {model.config.block_size}"
         )
     with rt.autocast():

@@ -56,11 +56,11 @@ from bench.peers import (
     training_step,
 )
 from common import runtime
-from common.console import Progress, cli, say, table
-from common.cpu import can_pack, packed
-from common.files import write_text
+from common.console import Progress, UserError, cli, say, table, write_text
+from common.cpu import can_pack, keep_freed_memory, pack_weights
+from common.huggingface import save_pretrained
 from common.runtime import Runtime
-from common.shards import START
+from common.shards import SOURCE_START
 from common.tokenizer import load_tokenizer
 from experiments.sweep import read_stream
 from model import GPT, GPTConfig
@@ -97,7 +97,7 @@ class Config:
 
     def __post_init__(self):
         if self.rounds < 1 or self.hellaswag_limit < 1:
-            raise ValueError("rounds and hellaswag_limit must be at least 1")
+            raise UserError("rounds and hellaswag_limit must be at least 1")
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Figure:
 def main(config: Config):
     rt = runtime.start(config.device)
     if rt.device.type not in SHAPES:
-        raise ValueError(f"nothing is measured on {rt.device}: --device cpu or cuda")
+        raise UserError(f"nothing is measured on {rt.device}: --device cpu or cuda")
     scripts_of(config)  # an error now, rather than in an hour
     measure = dict(
         train=train,
@@ -241,7 +241,7 @@ def start_as(name: str, config: Config) -> Runtime:
     """What a process begins with that trains with the implementation of that name."""
     rt = runtime.start(config.device)
     if name == OURS:
-        rt.keep_freed_memory()
+        keep_freed_memory(rt.device)
     return rt
 
 
@@ -331,7 +331,7 @@ def with_transformers(rt: Runtime) -> tuple[GPT, object]:
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        save_pretrained(model, folder)
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     theirs.generation_config.eos_token_id = None  # the text does not end early
     return model.to(rt.device), theirs.to(rt.device)
@@ -421,7 +421,7 @@ def generate(config: Config, rt: Runtime) -> list[Figure]:
         def ours(dtype: torch.dtype):
             """As sample.py does it, from the loaded model on."""
             if can_pack(rt.device, dtype):
-                texts[dtype] = packed(model, dtype).generate(
+                texts[dtype] = pack_weights(model, dtype).generate(
                     prompts.tolist(), NEW_TOKENS, temperature=0
                 )  # noqa: B023
             else:
@@ -467,7 +467,7 @@ def tokenize(config: Config, rt: Runtime) -> list[Figure]:
     cores = runtime.num_cores()
     kind = "parquet" if config.data_files else "pydoc"
     source = fineweb.Source(fineweb.Config(source=kind, data_files=config.data_files))
-    TEXTS[:] = [text for _, batch in source.batches(START) for text in batch.to_pylist()]
+    TEXTS[:] = [text for _, batch in source.batches(SOURCE_START) for text in batch.to_pylist()]
     megabytes = sum(len(text.encode()) for text in TEXTS) / 1e6
     row = f"tokenize {megabytes:,.0f} MB, {cores} processes"
     parts = [slice(first, first + 64) for first in range(0, len(TEXTS), 64)]
@@ -547,7 +547,7 @@ def start(config: Config, rt: Runtime) -> list[Figure]:
             while process.poll() is None and not read_stream(log_dir, "train")[0]:
                 time.sleep(0.01)
             if process.poll() is not None:
-                raise ValueError(
+                raise UserError(
                     f"train_gpt2.py ended before its first step: {process.communicate()[1]}"
                 )
             process.kill()
@@ -564,7 +564,7 @@ def run_command(script: str, *words):
         [sys.executable, ROOT / script, *map(str, words)], capture_output=True, text=True
     )
     if result.returncode:
-        raise ValueError(f"{script} failed: {result.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{script} failed: {result.stderr.strip().splitlines()[-1]}")
 
 
 def to_table(figures: list[Figure]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from common.console import UserError
 from common.optim import compile_model, make_optimizer, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig
@@ -40,7 +41,7 @@ def find_scripts(folders: dict[str, str | None]) -> dict[str, Path]:
     scripts = {name: Path(folder) / files[name] for name, folder in folders.items() if folder}
     for path in scripts.values():
         if not path.is_file():
-            raise ValueError(f"no file {path}: name the folder that holds it")
+            raise UserError(f"no file {path}: name the folder that holds it")
     return scripts
 
 

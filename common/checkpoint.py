@@ -15,22 +15,38 @@ import re
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from common.files import checksum, write_whole
-from common.tokenizer import load_tokenizer, tokenizer_from_text
+from common.console import UserError, checksum, write_atomically
+from common.huggingface import load_pretrained
+from common.tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_text
 from model import GPT, GPTConfig
 
 NAME = re.compile(r"model_(\d{5,}|final)\.pt")
 
 
+def build(model: GPT, enc: tiktoken.Encoding, step: int, **resume) -> dict:
+    """The checkpoint of a model after `step` optimizer steps, to be given to `save`.
+
+    `resume` holds whatever an exact resume needs besides: the optimizer's state dict and the like.
+    """
+    return dict(
+        model=model.state_dict(),
+        config=asdict(model.config),
+        tokenizer=tokenizer_to_text(enc),
+        step=step,
+        **resume,
+    )
+
+
 def save(path: str | Path, checkpoint: dict):
     """Write a checkpoint whole or not at all. Raises OSError if it can't be written; the old file stays then."""
     try:
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             torch.save(checkpoint, file)
     except RuntimeError as error:  # torch's own writer hides the OSError of a full disk behind this
         raise OSError(
@@ -94,17 +110,17 @@ def load(path: str | Path) -> dict:
             raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint of ours: it holds more than tensors and plain values, and loading it could run "
             "code"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is truncated, corrupt or no checkpoint") from error
+        raise UserError(f"{path} is truncated, corrupt or no checkpoint") from error
     if (
         not isinstance(checkpoint, dict)
         or not {"model", "config", "tokenizer", "step"} <= checkpoint.keys()
     ):
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint of ours: it lacks model, config, tokenizer or step"
         )
     return checkpoint
@@ -129,7 +145,7 @@ def load_newest(folder: str | Path, warn=print) -> tuple[dict | None, Path | Non
     for path in candidates(folder):
         try:
             return load(path), path
-        except ValueError as error:
+        except UserError as error:
             warn(f"skipped: {error}")
     return None, None
 
@@ -139,8 +155,8 @@ def build_model(checkpoint: dict, path: str | Path, dropout: float = 0.0) -> GPT
     try:
         model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of ours: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is no checkpoint of ours: {error}") from error
     return model
 
 
@@ -153,17 +169,17 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
     if path.suffix == ".pt" or path.is_file():
         checkpoint = load(path)
         return build_model(checkpoint, path, dropout), tokenizer_from_text(checkpoint["tokenizer"])
-    model = GPT.from_pretrained(name_or_path, dropout)
+    model = load_pretrained(name_or_path, dropout)
     own_vocabulary = path / "vocab.tiktoken"
     enc = load_tokenizer(own_vocabulary if own_vocabulary.exists() else "gpt2")
     if enc.n_vocab != model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{name_or_path} has a vocabulary of {model.config.vocab_size} tokens, its tokenizer {enc.n_vocab}"
         )
     return model, enc
 
 
-def identity(name: str) -> str:
+def fingerprint(name: str) -> str:
     """What tells a model's weights from others: checksums of its files, or the name of a hub model."""
     path = Path(name)
     if path.suffix == ".pt" or path.is_file():

@@ -1,22 +1,118 @@
-"""How a stage speaks with whoever runs it: flags, progress, and one line instead of a traceback.
+"""How a stage talks to its user: flags, progress bars, errors of one line, and files written atomically.
 
-Every stage is started by `cli(Config, main, __doc__)`. Nothing here needs torch, so that `--help` is quick.
+Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, so `--help` is fast.
 """
 
-import io
+import difflib
+import hashlib
 import os
-import re
 import signal
 import sys
 import time
 import traceback
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 from tqdm import tqdm
 
 
+class UserError(Exception):
+    """An error that the user can fix. `cli` prints its message as one line, without a traceback.
+
+    The message says what is wrong, where, and what to do. Raise it where the input is read; all
+    other exceptions, except the system's OSError, are bugs and keep their traceback.
+    """
+
+    exit_code = 1
+
+
+def cli(config_class: type, main: Callable[[Any], None], doc: str | None):
+    """Run a stage whose flags are the fields of `config_class`.
+
+    A UserError or an OSError ends the process with one line; with TRACEBACK=1 in the environment
+    the traceback comes first.
+    """
+    try:
+        main(parse(config_class, doc))
+    except KeyboardInterrupt:
+        fail("interrupted", 128 + signal.SIGINT)
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    except OSError as error:
+        fail(str(error) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        kind = type(error).__name__
+        if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+            fail("out of memory: lower B (the result does not change), then T, n_layer or n_embd")
+        if kind.startswith("Dist") or "gloo" in str(error):
+            fail("lost the connection to another process; see that process's own error message")
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        traceback.print_exc()
+        fail(str(error))
+
+
+def parse(config_class: type, doc: str | None) -> Any:
+    """The Config that the command line describes. A wrong flag is one line too, with exit code 2."""
+    # Imported here, because the worker processes of a stage import this module too. tyro's hook for
+    # errors is not yet part of its stable interface, hence the exact version in requirements.txt.
+    import tyro
+    from tyro import _errors
+
+    def report(event: _errors.ParseErrorEvent):
+        if isinstance(event, _errors.UnrecognizedArgs):
+            wrong = f"unrecognized options: {' '.join(event.tokens)}"
+            flags = [f"--{name}" for name in config_class.__dataclass_fields__]
+            similar = difflib.get_close_matches(event.tokens[0], flags, n=1)
+            if similar:
+                wrong += f" (perhaps {similar[0]}?)"
+        elif isinstance(event, _errors.InvalidChoice):
+            name = event.argument.display_name()
+            wrong = f"{name} is {event.value!r}, must be one of {', '.join(event.choices)}"
+        elif isinstance(event, _errors.BadValue):
+            wrong = f"{event.argument.display_name()} needs a value"
+        elif isinstance(event, _errors.InstantiationFailure):
+            wrong = event.message
+            if event.argument:
+                wrong = f"{event.argument.display_name()}: {wrong}"
+        else:
+            return  # tyro prints it, in a box of several lines
+        fail(f"{wrong}; see --help", 2)
+
+    markers = (tyro.conf.FlagCreatePairsOff,)
+    with _errors.on_parse_error(report):
+        return tyro.cli(config_class, description=doc, use_underscores=True, config=markers)
+
+
+def fail(message: str, code: int = 1):
+    """End this process with one line on stderr.
+
+    Under torchrun it ends at once: a clean exit would wait for the other ranks.
+    """
+    if os.environ.get("TRACEBACK") and sys.exc_info()[0]:
+        traceback.print_exc()
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    rank = ""
+    if distributed:
+        rank = f"rank {os.environ['RANK']}: "
+        if os.environ["RANK"] != "0":
+            # Rank 0 usually fails with the same message, and torchrun then ends this process.
+            time.sleep(2)
+    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if distributed:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------
+# Output
+
+
 class Progress(tqdm):
-    """A progress bar on a terminal; a plain line now and then where the output is a file. Only rank 0 shows it."""
+    """A progress bar on a terminal, an occasional line where the output is a file. Rank 0 only."""
 
     def __init__(self, *args, **kwargs):
         tty = sys.stderr.isatty()
@@ -38,81 +134,63 @@ class Progress(tqdm):
 
 
 def say(*words):
-    """Print a line above the progress bar, if there is one."""
+    """Print a line, above the progress bar if there is one."""
     text = " ".join(map(str, words))
-    tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table that is aligned to be read as it is."""
+    """A Markdown table whose columns are aligned, so that it also reads well as plain text."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     lines = [head, tuple("-" * width for width in widths), *rows]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def cli(config_class, main, doc: str):
-    """Run a stage: the fields of its Config are the flags, and what the user can mend ends as one line.
+# ---------------------------------------------------------------------------------------------
+# Files
 
-    ValueError and OSError are what our own checks raise; set TRACEBACK=1 to see where.
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under its name only when it is complete.
+
+    It is written under another name, flushed to the disk and renamed, so a crash leaves the old
+    file or the new one. Raises OSError if the disk is full or the folder is not writable; the old
+    file is then untouched.
     """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        main(parse(config_class, doc))
-    except KeyboardInterrupt:
-        fail("interrupted", 128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
-        fail(str(error) or type(error).__name__)
-    except (MemoryError, RuntimeError) as error:
-        kind = type(error).__name__
-        if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
-            fail(
-                "out of memory: lower B (the global batch stays as it is), then T, n_layer or n_embd"
-            )
-        if kind.startswith("Dist") or "gloo" in str(error):
-            fail("lost the connection to another process; its own message says why")
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            raise
-        traceback.print_exc()
-        fail(str(error))
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        # Flush the folder as well, so that the rename survives a power cut.
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise OSError(f"{path} can't be written ({reason}): make room, then run again") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def parse(config_class, doc: str):
-    """The Config that the command line asks for. A wrong flag ends as one line, too, with exit code 2."""
-    import tyro  # late: the worker processes of a stage import this file too
-
-    screen = io.StringIO()
-    try:
-        with redirect_stderr(screen):
-            return tyro.cli(
-                config_class,
-                description=doc,
-                use_underscores=True,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise
-        # tyro draws a box in colors: a title, what is wrong, and advice, with rules between them.
-        plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", screen.getvalue())
-        _, wrong, *advice = filter(
-            None, (" ".join(part.split()) for part in re.split(r"[─-]{5,}|\n\s*\n", plain))
-        )
-        similar = re.search(r"you meant: (--\w+)", " ".join(advice))
-        hint = f" (perhaps {similar[1]}?)" if similar else ""
-        fail(f"{wrong}{hint}; see --help", 2)
+def write_text(path: str | Path, text: str):
+    """Write a UTF-8 file atomically."""
+    with write_atomically(path) as file:
+        file.write(text.encode())
 
 
-def fail(message: str, code: int = 1):
-    """End this process with one line. Under torchrun at once, without a clean-up that would wait for other ranks."""
-    if os.environ.get("TRACEBACK") and sys.exc_info()[0]:
-        traceback.print_exc()
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ['RANK']}: " if distributed else ""
-    if distributed and os.environ["RANK"] != "0":
-        time.sleep(
-            2
-        )  # what rank 0 says too need not be said again: torchrun ends this process before
-    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if distributed:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+def checksum(path: str | Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,21 @@
 """Generation on a CPU: a token needs every weight once, so that its time is that of reading them from memory.
 
-    model = packed(model, torch.float32)
+    model = pack_weights(model, torch.float32)
 
 oneDNN's kernels read a matrix quicker when it lies in memory in their own order, and bfloat16 halves what is read.
 """
 
 import copy
+import ctypes
+import sys
 
 import torch
 import torch.nn as nn
 
 from model import GPT
+
+M_TRIM_THRESHOLD = -1  # option numbers of mallopt, from glibc's malloc.h
+M_MMAP_MAX = -4
 
 ROWS = 8  # of activations that the order in memory is chosen for
 
@@ -37,7 +42,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def packed(model: GPT, dtype: torch.dtype) -> GPT:
+def pack_weights(model: GPT, dtype: torch.dtype) -> GPT:
     """A copy of a model on a CPU to generate with, its matrix products in `dtype` (float32 or bfloat16) without
     autocast. Embeddings and LayerNorms are shared with the model."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -47,3 +52,16 @@ def packed(model: GPT, dtype: torch.dtype) -> GPT:
     head = PackedLinear(model.wte.weight[: model.config.vocab_size], None, dtype)
     replica.head = lambda x: head(x)  # in place of the method
     return replica
+
+
+def keep_freed_memory(device: torch.device):
+    """Let glibc keep the memory of large tensors for the next ones, as PyTorch does on GPUs.
+
+    Otherwise each step gets it from the kernel anew, as pages that must first be zeroed.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -5,13 +5,43 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
+from common.console import UserError
 from common.runtime import Runtime
 from model import GPT
 
 
+class Diverged(UserError):
+    """A loss or a gradient was not finite. The exit code tells the studies, which go on with it."""
+
+    exit_code = 3
+
+
+def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.Module]:
+    """The model to train and the one to evaluate, which share their weights with `model`.
+
+    compile is "on", "off" or "auto": torch.compile on GPUs only. With several ranks, the model to
+    train averages gradients over them (DistributedDataParallel).
+    """
+    if compile == "on" or (compile == "auto" and rt.device.type == "cuda"):
+        eval_model = compile_model(model)
+    else:
+        eval_model = model
+    if rt.world_size == 1:
+        return eval_model, eval_model
+    device_ids = [rt.device] if rt.device.type == "cuda" else None
+    train_model = DistributedDataParallel(
+        eval_model, device_ids=device_ids, gradient_as_bucket_view=True
+    )
+    return train_model, eval_model
+
+
 def compile_model(model: GPT) -> nn.Module:
-    """The model under torch.compile; on CPUs without its loss, which works in place where compiled code would copy."""
+    """The model under torch.compile.
+
+    On CPUs the loss is left out: it works in place, and compiled code would copy its buffers.
+    """
     if model.wte.weight.device.type == "cpu":
         model.loss = torch.compiler.disable(model.loss)
     return torch.compile(model)
@@ -108,23 +138,23 @@ def train_step(
     lr: float,
     grad_clip: float,
     rt: Runtime,
-    shares: list[float] | None = None,
+    micro_batch_weights: list[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step on a global batch, of which `batch` lists this rank's micro-batches (x, y).
 
     Returns this rank's mean loss in nats and the norm of the whole batch's gradient before clipping, both still on
     the device. Gradients are averaged over the ranks once, on the last micro-step. grad_clip 0 clips nothing.
-    Micro-batches count alike, or by `shares`, whose mean over the ranks must add up to 1.
+    Micro-batches count alike, or by `micro_batch_weights`, whose mean over the ranks must add up to 1.
     """
-    shares = shares or [1 / len(batch)] * len(batch)
+    weights = micro_batch_weights or [1 / len(batch)] * len(batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss_sum = torch.zeros((), device=rt.device)
-    for n, ((x, y), share) in enumerate(zip(batch, shares)):
+    for n, ((x, y), weight) in enumerate(zip(batch, weights)):
         if rt.world_size > 1:
             model.require_backward_grad_sync = n == len(batch) - 1
         with rt.autocast():
-            loss = model(x, y) * share
+            loss = model(x, y) * weight
         loss.backward()
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.files import write_text
+from common.console import UserError, write_text
 from common.runtime import Runtime
 
 
@@ -26,13 +26,13 @@ class RunLog:
             try:
                 import wandb
             except ImportError as error:
-                raise ValueError(
+                raise UserError(
                     "wandb is not installed: pip install wandb, or leave --wandb away"
                 ) from error
             try:
                 self.wandb = wandb.init(project="gpt2", name=folder.name, dir=folder)
             except wandb.Error as error:  # not logged in, no network
-                raise ValueError(
+                raise UserError(
                     f"wandb does not start: {error}; WANDB_MODE=offline needs no account"
                 ) from error
         self._keep(

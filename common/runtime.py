@@ -4,7 +4,6 @@ A stage that computes calls `start(device, dtype)` first. Under `torchrun` the r
 Gloo on CPUs.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from common.console import say
+from common.console import UserError, say
 
 Device = str  # "auto", or what torch.device takes: cuda, cuda:1, mps, cpu
 Dtype = Literal[
@@ -29,8 +28,6 @@ PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass
@@ -79,15 +76,6 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device)
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
-    def keep_freed_memory(self):
-        """On a CPU, have glibc keep the memory of large tensors for the next ones, as PyTorch does on GPUs: otherwise
-        it goes back to the kernel, which hands it out again as pages of zeros, in each step anew."""
-        if self.device.type == "cpu" and sys.platform == "linux":
-            libc = ctypes.CDLL(None)
-            if hasattr(libc, "mallopt"):  # musl has none
-                libc.mallopt(M_MMAP_MAX, 0)
-                libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
     def peak_memory(self) -> int:
         """Most bytes that this rank has held so far: of GPU memory, on a CPU of resident memory."""
         if self.device.type == "cuda":
@@ -128,7 +116,7 @@ def check_launcher():
     """Refuse restarts that can't work: workers that share torchrun's store read the addresses of those before them."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        raise ValueError(
+        raise UserError(
             "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
         )
 
@@ -163,17 +151,17 @@ def choose_device(name: Device, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: auto, cuda, mps or cpu") from error
+        raise UserError(f"device {name!r} is unknown: auto, cuda, mps or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps is not available here")
+        raise UserError("device mps is not available here")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"{device} does not exist: there are {torch.cuda.device_count()} GPUs; start fewer processes"
         )
     return device

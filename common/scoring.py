@@ -15,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.console import Progress
+from common.console import Progress, UserError
 from common.runtime import Runtime
-from loss import IGNORE
-from model import GPT
+from model import GPT, IGNORE
 
 MAX_TOKENS = {
     "cpu": 1024,
@@ -108,10 +107,10 @@ def pack(request: Request, numbers: list[int], block_size: int) -> list[Row]:
     """The rows of a request: one, or one a continuation where the context must be cut to fit them."""
     context, continuations = request.context, request.continuations
     if not context or not all(continuations):
-        raise ValueError("a context and each of its continuations must hold at least one token")
+        raise UserError("a context and each of its continuations must hold at least one token")
     longest = max(map(len, continuations))
     if longest > block_size:
-        raise ValueError(
+        raise UserError(
             f"a continuation of {longest} tokens is longer than the model's context of {block_size}"
         )
     if len(context) + longest - 1 <= block_size:
@@ -181,7 +180,7 @@ def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> 
     the shape (B, T), so that a compiled model is compiled once; what is missing in the last one does not count.
     """
     if len(tokens) < 2:
-        raise ValueError("a stream of fewer than two tokens has no loss")
+        raise UserError("a stream of fewer than two tokens has no loss")
     predicted = len(tokens) - 1
     windows = -(-predicted // T)
     total = 0.0

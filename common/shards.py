@@ -13,14 +13,13 @@ from reprlib import repr as short
 import numpy as np
 import tiktoken
 
-from common.console import Progress, say
-from common.files import checksum, write_text, write_whole
+from common.console import Progress, UserError, checksum, say, write_atomically, write_text
 from common.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 # A position in the source: the document and the token in it, the state of the stream some documents before, and how
 # many documents to pass over from there.
-START = dict(document=0, token=0, state=None, skip=0)
+SOURCE_START = dict(document=0, token=0, state=None, skip=0)
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Shards:
             self._open = (shard, np.load(self.paths[shard], mmap_mode="r"))
         tokens = self._open[1][start:stop]
         if len(tokens) and tokens.max() >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.paths[shard]} holds the id {tokens.max()}, outside the vocabulary of {self.vocab_size}: "
                 "it was made with another tokenizer, or is damaged"
             )
@@ -64,7 +63,7 @@ def read_manifest(folder: str | Path) -> dict | None:
         manifest["vocab_size"], manifest["tokenizer"], manifest["dtype"]
         {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({error}): make the shards again with fineweb.py"
         ) from error
     return manifest
@@ -100,7 +99,7 @@ def open_shards(folder: str | Path, split: str, vocab_size: int | None = None) -
     if manifest:
         vocab_size = manifest["vocab_size"]
         if not manifest.get("complete", True):
-            raise ValueError(
+            raise UserError(
                 f"{folder} is unfinished: run the same fineweb.py command again and it will go on"
             )
         noted = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
@@ -113,11 +112,11 @@ def open_shards(folder: str | Path, split: str, vocab_size: int | None = None) -
     for path in paths:
         length, dtype = read_header(path)
         if noted is not None and noted.get(path.name) != length:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds {length} tokens, its manifest says {noted.get(path.name, 'nothing')}"
             )
         if manifest and dtype != manifest["dtype"]:
-            raise ValueError(f"{path} is of dtype {dtype}, its manifest says {manifest['dtype']}")
+            raise UserError(f"{path} is of dtype {dtype}, its manifest says {manifest['dtype']}")
         lengths.append(length)
     return Shards(split, paths, lengths, vocab_size or 50257)
 
@@ -127,11 +126,11 @@ def read_header(path: Path) -> tuple[int, str]:
     try:
         tokens = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is truncated or no .npy file ({error}): make it again with fineweb.py"
         ) from error
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise ValueError(
+        raise UserError(
             f"{path} is {tokens.ndim}-dimensional {tokens.dtype}; a shard is one-dimensional, uint16 or uint32"
         )
     return len(tokens), str(tokens.dtype)
@@ -159,12 +158,12 @@ class ShardWriter:
                 []
             )  # before the first shard, which is known as ours then if we are killed in between
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"{shard} is not from here (there is no {MANIFEST} beside it): choose another out_dir"
             )
         for key, value in header.items():
             if found.get(key) != value:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} holds shards made with {key}={short(found.get(key))}, not {short(value)}: "
                     "choose another out_dir"
                 )
@@ -192,7 +191,7 @@ class ShardWriter:
     def next_position(self) -> dict:
         """Where the first unfinished shard begins."""
         shards = self.manifest["shards"]
-        return shards[-1]["next"]["position"] if shards else START
+        return shards[-1]["next"]["position"] if shards else SOURCE_START
 
     def add(self, position: dict, tokens: np.ndarray, lengths: list[int]):
         """Append a batch's tokens, which begin at `position`, writing each shard that becomes full."""
@@ -234,7 +233,7 @@ class ShardWriter:
         shards = list(self.manifest["shards"])
         rest = self.buffer[: self.fill]
         if self.num_tokens == 0:
-            raise ValueError("the source holds no text: no documents, or only empty ones")
+            raise UserError("the source holds no text: no documents, or only empty ones")
         if self.num_tokens < 2 * self.shard_size:
             if shards:
                 rest = np.concatenate([np.load(self.folder / shards[0]["name"]), rest])
@@ -252,7 +251,7 @@ class ShardWriter:
 
     def _write(self, split: str, number: int, tokens: np.ndarray) -> dict:
         path = self.folder / f"{self.prefix}_{split}_{number:06d}.npy"
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             np.save(file, tokens)
         return dict(name=path.name, tokens=len(tokens), sha256=checksum(path))
 

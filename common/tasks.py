@@ -9,11 +9,10 @@ import tiktoken
 
 from common import runtime
 from common.checkpoint import load_model
-from common.console import Progress, say, table
-from common.files import write_text
+from common.console import Progress, UserError, say, table, write_text
 from common.runtime import Runtime
 from common.scoring import Request
-from model import GPT, SIZES
+from model import GPT, OPENAI_MODELS
 
 
 @dataclass
@@ -55,7 +54,7 @@ def run(config, title: str, load: Callable, evaluate: Callable) -> list[Metric] 
     metrics, predictions = evaluate(model.to(rt.device), enc, examples, rt)
     if not rt.is_main:
         return runtime.leave()
-    size = reference(config.model, model)
+    size = closest_openai_model(config.model, model)
     rows = [(metric.name, str(metric), metric.published_text(size)) for metric in metrics]
     say(table((f"{title}, {str(rt.dtype)[6:]}", config.model, f"{size}, published"), rows))
     if config.save_predictions:
@@ -74,7 +73,7 @@ def load_on_all_ranks(load: Callable, rt: Runtime):
         if turn:
             try:
                 examples = load()
-            except (OSError, ValueError) as failure:
+            except (OSError, UserError) as failure:
                 error = failure
         rt.barrier()
     if rt.sum([error is not None]):
@@ -82,15 +81,15 @@ def load_on_all_ranks(load: Callable, rt: Runtime):
     return examples
 
 
-def reference(name: str, model: GPT) -> str:
+def closest_openai_model(name: str, model: GPT) -> str:
     """The OpenAI model whose published figures stand beside a model's: itself, or the one of its shape, or `gpt2`."""
     shape = dict(
         n_layer=model.config.n_layer, n_head=model.config.n_head, n_embd=model.config.n_embd
     )
     return (
         name
-        if name in SIZES
-        else next((size for size, its in SIZES.items() if its == shape), "gpt2")
+        if name in OPENAI_MODELS
+        else next((size for size, its in OPENAI_MODELS.items() if its == shape), "gpt2")
     )
 
 
@@ -130,15 +129,15 @@ def read_jsonl(path: str | Path, parse: Callable, limit: int | None = None) -> l
             if line.strip() and (limit is None or len(parsed) < limit):
                 parsed.append(parse(json.loads(line)))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+        raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+        raise UserError(f"{path} is not UTF-8: {error}") from error
     except KeyError as error:
-        raise ValueError(f"{path}, line {number}, has no field {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
+        raise UserError(f"{path}, line {number}, has no field {error}") from error
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
     if not parsed:
-        raise ValueError(f"{path} holds no examples")
+        raise UserError(f"{path} holds no examples")
     return parsed
 
 

@@ -9,7 +9,6 @@ Either is a tiktoken.Encoding. Ours use GPT-2's splitting pattern, and <|endofte
 
 import base64
 import binascii
-import json
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
@@ -21,6 +20,8 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting pattern
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+
+from common.console import UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,7 +45,7 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
                 f"no tokenizer {str(name_or_path)!r}: give gpt2, or a vocab.tiktoken file"
             ) from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name_or_path} is not a vocab.tiktoken file") from error
+            raise UserError(f"{name_or_path} is not a vocab.tiktoken file") from error
     try:
         return tiktoken.get_encoding("gpt2")
     except (
@@ -73,13 +74,13 @@ def tokenizer_from_text(text: str) -> tiktoken.Encoding:
         pairs = [line.split() for line in text.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
-        raise ValueError(
+        raise UserError(
             "not a vocabulary: each line must hold a token in base64 and its rank"
         ) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or any(
         bytes([b]) not in ranks for b in range(256)
     ):
-        raise ValueError(
+        raise UserError(
             "not a byte-level vocabulary: ranks must run from 0 without a gap and include every byte"
         )
     return encoding_of(ranks)
@@ -144,7 +145,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
     Raises ValueError if the size is below 257 or the texts are too few for that many tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
+        raise UserError(
             f"a vocabulary of {vocab_size} tokens is too small: the bytes alone need {MIN_VOCAB_SIZE}"
         )
     library = Tokenizer(models.BPE())
@@ -158,40 +159,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
     library.train_from_iterator(texts, trainer)
     library.add_special_tokens([END_OF_TEXT])
     if library.get_vocab_size() < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the texts give only {library.get_vocab_size()} tokens, not {vocab_size}: lower the size"
         )
     to_byte = {char: byte for byte, char in byte_to_char().items()}
     vocab = library.get_vocab(with_added_tokens=False)
     ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
     return encoding_of(ranks), library
-
-
-def save_pretrained(enc: tiktoken.Encoding, folder: str | Path):
-    """Write the files from which transformers' AutoTokenizer makes the same tokenizer, and vocab.tiktoken for us."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    chars = byte_to_char()
-    vocab = {"".join(chars[b] for b in token): rank for token, rank in enc._mergeable_ranks.items()}
-    merges = [
-        tuple("".join(chars[b] for b in part) for part in pair)
-        for pair in recover_merges(enc._mergeable_ranks)
-    ]
-    library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([END_OF_TEXT])
-    library.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.json").write_text(
-        json.dumps(vocab | {END_OF_TEXT: enc.eot_token}, ensure_ascii=False), "utf-8"
-    )
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8"
-    )
-    config = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
-    config |= dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "vocab.tiktoken").write_text(tokenizer_to_text(enc))
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -38,8 +38,7 @@ from matplotlib.ticker import PercentFormatter
 
 import hellaswag
 from common import checkpoint, runtime
-from common.console import Progress, cli, say, table
-from common.files import write_text, write_whole
+from common.console import Progress, UserError, cli, say, table, write_atomically, write_text
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, shards_tokenizer
@@ -94,9 +93,9 @@ class Config:
             ("val_tokens", 2),
         ):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least {least}")
         if not self.shares or not all(0 < share < 1 for share in self.shares):
-            raise ValueError("shares must hold at least one, each between 0 and 1")
+            raise UserError("shares must hold at least one, each between 0 and 1")
 
 
 def main(config: Config):
@@ -106,18 +105,18 @@ def main(config: Config):
     config.T = min(config.T, model.config.block_size)
     train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
     if tokenizer_to_text(shards_tokenizer(config.data_dir)) != tokenizer_to_text(enc):
-        raise ValueError(
+        raise UserError(
             f"the shards in {config.data_dir} were made with another tokenizer than {config.model}"
         )
     tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
     if len(tokens) <= config.T:
-        raise ValueError(
+        raise UserError(
             f"{len(tokens)} validation tokens do not fill T = {config.T}: lower T or raise val_tokens"
         )
     config.shares = usable_shares(config, model)
     examples = load_hellaswag(config)
     settings = asdict(config) | dict(
-        model=checkpoint.identity(config.model), data=manifest_checksum(config.data_dir)
+        model=checkpoint.fingerprint(config.model), data=manifest_checksum(config.data_dir)
     )
     settings |= dict(
         dtype=str(rt.dtype), hellaswag=hashlib.sha256(json.dumps(examples).encode()).hexdigest()
@@ -130,7 +129,9 @@ def main(config: Config):
         texts, _ = read_windows(val, config.num_sequences, config.T)
         similarity, patterns = attention_similarity(model, texts, rt, SHOWN)
         draw_patterns(results, model.config, patterns)
-        with write_whole(results.folder / "similarity.npy") as file:  # 1,200 x 1,200 for GPT-2 XL
+        with write_atomically(
+            results.folder / "similarity.npy"
+        ) as file:  # 1,200 x 1,200 for GPT-2 XL
             np.save(file, similarity)
     similarity = np.load(results.folder / "similarity.npy")
     if "importance" not in results:
@@ -176,11 +177,11 @@ def usable_shares(config: Config, model: GPT) -> tuple[float, ...]:
     by_count = {count_heads(model, share): share for share in sorted(config.shares, reverse=True)}
     by_count.pop(0, None)
     if not by_count:
-        raise ValueError(
+        raise UserError(
             f"the shares {config.shares} of {sum(model.config.heads)} heads are not one: raise shares"
         )
     if max(by_count) > sum(model.config.heads) - model.config.n_layer:
-        raise ValueError(
+        raise UserError(
             f"a share of {max(config.shares)} leaves layers of {config.model} without a head: lower shares"
         )
     return tuple(sorted(by_count.values()))

@@ -36,8 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common import checkpoint, runtime
-from common.console import Progress, cli, say, table
-from common.files import write_text
+from common.console import Progress, UserError, cli, say, table, write_text
 from common.runtime import Runtime
 from common.shards import manifest_checksum, open_shards, shards_tokenizer
 from experiments.sweep import (
@@ -96,14 +95,14 @@ class Config:
         for name in ("learning_rates", "warmups", "seeds", "depths"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values}: give different values")
+                raise UserError(f"{name} is {values}: give different values")
         for name in ("gradients_every", "B", "T", "total_batch_size", "max_steps", "val_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         if min(self.learning_rates) <= 0 or min(self.depths) <= 0:
-            raise ValueError("learning_rates and depths must be above 0")
+            raise UserError("learning_rates and depths must be above 0")
         if min(self.warmups) < 0 or min(self.seeds) < 0 or self.num_parallel < 0:
-            raise ValueError("warmups, seeds and num_parallel must not be negative")
+            raise UserError("warmups, seeds and num_parallel must not be negative")
 
 
 def main(config: Config):
@@ -236,7 +235,7 @@ def read_run(
     """What a run shows. Raises ValueError if it failed otherwise than by diverging."""
     diverged = error is not None and "the run diverged" in error
     if error and not diverged:
-        raise ValueError(error)
+        raise UserError(error)
     gradients = []
     for path in checkpoint.candidates(folder)[::-1]:
         saved = checkpoint.load(path)

@@ -29,8 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common import runtime
-from common.console import cli, say, table
-from common.files import write_text
+from common.console import UserError, cli, say, table, write_text
 from common.shards import manifest_checksum, shards_tokenizer
 from experiments.sweep import (
     Results,
@@ -80,14 +79,14 @@ class Config:
         for name in ("learning_rates", "seeds", "shares"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values}: give different values")
+                raise UserError(f"{name} is {values}: give different values")
         if min(self.learning_rates) <= 0 or min(self.shares) <= 0 or max(self.shares) > 1:
-            raise ValueError("learning_rates must be above 0, shares above 0 and at most 1")
+            raise UserError("learning_rates must be above 0, shares above 0 and at most 1")
         for name in ("B", "T", "total_batch_size", "max_steps", "val_every", "val_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.warmup_steps < 0 or self.num_parallel < 0:
-            raise ValueError("warmup_steps and num_parallel must not be negative")
+            raise UserError("warmup_steps and num_parallel must not be negative")
 
 
 def main(config: Config):
@@ -161,7 +160,7 @@ def read_run(folder: Path, error: str | None) -> dict:
     """Final loss (infinite if the run diverged), its curve, and milliseconds of the median step. Raises ValueError if
     the run failed otherwise than by diverging."""
     if error and "the run diverged" not in error:
-        raise ValueError(error)
+        raise UserError(error)
     steps, vals = read_stream(folder, "val")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     milliseconds = statistics.median(record["ms"] for record in records if "ms" in record)
@@ -175,7 +174,7 @@ def best_rate(config: Config, results: Results, optimizer: str) -> float:
     }
     best = min(finals, key=finals.get)
     if finals[best] == float("inf"):
-        raise ValueError(f"{optimizer} diverged at every learning rate: give smaller ones")
+        raise UserError(f"{optimizer} diverged at every learning rate: give smaller ones")
     return best
 
 

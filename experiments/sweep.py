@@ -17,8 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common import checkpoint
-from common.console import Progress, say
-from common.files import write_text, write_whole
+from common.console import Progress, UserError, say, write_atomically, write_text
 from common.runtime import num_cores
 from common.shards import Shards
 
@@ -38,7 +37,7 @@ class Results(dict):
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder} is in use by a study that still runs, or by a run that it started"
             ) from error
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they are when read
@@ -51,10 +50,10 @@ class Results(dict):
                 self |= json.loads(self.path.read_text())
                 found = self["settings"].items()
             except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path} is damaged ({error}): move it away") from error
+                raise UserError(f"{self.path} is damaged ({error}): move it away") from error
             for key, was in found:
                 if was != settings.get(key):
-                    raise ValueError(
+                    raise UserError(
                         f"{folder} holds a study with {key}={was}, not {settings.get(key)}: choose another --out_dir"
                     )
 
@@ -62,7 +61,7 @@ class Results(dict):
         write_text(self.path, json.dumps(self, indent=1) + "\n")
 
     def save_picture(self, name: str, figure: Figure):
-        with write_whole(self.folder / name) as file:
+        with write_atomically(self.folder / name) as file:
             figure.savefig(file, format="png", dpi=150)
 
     def run_all(
@@ -201,7 +200,7 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
     """Tokens x (count, T) int64, evenly spaced over the split's first shard, and y, one token ahead."""
     last = shards.lengths[0] - T - 1
     if last < 0:
-        raise ValueError(
+        raise UserError(
             f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: lower T"
         )
     starts = np.linspace(0, last, count).astype(int)

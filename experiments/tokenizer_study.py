@@ -36,8 +36,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common import checkpoint, runtime
-from common.console import Progress, cli, say, table
-from common.files import write_text
+from common.console import Progress, UserError, cli, say, table, write_text
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import open_shards, read_manifest, shards_tokenizer
@@ -109,7 +108,7 @@ class Config:
                 "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet",
             )
         if not self.vocab_sizes or min(self.vocab_sizes) < MIN_VOCAB_SIZE:
-            raise ValueError(f"vocab_sizes must hold at least one, none below {MIN_VOCAB_SIZE}")
+            raise UserError(f"vocab_sizes must hold at least one, none below {MIN_VOCAB_SIZE}")
         for name in (
             "learn_bytes",
             "held_out_bytes",
@@ -120,13 +119,13 @@ class Config:
             "max_steps",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.sequences % self.B:
-            raise ValueError(f"sequences {self.sequences} is not divisible by B {self.B}")
+            raise UserError(f"sequences {self.sequences} is not divisible by B {self.B}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}: give different ones")
+            raise UserError(f"seeds is {self.seeds}: give different ones")
         if self.max_lr <= 0 or self.num_parallel < 0:
-            raise ValueError("max_lr must be above 0, num_parallel not negative")
+            raise UserError("max_lr must be above 0, num_parallel not negative")
         GPTConfig(
             n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd
         )  # refuses what can't be
@@ -196,11 +195,11 @@ def shard(config: Config, results: Results, tokenizers: dict[str, Path | str], d
 
     def read(name: str, error: str | None) -> dict:
         if error:
-            raise ValueError(error)
+            raise UserError(error)
         manifest = read_manifest(results.folder / name)
         numbers = {key: manifest[key] for key in ("tokens", "documents")}
         if numbers["documents"] != results.get("text", numbers)["documents"]:
-            raise ValueError(f"{config.source} changed while it was read: choose another --out_dir")
+            raise UserError(f"{config.source} changed while it was read: choose another --out_dir")
         return numbers
 
     results.run_all(commands, read, config.device, 1, desc)
@@ -268,7 +267,7 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
             break
     texts = list(filter(None, texts))
     if not any(LETTERS.search(text) for text in texts):
-        raise ValueError(
+        raise UserError(
             "the held-out text has no words of Latin letters: give more text, or other text"
         )
     return texts
@@ -317,7 +316,7 @@ def read_run(
 ) -> dict:
     """A trained model's loss on the held-out text. Raises ValueError if the run failed."""
     if error:
-        raise ValueError(error)
+        raise UserError(error)
     model, enc = checkpoint.load_model(folder / "model_final.pt")
     loss, bits = bits_per_byte(model.to(rt.device), enc, texts, B, T, rt)
     torch.cuda.empty_cache()  # for the runs on the same GPU

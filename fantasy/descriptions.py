@@ -13,7 +13,8 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import files
+from common import console
+from common.console import UserError
 from common.tokenizer import load_tokenizer
 from fantasy.locations import PromptSeed
 
@@ -74,12 +75,12 @@ class Dataset:
             if line.strip():
                 try:
                     self.remember(self.parse(line))
-                except ValueError as error:
-                    raise ValueError(f"{self.path}, line {number}: {error}") from error
+                except UserError as error:
+                    raise UserError(f"{self.path}, line {number}: {error}") from error
         if last:
             try:
                 record = self.parse(last)
-            except ValueError:
+            except UserError:
                 self.file.truncate(len(data) - len(last))
             else:  # only its newline is missing
                 self.remember(record)
@@ -97,22 +98,22 @@ class Dataset:
                 isinstance(record[f"{kind}_tokens"], int) for kind in ("prompt", "completion")
             )
         except UnicodeDecodeError as error:
-            raise ValueError("it is not UTF-8") from error
+            raise UserError("it is not UTF-8") from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"it is not JSON ({error.msg})") from error
+            raise UserError(f"it is not JSON ({error.msg})") from error
         except (KeyError, TypeError) as error:
-            raise ValueError(f"it is no record of a description ({error})") from error
+            raise UserError(f"it is no record of a description ({error})") from error
         if not right or not text.strip():
-            raise ValueError(
+            raise UserError(
                 "it is no record of a description (a field has the wrong type or is empty)"
             )
         if DELIMITER.search(text):
-            raise ValueError("its text holds a delimiter")
+            raise UserError("its text holds a delimiter")
         if (seed["place"], seed["culture"]) in self.pairs:
-            raise ValueError("its place and culture have a description already")
+            raise UserError("its place and culture have a description already")
         if (model == OFFLINE) != self.offline:
             kind, other = ("a model", "without") if self.offline else ("the grammar", "with")
-            raise ValueError(
+            raise UserError(
                 f"it is by {kind}; the two do not mix: run {other} --offline, or choose another out_dir"
             )
         return record
@@ -161,7 +162,7 @@ class Dataset:
 
     def write_text(self):
         """finetune_data.txt: all descriptions, whole or not at all. Raises OSError."""
-        files.write_text(
+        console.write_text(
             self.text_path,
             "\n".join(f"{OPEN}\n{record['text']}\n{CLOSE}\n" for record in self.records),
         )
@@ -199,21 +200,21 @@ def read_descriptions(path: str | Path) -> list[str]:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+        raise UserError(f"{path} is not UTF-8: {error}") from error
     blocks, start = [], None
     for mark in re.finditer(f"{OPEN}|{CLOSE}", text):
         if (mark[0] == OPEN) != (start is None):
             line = text.count("\n", 0, mark.start()) + 1
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {line}: {mark[0]} where {CLOSE if mark[0] == OPEN else OPEN} is due"
             )
         if mark[0] == CLOSE:
             blocks.append(text[start : mark.end()])
         start = mark.start() if mark[0] == OPEN else None
     if start is not None:
-        raise ValueError(f"{path}: the last {OPEN} is not closed")
+        raise UserError(f"{path}: the last {OPEN} is not closed")
     if len(blocks) < 2:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; two are the fewest"
         )
     return blocks

@@ -12,6 +12,7 @@ import random
 import re
 from typing import NamedTuple
 
+from common.console import UserError
 from fantasy.locations import CULTURES, MOODS, PLACES, TIMES, WEATHERS, PromptSeed
 
 OPENING = """
@@ -364,7 +365,7 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
     Raises ValueError where the two are less than LONGEST apart, or the grammar has not so many sentences.
     """
     if max_words - min_words < LONGEST:
-        raise ValueError(f"max_words must be at least min_words + {LONGEST}")
+        raise UserError(f"max_words must be at least min_words + {LONGEST}")
     rng = random.Random(f"{seed} {about}")
     target = rng.randint(min_words, max_words - LONGEST)
     slots = Slots(about, rng)
@@ -381,7 +382,7 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
                 added += count_words(sentence)
                 words += count_words(sentence)
         if not added:
-            raise ValueError(
+            raise UserError(
                 f"the grammar has no {target} words for one description: lower min_words and max_words"
             )
 

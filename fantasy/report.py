@@ -19,8 +19,7 @@ import tiktoken
 from matplotlib.figure import Figure
 
 from common.checkpoint import load_model
-from common.console import Progress, say, table
-from common.files import write_text, write_whole
+from common.console import Progress, UserError, say, table, write_atomically, write_text
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import open_shards, shards_tokenizer
@@ -95,7 +94,7 @@ def general_tokens(folder: str, count: int, enc: tiktoken.Encoding) -> np.ndarra
     """Tokens of general text; None if there are no shards, or shards of another tokenizer."""
     try:
         shards, own = open_shards(folder, "val"), shards_tokenizer(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         say(f"no general perplexity: {error}")
         return None
     if tokenizer_to_text(own) != tokenizer_to_text(enc):
@@ -195,5 +194,5 @@ def draw_losses(path: Path, history: list[dict], base_val_loss: float):
 def finish(path: Path, figure: Figure, ax):
     ax.grid(alpha=0.3)
     ax.legend()
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         figure.savefig(file, format="png", dpi=150)

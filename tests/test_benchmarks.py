@@ -17,8 +17,10 @@ import cbt
 import hellaswag
 import lambada
 from common import checkpoint, tasks
+from common.console import UserError
+from common.huggingface import save_pretrained, save_tokenizer
 from common.runtime import Runtime
-from common.tokenizer import save_pretrained, tokenizer_to_text, train_tokenizer
+from common.tokenizer import tokenizer_to_text, train_tokenizer
 from model import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -43,8 +45,8 @@ def folder(tmp_path_factory) -> Path:
     model = GPT(GPTConfig(vocab_size=500, n_layer=2, n_head=2, n_embd=32, block_size=256))
     with torch.no_grad():
         model.wte.weight *= 20  # so that predictions differ
-    model.save_pretrained(folder / "hf")
-    save_pretrained(enc, folder / "hf")
+    save_pretrained(model, folder / "hf")
+    save_tokenizer(enc, folder / "hf")
     checkpoint.save(
         folder / "model.pt",
         dict(
@@ -308,7 +310,7 @@ def test_wrong_data_is_one_line_that_names_the_place(folder, tmp_path, name):
     }[script]
     (tmp_path / source).write_text(spoil((folder / source).read_text()))
     module = {"hellaswag.py": hellaswag, "lambada.py": lambada, "cbt.py": cbt}[script]
-    with pytest.raises(ValueError, match=source) as raised:
+    with pytest.raises(UserError, match=source) as raised:
         module.load(str(tmp_path / source))
     assert expected in str(raised.value)
 

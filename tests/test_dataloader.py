@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.console import UserError
 from common.shards import open_shards
-from dataloader import TrainLoader
+from dataloader import PretrainLoader
 
 T = 8
 LENGTHS = [400, 253, 97]  # tokens of the training shards: 49 + 31 + 12 windows of 8
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def loader(folder, B=4, batch=32 * T, seed=1, rank=0, world_size=1):
-    return TrainLoader(open_shards(folder, "train"), B, T, batch, seed, rank, world_size)
+    return PretrainLoader(open_shards(folder, "train"), B, T, batch, seed, rank, world_size)
 
 
 def first_tokens(folder, steps, **kwargs):
@@ -120,7 +121,7 @@ def test_resident_memory_does_not_grow_with_the_shards(tmp_path):
     """30 shards of 20 MB, read whole: what stays in memory is less than two of them."""
     for n in range(30):
         np.save(tmp_path / f"x_train_{n:06d}.npy", np.zeros(10_000_000, dtype=np.uint16))
-    each = TrainLoader(open_shards(tmp_path, "train"), 64, 1024, 64 * 1024, seed=1)
+    each = PretrainLoader(open_shards(tmp_path, "train"), 64, 1024, 64 * 1024, seed=1)
     at_start = resident_bytes()
     most = 0
     for step in range(0, each.steps_in(1), 4):
@@ -135,7 +136,7 @@ def resident_bytes() -> int:
 
 def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):
     np.save(tmp_path / "x_train_000000.npy", np.full(1000, 50257, dtype=np.uint16))
-    with pytest.raises(ValueError, match="50257, outside the vocabulary"):
+    with pytest.raises(UserError, match="50257, outside the vocabulary"):
         next(loader(tmp_path).iterate(0, 2, torch.device("cpu")))
 
 
@@ -143,12 +144,12 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):
     "kwargs", [dict(batch=33 * T), dict(B=3), dict(B=4, world_size=3), dict(B=0)]
 )
 def test_sizes_that_do_not_divide_are_refused(folder, kwargs):
-    with pytest.raises(ValueError, match="not divisible"):
+    with pytest.raises(UserError, match="not divisible"):
         loader(folder, **kwargs)
 
 
 def test_fewer_tokens_than_one_batch_are_refused(folder):
-    with pytest.raises(ValueError, match="fewer than one batch"):
+    with pytest.raises(UserError, match="fewer than one batch"):
         loader(folder, batch=128 * T)
 
 

@@ -20,12 +20,11 @@ from common import checkpoint, lora
 from common.optim import make_optimizer, train_step
 from common.runtime import Runtime
 from common.tokenizer import tokenizer_to_text, train_tokenizer
-from dataloader import SequenceLoader
+from dataloader import FinetuneLoader
 from experiments.pruning import prune_heads
 from fantasy import report
 from fantasy.descriptions import read_descriptions
-from loss import IGNORE
-from model import GPT, GPTConfig
+from model import GPT, IGNORE, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 RNG = random.Random(0)
@@ -90,7 +89,7 @@ def test_descriptions_are_split_before_they_are_packed(folder):
 @pytest.mark.parametrize("B", [2, 5])
 def test_every_token_is_trained_on_once_an_epoch(world_size, B):
     tokens = np.arange(1000, 1000 + 333)
-    loaders = [SequenceLoader(tokens, B, 16, 8, 0, rank, world_size) for rank in range(world_size)]
+    loaders = [FinetuneLoader(tokens, B, 16, 8, 0, rank, world_size) for rank in range(world_size)]
     assert loaders[0].steps_per_epoch == 3  # 21 sequences: 8, 8 and 5
     orders = []
     for epoch in range(2):
@@ -119,7 +118,7 @@ def test_a_short_step_is_averaged_over_its_tokens():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, block_size=16))
     tokens = np.random.default_rng(0).integers(0, 50, 300)
-    loader = SequenceLoader(tokens, 3, 16, 8, 0)
+    loader = FinetuneLoader(tokens, 3, 16, 8, 0)
     rows = np.random.default_rng((0, 0)).permutation(19)[16:]
     x, y = torch.from_numpy(loader.x[rows]), torch.from_numpy(loader.y[rows])
     expected = F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), ignore_index=IGNORE)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, ok, one_line
 
+from common.console import UserError
 from fantasy.descriptions import Dataset
 from fantasy.grammar import describe
 from fantasy.locations import prompt_seeds
@@ -554,7 +555,7 @@ def test_a_malformed_line_is_named_and_nothing_is_changed(thousand, tmp_path, na
     lines[2] = spoil(lines[2])
     path = tmp_path / "finetune_data.jsonl"
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=expected) as raised, Dataset(tmp_path, offline=True):
+    with pytest.raises(UserError, match=expected) as raised, Dataset(tmp_path, offline=True):
         pass
     assert str(raised.value).startswith(f"{path}, line {4 if name == 'twice' else 3}: ")
     assert path.read_text() == "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import plot
+from common.console import UserError
 
 ROOT = Path(plot.__file__).parent
 LOSSES = {"training_loss.png", "validation_loss.png", "log_plot.png"}
@@ -300,7 +301,7 @@ def test_inputs_that_cannot_be_drawn(tmp_path):
         empty=b"", foreign=b"Dear diary,\n1 train two\n", binary=bytes(range(256)) * 9
     ).items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} holds no losses"):
+        with pytest.raises(UserError, match=f"{name} holds no losses"):
             plot.read_runs((str(tmp_path / name),))
 
 

@@ -531,10 +531,11 @@ def test_wrong_input_under_torchrun_is_said_once(data_dir, tmp_path):
 STEPS_ON_ONE_BATCH = """
 import resource, torch
 from common import runtime
+from common.cpu import keep_freed_memory
 from model import GPT, GPTConfig
 from common.optim import make_optimizer, train_step
 rt = runtime.start("cpu", "float32")
-rt.keep_freed_memory()
+keep_freed_memory(rt.device)
 model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=64))
 optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
 x, y = torch.randint(50257, (2, 4, 64))

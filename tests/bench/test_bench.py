@@ -8,6 +8,7 @@ import torch
 
 from bench import __main__ as bench
 from bench.peers import NANOGPT, definitions
+from common.console import UserError
 from model import GPTConfig
 
 SCRIPT = """
@@ -83,5 +84,5 @@ def test_training_is_measured_for_everyone_in_every_dtype(folder, capsys):
 
 
 def test_a_folder_that_does_not_hold_it_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no file .*model.py: name the folder that holds it"):
+    with pytest.raises(UserError, match="no file .*model.py: name the folder that holds it"):
         bench.main(bench.Config(nanogpt=str(tmp_path), device="cpu"))

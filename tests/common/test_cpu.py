@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.cpu import can_pack, packed
+from common.cpu import can_pack, pack_weights
 from model import GPT, GPTConfig
 
 DEVICE = torch.device("cpu")
@@ -23,7 +23,7 @@ def make_model(**more) -> GPT:
 def test_it_writes_the_same_texts(more):
     model = make_model(**more)
     prompts = [[1, 2, 3], [4] * 20, [5]]
-    replica = packed(model, torch.float32)
+    replica = pack_weights(model, torch.float32)
     assert replica.generate(prompts, 40, temperature=0) == model.generate(
         prompts, 40, temperature=0
     )
@@ -36,7 +36,7 @@ def test_it_writes_the_same_texts(more):
 def test_the_model_itself_stays_as_it_was():
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    replica = packed(model, torch.float32)
+    replica = pack_weights(model, torch.float32)
     assert replica.wte.weight is model.wte.weight
     assert replica.ln_f.weight is model.ln_f.weight
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -53,4 +53,4 @@ def test_bfloat16_is_as_near_as_autocast():
         exact = model(idx)
         with torch.autocast("cpu", torch.bfloat16):
             autocast = (model(idx) - exact).abs().max()
-        assert (packed(model, torch.bfloat16)(idx) - exact).abs().max() < 2 * autocast
+        assert (pack_weights(model, torch.bfloat16)(idx) - exact).abs().max() < 2 * autocast

@@ -5,6 +5,7 @@ import torch
 from conftest import one_line
 from test_train import TORCHRUN, arguments, launch, losses, train, train_here, weights
 
+from common.console import UserError
 from common.optim import make_optimizer
 from model import GPT, GPTConfig
 
@@ -81,5 +82,5 @@ def test_two_processes_draw_muons_curve(data_dir, tmp_path, reference):
 def test_muon_refuses(data_dir, tmp_path, reference):
     error = one_line(train(data_dir, tmp_path, "--optimizer", "muon", "--shard_optimizer"))
     assert "shard_optimizer shards AdamW's states, not muon's" in error
-    with pytest.raises(ValueError, match="is from a run with optimizer=muon, not adamw"):
+    with pytest.raises(UserError, match="is from a run with optimizer=muon, not adamw"):
         train_here(data_dir, reference, "--resume")

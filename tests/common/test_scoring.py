@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from common import scoring
+from common.console import UserError
 from common.runtime import Runtime
 from common.scoring import Request, score, stream_loss
 from model import GPT, GPTConfig
@@ -134,7 +135,7 @@ def test_nothing_is_computed_twice():
     ],
 )
 def test_what_can_not_be_scored_is_said(request_, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         score(make_model(16), [request_], CPU)
 
 

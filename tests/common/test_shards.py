@@ -161,7 +161,7 @@ def test_going_on_tokenizes_no_earlier_document_again(source, tmp_path, monkeypa
     whole = fineweb.Source(config)
     header = fineweb.manifest_header(config, whole, enc, tmp_path)
     writer = fineweb.ShardWriter(tmp_path, "x", 3000, header)
-    batches = list(whole.batches(fineweb.START))
+    batches = list(whole.batches(fineweb.SOURCE_START))
     for position, texts in batches[:2]:
         writer.add(position, *fineweb.encode_batch(texts))
     start = fineweb.ShardWriter(tmp_path, "x", 3000, header).next_position()
@@ -206,7 +206,7 @@ def test_a_dropped_connection_is_tried_again_where_it_was(source, tmp_path, monk
 
     monkeypatch.setattr(whole, "_read", drops_out)
     assert [
-        text for _, texts in whole.batches(fineweb.START) for text in texts.to_pylist()
+        text for _, texts in whole.batches(fineweb.SOURCE_START) for text in texts.to_pylist()
     ] == DOCUMENTS
     assert drops == [0, 64]
     assert capsys.readouterr().out.count("trying again") == 2
@@ -317,11 +317,11 @@ def test_not_enough_disk_is_refused_before_anything_is_written(source, tmp_path,
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):
-    from common.files import write_whole
+    from common.console import write_atomically
 
     (tmp_path / "file").write_text("old")
     with pytest.raises(OSError, match="make room"):
-        with write_whole(tmp_path / "file") as file:
+        with write_atomically(tmp_path / "file") as file:
             file.write(b"new")
             raise OSError(28, "No space left on device")
     assert contents(tmp_path) == {"file": b"old"}

@@ -10,6 +10,8 @@ import tiktoken
 from transformers import AutoTokenizer
 
 from common import tokenizer
+from common.console import UserError
+from common.huggingface import save_tokenizer
 from fineweb import pydoc_texts
 
 ODD = (
@@ -120,7 +122,7 @@ def test_a_vocabulary_file_gives_the_same_tokenizer(trained, tmp_path):
 
 
 def test_autotokenizer_reads_what_is_exported(trained, tmp_path):
-    tokenizer.save_pretrained(trained[0], tmp_path)
+    save_tokenizer(trained[0], tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = unseen_text()[:50_000].replace("<|endoftext|>", "")
     assert theirs(text).input_ids == trained[0].encode_ordinary(text)
@@ -138,7 +140,7 @@ def test_gpt2s_own_files_are_recovered(tmp_path):
     except OSError:
         pytest.skip("GPT-2's vocabulary can't be had here")
     assert tokenizer.tokenizer_to_text(gpt2) == "gpt2"
-    tokenizer.save_pretrained(gpt2, tmp_path)
+    save_tokenizer(gpt2, tmp_path)
     merges = (tmp_path / "merges.txt").read_text("utf-8").splitlines()
     assert merges[1:4] == ["Ġ t", "Ġ a", "h e"]
     assert len(merges) == 50001
@@ -154,12 +156,12 @@ def test_gpt2s_own_files_are_recovered(tmp_path):
 @pytest.mark.parametrize("text", ["", "words of prose", "AAAA 0\n", "IQ== 0\nIg== 0\n", "\xff\xfe"])
 def test_a_file_that_is_no_vocabulary_is_refused(text, tmp_path):
     (tmp_path / "vocab.tiktoken").write_text(text, "latin-1")
-    with pytest.raises(ValueError, match="vocab"):
+    with pytest.raises(UserError, match="vocab"):
         tokenizer.load_tokenizer(tmp_path / "vocab.tiktoken")
 
 
 def test_a_vocabulary_that_can_not_be_learned_is_refused():
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(UserError, match="too small"):
         tokenizer.train_tokenizer(["text"], 256)
-    with pytest.raises(ValueError, match="lower the size"):
+    with pytest.raises(UserError, match="lower the size"):
         tokenizer.train_tokenizer(["text"], 1000)

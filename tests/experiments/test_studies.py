@@ -15,6 +15,7 @@ import torch
 import tyro
 from conftest import ROOT, SMALL_RUN, TEXTS, command, ok, one_line
 
+from common.console import UserError
 from common.runtime import Runtime
 from common.shards import shards_tokenizer
 from common.tokenizer import load_tokenizer, train_tokenizer
@@ -261,7 +262,7 @@ def test_a_failing_run_ends_the_study_with_its_own_error(data_dir, tmp_path):
 def test_files_of_a_stopped_study_are_not_taken_for_those_of_another(tmp_path):
     """The settings are known from the beginning, not from the first result on."""
     sweep.Results(tmp_path, dict(T=64)).lock.close()
-    with pytest.raises(ValueError, match="holds a study with T=64, not 128"):
+    with pytest.raises(UserError, match="holds a study with T=64, not 128"):
         sweep.Results(tmp_path, dict(T=128))
 
 
@@ -356,15 +357,15 @@ def test_head_study_refuses(data_dir, model_file, tmp_path):
     with pytest.raises(OSError, match="no checkpoint"):
         here(head_study, *words, "--model", tmp_path / "model.pt")
     words += ["--model", model_file]
-    with pytest.raises(ValueError, match="leaves layers of .* without a head"):
+    with pytest.raises(UserError, match="leaves layers of .* without a head"):
         here(head_study, *words, "--shares", 0.9)
-    with pytest.raises(ValueError, match="are not one"):
+    with pytest.raises(UserError, match="are not one"):
         here(head_study, *words, "--shares", 0.01)
-    with pytest.raises(ValueError, match="lower T"):
+    with pytest.raises(UserError, match="lower T"):
         here(
             head_study, *words, "--data_dir", shards_of(np.zeros(50), tmp_path / "short", data_dir)
         )
-    with pytest.raises(ValueError, match="shares must"):
+    with pytest.raises(UserError, match="shares must"):
         head_study.Config(shares=(1.5,))
 
 
@@ -544,7 +545,7 @@ def test_tokenizer_study_refuses(tmp_path):
     ]
     words += ["--out_dir", tmp_path / "study"]
     assert "the texts give only" in one_line(command(*words))
-    with pytest.raises(ValueError, match="sequences 4 is not divisible by B 3"):
+    with pytest.raises(UserError, match="sequences 4 is not divisible by B 3"):
         tokenizer_study.Config(sequences=4, B=3)
     missing = [*words[:5], tmp_path / "no.txt", *words[6:-1], tmp_path / "other"]
     assert "no file matches" in one_line(command(*missing))
