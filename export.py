@@ -1,8 +1,9 @@
-"""A checkpoint -> a folder in Hugging Face's layout.
+"""Export a checkpoint to a folder in Hugging Face's layout.
 
     python export.py --model log/model_final.pt --out exported
 
-transformers' GPT2LMHeadModel and AutoTokenizer read it, and so does every stage here that takes a model.
+The folder loads in transformers (GPT2LMHeadModel and AutoTokenizer) and in every script here that
+takes a model.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from common.huggingface import save_pretrained, save_tokenizer
 
 @dataclass
 class Config:
-    model: str = "log/model_final.pt"  # a checkpoint
+    model: str = "log/model_final.pt"  # checkpoint to export
     out: str = "exported"  # folder to write
 
 
@@ -22,9 +23,8 @@ def main(config: Config):
     model, enc = load_model(config.model)
     save_pretrained(model, config.out)
     save_tokenizer(enc, config.out)
-    say(
-        f"{config.out}: {model.num_params():,} parameters and a tokenizer of {enc.n_vocab:,} tokens"
-    )
+    num_params = model.num_params()
+    say(f"{config.out}: {num_params:,} parameters and a tokenizer of {enc.n_vocab:,} tokens")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), whole but for its loss.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
-    model = GPT(GPTConfig())                     # random weights, 124M
+    model = GPT(GPTConfig())                     # random weights, 124M parameters
     logits = model(idx)                          # (B, T) int64 -> (B, T, vocab_size)
     loss = model(idx, targets)                   # mean cross-entropy in nats, a scalar
-    texts = model.generate([[15496, 11]], 20)    # lists of token ids in, lists of new token ids out
+    texts = model.generate([[15496, 11]], 20)    # lists of token ids in, lists of new ids out
 
-Parameters carry GPT-2's own names (wte, wpe, h.0.attn.c_attn, ...).
+Parameters have GPT-2's own names (wte, wpe, h.0.attn.c_attn, ...). OpenAI's weights are loaded by
+common/huggingface.py, our checkpoints by common/checkpoint.py.
 """
 
 import math
@@ -18,52 +19,51 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100  # a target with this value does not count
 OPENAI_MODELS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+IGNORE = -100  # a target with this value is not counted in the loss
 
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # the tokenizer's tokens: logits are this wide
-    padded_vocab_size: int = (
-        0  # rows of wte, more than vocab_size for speed only; 0 = the next multiple of 128
-    )
+    """The shape of a model. Raises ValueError if it is impossible."""
+
+    block_size: int = 1024  # longest context in tokens
+    vocab_size: int = 50257  # tokens of the tokenizer, and width of the logits
+    # rows of wte: more than vocab_size only for speed; 0 = the next multiple of 128
+    padded_vocab_size: int = 0
     n_layer: int = 12
     n_head: int = 12  # heads per layer, each n_embd / n_head wide
     n_embd: int = 768
-    heads_kept: tuple[int, ...] | None = (
-        None  # heads left in each layer of a pruned model (pruning.py); None = all
-    )
-    norm: Literal["pre", "post"] = (
-        "pre"  # LayerNorm before each sublayer, or after the residual sum
-    )
+    # heads left in each layer of a pruned model (experiments/pruning.py); None = all
+    heads_kept: tuple[int, ...] | None = None
+    norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer, or after the sum
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.padded_vocab_size = self.padded_vocab_size or math.ceil(self.vocab_size / 128) * 128
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.padded_vocab_size == 0:
+            self.padded_vocab_size = math.ceil(self.vocab_size / 128) * 128
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"padded_vocab_size {self.padded_vocab_size} is below the {self.vocab_size} tokens"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.heads_kept is not None:
             self.heads_kept = tuple(self.heads_kept)
-            if len(self.heads_kept) != self.n_layer or not all(
-                1 <= n <= self.n_head for n in self.heads_kept
-            ):
+            in_range = all(1 <= count <= self.n_head for count in self.heads_kept)
+            if len(self.heads_kept) != self.n_layer or not in_range:
                 raise ValueError(
-                    f"heads_kept is {self.heads_kept}: each of {self.n_layer} layers keeps between 1 and {self.n_head}"
+                    f"heads_kept is {self.heads_kept}: it needs {self.n_layer} numbers from 1 to "
+                    f"{self.n_head}, one per layer"
                 )
-        if self.padded_vocab_size < self.vocab_size:
-            raise ValueError(
-                f"{self.padded_vocab_size} embedding rows are fewer than the {self.vocab_size} tokens"
-            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm is {self.norm!r}, must be pre or post")
         if not 0 <= self.dropout < 1:
@@ -71,7 +71,7 @@ class GPTConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Heads in each layer."""
+        """Number of heads in each layer."""
         return self.heads_kept or (self.n_head,) * self.n_layer
 
     @property
@@ -79,20 +79,32 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
 class KVCache:
     """Keys and values of the tokens read so far, so that generation computes each token once.
 
-    A token at position p lies in slot p of its row, and a query at position p sees the slots up to p:
-    rows of different lengths need no other bookkeeping.
+    The token at position p is stored in slot p of its row, and a query at position p sees slots 0
+    to p. So rows of different lengths need no other bookkeeping. Prompts of 2 and 4 tokens, padded
+    on the right, after the prompts were read (_ is padding) and after one more token:
+
+        slot      0  1  2  3             0  1  2  3  4
+        row 0     a  b  _  _             a  b  c  _  .      its next token is at position 2
+        row 1     p  q  r  s             p  q  r  s  t      its next token is at position 4
+
+    Row 0's new token c overwrites the padding in slot 2; slots 3 and 4 lie after its position.
     """
 
     def __init__(self, config: GPTConfig, size: int):
         self.size = size
-        self.keys = [None] * config.n_layer  # each (B, n_head, size, head_dim)
-        self.values = [None] * config.n_layer
+        # One tensor per layer, each (B, n_head, size, head_dim), allocated when first used.
+        self.keys: list[torch.Tensor | None] = [None] * config.n_layer
+        self.values: list[torch.Tensor | None] = [None] * config.n_layer
 
     def locate(self, positions: torch.Tensor) -> torch.Tensor:
-        """Prepare for tokens at `positions` (B, T), the slots that they go to; return which ones they see."""
+        """Announce the tokens at `positions` (B, T); return the mask of slots that they see."""
         self.positions = positions
         self.end = int(positions.max()) + 1
         slots = torch.arange(self.end, device=positions.device)
@@ -101,25 +113,29 @@ class KVCache:
     def update(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, n_head, T, head_dim); return all keys and values up to the last position."""
-        if self.keys[layer] is None:
+        """Store k and v (B, n_head, T, head_dim); return keys and values of all slots in use."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
             B, n_head, _, head_dim = k.shape
-            self.keys[layer] = k.new_zeros(B, n_head, self.size, head_dim)
-            self.values[layer] = v.new_zeros(B, n_head, self.size, head_dim)
+            keys = k.new_zeros(B, n_head, self.size, head_dim)
+            values = v.new_zeros(B, n_head, self.size, head_dim)
+            self.keys[layer] = keys
+            self.values[layer] = values
         index = self.positions[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k)
-        self.values[layer].scatter_(2, index, v)
-        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_head, self.head_dim = config.heads[layer], config.head_dim
+        self.n_head = config.heads[layer]
+        self.head_dim = config.head_dim
         self.dropout = config.dropout
-        width = self.n_head * self.head_dim
-        self.c_attn = nn.Linear(config.n_embd, 3 * width)  # query, key, value
+        width = self.n_head * self.head_dim  # n_embd, unless heads were pruned
+        self.c_attn = nn.Linear(config.n_embd, 3 * width)  # query, key and value in one product
         self.c_proj = nn.Linear(width, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -127,17 +143,18 @@ class CausalSelfAttention(nn.Module):
         self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).chunk(3, dim=2)
-        q, k, v = (
-            t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in (q, k, v)
-        )  # (B, nh, T, hd)
+        q, k, v = self.c_attn(x).chunk(3, dim=2)  # each (B, T, width)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = k.view(B, T, self.n_head, self.head_dim).transpose(1, 2)
+        v = v.view(B, T, self.n_head, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+        # Flash attention where the device has it: the (T, T) matrix is never stored.
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
         )
-        y = y.transpose(1, 2).reshape(B, T, -1)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # heads side by side: (B, T, width)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -165,32 +182,37 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
-        if self.pre_norm:
+        if self.pre_norm:  # GPT-2
             x = x + self.attn(self.ln_1(x), mask, cache)
-            return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(x + self.attn(x, mask, cache))
-        return self.ln_2(x + self.mlp(x))
+            x = x + self.mlp(self.ln_2(x))
+        else:  # Post-LN, as in Vaswani et al. 2017
+            x = self.ln_1(x + self.attn(x, mask, cache))
+            x = self.ln_2(x + self.mlp(x))
+        return x
 
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the output head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        # Post-LN blocks already end in a LayerNorm.
+        # Post-LN blocks already end with a LayerNorm.
         self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
-        self.activation_checkpointing = (
-            False  # compute the blocks' activations again in the backward pass
-        )
+        # Recompute the blocks in the backward pass instead of keeping their activations.
+        self.activation_checkpointing = False
         self.loss = linear_cross_entropy
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02), with the projections into the residual stream scaled down by the number of those sums."""
+        """Draw weights from N(0, 0.02); biases are zero.
+
+        Each block adds two projections to the residual stream. They are scaled by the square root
+        of their number, so that the stream's variance does not grow with depth.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, 0.02 * (2 * self.config.n_layer) ** -0.5)
@@ -198,6 +220,18 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, 0.02)
             elif name.endswith("bias"):
                 parameter.zero_()
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, vocab_size) of tokens idx (B, T) int64; with targets, their loss instead.
+
+        The loss is the mean cross-entropy in nats over the targets (B, T) int64 that are not
+        IGNORE. It never holds the logits of all tokens at once.
+        """
+        x = self.hidden(idx)  # (B, T, n_embd)
+        if targets is None:
+            return self.head(x)
+        x = x.flatten(0, 1)  # (B * T, n_embd)
+        return self.loss(x, self.wte.weight, targets.flatten(), self.config.vocab_size)
 
     def hidden(
         self,
@@ -208,19 +242,18 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Final hidden states (B, T, n_embd) of tokens idx (B, T) int64.
 
-        `positions` (B, T) int64 says where in its row each token stands if not at 0, 1, 2, ...; `mask` (B, 1, T, T)
-        bool which tokens it sees if not the earlier ones. With a cache, which takes positions and no mask, it sees the
-        tokens read before, too.
+        positions: (B, T) int64, each token's position; default 0, 1, 2, ...
+        mask: (B, 1, T, T) bool, which tokens each one sees; default the earlier ones and itself.
+        cache: with it, tokens also see those read before. It needs positions, and no mask.
         """
         if positions is None:
-            if idx.size(1) > self.config.block_size:
-                raise ValueError(
-                    f"{idx.size(1)} tokens are more than the model's context of {self.config.block_size}"
-                )
-            positions = torch.arange(idx.size(1), device=idx.device)[None]
+            length = idx.size(1)
+            if length > self.config.block_size:
+                raise ValueError(f"{length} tokens exceed the context of {self.config.block_size}")
+            positions = torch.arange(length, device=idx.device)[None]  # (1, T)
         if cache is not None:
             mask = cache.locate(positions)
-        x = self.drop(self.wte(idx) + self.wpe(positions))
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, n_embd)
         for block in self.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, cache, use_reentrant=False)
@@ -232,31 +265,26 @@ class GPT(nn.Module):
         """Logits (..., vocab_size) of hidden states (..., n_embd)."""
         return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, vocab_size) of idx (B, T) int64; with targets (B, T) int64, their mean loss in nats instead.
-
-        Targets equal to IGNORE do not count. The loss never holds the logits of all tokens at once.
-        """
-        x = self.hidden(idx)
-        if targets is None:
-            return self.head(x)
-        return self.loss(
-            x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size
-        )
-
     def num_params(self) -> int:
-        """Parameters, the tied embedding once and padding rows not at all: 124,439,808 for GPT-2."""
+        """Number of parameters, without padding rows: 124,439,808 for GPT-2.
+
+        The embedding, which is also the head, counts once.
+        """
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, T: int) -> float:
-        """Model FLOPs of one token's forward and backward pass at sequence length T.
+        """FLOPs of one token's forward and backward pass at sequence length T.
 
-        6 per parameter that takes part in a matrix product (all but wpe) and 12 * head_dim * T per head for attention:
-        Chowdhery et al. 2022 ("PaLM"), appendix B. Causal masking is not deducted, recomputation not added.
+        6 for each parameter that takes part in a matrix product (all but wpe), and
+        12 * head_dim * T for each head (Chowdhery et al. 2022, "PaLM", appendix B). Causal masking
+        is not deducted, recomputation is not added.
         """
         attention = 12 * sum(self.config.heads) * self.config.head_dim * T
         return 6 * (self.num_params() - self.wpe.weight.numel()) + attention
+
+    # -----------------------------------------------------------------------------------------
+    # Generation
 
     @torch.no_grad()
     def stream(
@@ -270,9 +298,14 @@ class GPT(nn.Module):
     ) -> Iterator[list[int]]:
         """Yield the next token id of each prompt, max_tokens times.
 
-        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest ones that together reach
-        probability p (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
-        Raises ValueError for an empty prompt, or when the longest prompt and its continuation pass block_size.
+        temperature: 0 is greedy.
+        top_k: draw from the k most likely tokens only.
+        top_p: draw from the most likely tokens that together reach this probability (Holtzman et
+            al. 2020, "The Curious Case of Neural Text Degeneration").
+
+        Raises ValueError for an empty prompt, and if a prompt and its continuation exceed
+        block_size. Positions are absolute and learned (wpe has block_size rows), so a window that
+        slides past them cannot keep its cache: every token would have to be read again.
         """
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths, default=0)
@@ -286,17 +319,17 @@ class GPT(nn.Module):
         device = self.wte.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         cache = KVCache(self.config, longest + max_tokens)
-        # Rows are padded on the right: a pad's slot is overwritten before any later token can see it.
-        idx = torch.tensor(
-            [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device
-        )
+
+        # Read the prompts, padded on the right. KVCache says why the padding does no harm.
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+        idx = torch.tensor(padded, device=device)  # (B, longest)
         positions = torch.arange(longest, device=device).expand_as(idx)
-        last = torch.tensor(lengths, device=device) - 1  # position of each row's newest token
-        x = self.hidden(idx, positions, cache=cache)[
-            torch.arange(len(prompts), device=device), last
-        ]
+        x = self.hidden(idx, positions, cache=cache)
+        last = torch.tensor(lengths, device=device) - 1  # (B,) position of each row's last token
+        x = x[torch.arange(len(prompts), device=device), last]  # (B, n_embd)
+
         for n in range(max_tokens):
-            tokens = sample_token(self.head(x), temperature, top_k, top_p, generator)
+            tokens = sample_token(self.head(x), temperature, top_k, top_p, generator)  # (B,)
             yield tokens.tolist()
             if n + 1 < max_tokens:
                 last = last + 1
@@ -304,9 +337,12 @@ class GPT(nn.Module):
 
     def generate(
         self, prompts: list[list[int]], max_tokens: int, stop_token: int | None = None, **sampling
-    ):
-        """Up to max_tokens new token ids for each prompt, ending before stop_token. Sampling as in `stream`."""
-        outputs = [[] for _ in prompts]
+    ) -> list[list[int]]:
+        """Up to max_tokens new token ids for each prompt, ending before stop_token.
+
+        `sampling` are the arguments of `stream`.
+        """
+        outputs: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         was_training = self.training
         self.eval()
@@ -323,64 +359,102 @@ class GPT(nn.Module):
 
 
 def sample_token(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, generator
-):
-    """Draw one token id (B,) from logits (B, vocab_size)."""
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Draw token ids (B,) from logits (B, vocab_size)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None:
         probs, order = logits.softmax(-1).sort(descending=True)
-        outside = probs.cumsum(-1) - probs >= top_p  # the tokens before it already reach top_p
+        # A token is left out if the more likely ones already reach top_p.
+        outside = probs.cumsum(-1) - probs >= top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, an eighth of the tokens at a time.
+# ---------------------------------------------------------------------------------------------
+# The loss
 
-    Each part's gradient is computed while its logits are there, so that they need not be kept or computed again:
-    of the (N, V) logits only an eighth ever exists, and it is passed over no more than need be.
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Mean cross-entropy in nats (scalar, float32) of the logits x @ weight.T.
+
+    x: hidden states (N, C). weight: (V, C), of which only the first vocab_size rows are tokens.
+    targets: (N,) int64, IGNORE to leave a token out. Matrix products run in autocast's dtype.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, needs_grad)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear layer without ever holding all of its logits.
+
+    The logits (N, V) are the largest tensor of a training step. They are computed for an eighth of
+    the tokens at a time, and each part's gradients are computed at once in the forward pass:
+
+        grad of logits = (softmax(logits) - onehot(target)) * share,   share = 1 / counted tokens
+        grad of x      = grad of logits @ weight
+        grad of weight = grad of logits.T @ x
+
+    so that the backward pass only multiplies them by the incoming gradient. Two consequences: there
+    is no second derivative, and a loss scale (for float16) would arrive too late, after small
+    gradients have been rounded to zero.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
         valid = targets != IGNORE
-        share = (valid / valid.sum().clamp(min=1))[:, None]  # of each token in the mean
+        share = (valid / valid.sum().clamp(min=1))[:, None]  # (N, 1) weight of a token in the mean
         w = weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         grads_x = []
         grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
+
+        # All parts use the same buffer: on CPUs, allocating a large tensor is expensive.
         part = max(256, math.ceil(len(x) / 8))
+        buffer = torch.empty(part, len(w), dtype=dtype, device=x.device)  # (part, V)
         rows = torch.arange(part, device=x.device)
-        buffer = torch.empty(
-            part, len(w), dtype=dtype, device=x.device
-        )  # new memory is dear on CPUs
-        for xs, ts, vs, ss in zip(
+        parts = zip(
             x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)
-        ):
-            logits = torch.mm(xs, w.t(), out=buffer[: len(xs)]).float()
-            logits[:, vocab_size:] = -torch.inf  # padding rows take no probability
-            ts = ts.where(vs, 0)[:, None]
-            target_logits = logits.gather(1, ts)
+        )
+        for part_x, part_targets, part_valid, part_share in parts:
+            logits = torch.mm(part_x, w.t(), out=buffer[: len(part_x)]).float()
+            logits[:, vocab_size:] = -torch.inf  # padding rows get no probability
+            part_targets = part_targets.where(part_valid, 0)[:, None]  # (part, 1)
+            target_logits = logits.gather(1, part_targets)
+
+            # The softmax overwrites the logits. Its largest entry gives the logsumexp without
+            # another pass over them: log p_max = max - lse.
             highest = logits.amax(-1, keepdim=True)
             probs = torch.softmax(logits, -1, out=logits)
             lse = highest - probs.amax(-1, keepdim=True).log()
-            loss += ((lse - target_logits) * ss).sum()
-            if needs_grad:
-                probs[rows[: len(ts)], ts[:, 0]] -= (
-                    1  # not scatter_add_: it has no deterministic CUDA kernel
-                )
-                grad = probs.to(dtype)
-                grads_x.append((grad @ w) * ss)
-                shared_x = (xs * ss).to(dtype)
-                if dtype == weight.dtype:
-                    grad_w.addmm_(grad.t(), shared_x)
-                else:
-                    grad_w.add_(grad.t() @ shared_x)
+            loss += ((lse - target_logits) * part_share).sum()
+            if not needs_grad:
+                continue
+
+            # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.
+            probs[rows[: len(part_targets)], part_targets[:, 0]] -= 1
+            grad = probs.to(dtype)
+            # The share is applied to the narrow factors (part, C), not to (part, V).
+            grads_x.append((grad @ w) * part_share)
+            shared_x = (part_x * part_share).to(dtype)
+            if dtype == weight.dtype:
+                grad_w.addmm_(grad.t(), shared_x)
+            else:
+                grad_w.add_(grad.t() @ shared_x)
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads_x).to(x.dtype), grad_w)
         return loss
@@ -389,15 +463,3 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x.mul_(grad_loss), grad_w.mul_(grad_loss), None, None, None, None
-
-
-def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """Mean loss in nats (scalar, float32) of hidden states x (N, C) against targets (N,) int64 under the logits
-    x @ weight.T, of which only the first vocab_size columns count. Matrix products run in autocast's dtype."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, needs_grad)

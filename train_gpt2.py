@@ -1,14 +1,15 @@
-"""Shards -> a pretrained GPT-2. The defaults are the full run: 124M parameters, 19,073 steps of 524,288 tokens.
+"""Pretrain GPT-2 on token shards. The defaults are the full run: 124M parameters, 10B tokens.
 
-    python train_gpt2.py                                            # one GPU, or whatever there is
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # eight GPUs
-    python train_gpt2.py --resume                                   # go on from the newest checkpoint of log/
-    python train_gpt2.py --data_dir datasets/pydoc --n_layer 4 --n_head 4 --n_embd 128 --B 8 --T 128 \\
-        --total_batch_size 4096 --max_steps 200 --warmup_steps 20 --hellaswag_every 0   # a small one
+    python train_gpt2.py                                     # one process: CUDA, else MPS, else CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   # eight GPUs
+    python train_gpt2.py --resume                            # continue from the newest checkpoint
+    python train_gpt2.py --data_dir datasets/pydoc --n_layer 4 --n_head 4 --n_embd 128 --B 8 \\
+        --T 128 --total_batch_size 4096 --max_steps 200 --warmup_steps 20 --hellaswag_every 0
 
-"step" counts the optimizer steps taken so far: the validation loss of step 100 is that of the model after 100 steps,
-the training loss of step 100 that of the batch from which the 101st is made. SIGTERM and Ctrl-C finish the step, write
-a checkpoint and exit.
+`step` counts the optimizer steps taken so far. The validation loss logged at step 100 is that of
+the model after 100 updates; the training loss at step 100 is that of the batch used for update 101.
+
+SIGTERM and Ctrl-C finish the current step, write a checkpoint and exit.
 """
 
 import json
@@ -19,18 +20,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import which
 from typing import Literal
 
+import numpy as np
+import tiktoken
 import torch
+import torch.nn as nn
 
 import hellaswag
 from common import checkpoint, cpu, runtime, tasks
 from common.console import Progress, UserError, cli, write_text
 from common.optim import (
     Diverged,
+    Optimizer,
     learning_rate,
     make_optimizer,
     optimizer_state,
@@ -48,92 +54,87 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
-    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
-    log_dir: str = "log"  # run folder: logs and checkpoints
-    # batch
-    B: int = (
-        64  # micro-batch: sequences per process and forward pass; lower it when memory runs out
-    )
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
+    log_dir: str = "log"  # run folder, for logs and checkpoints
+
+    # ---- Batch
+
+    # micro-batch: sequences per process and forward pass; lower it if memory runs out
+    B: int = 64
     T: int = 1024  # sequence length in tokens
-    total_batch_size: int = 524288  # tokens per optimizer step, over all processes and micro-steps
-    # length: by steps or by epochs
-    max_steps: int | None = (
-        None  # optimizer steps; None = 19073, which is 10B tokens, unless num_epochs is given
-    )
+    total_batch_size: int = 524288  # tokens per optimizer step, over all processes
+
+    # ---- Length of the run, in steps or in epochs
+
+    # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given
+    max_steps: int | None = None
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
-    # optimizer
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
-    )
-    warmup_steps: int = 715  # of linear warmup
+
+    # ---- Optimizer
+
+    # muon: Muon for the matrices of the blocks, AdamW for everything else
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
-    min_lr: float = 6e-5  # learning rate at the last step, down a cosine
-    weight_decay: float = 0.1  # of tensors of two dimensions and more
-    beta1: float = 0.9  # AdamW's decay of the gradient's mean
-    beta2: float = 0.95  # AdamW's decay of its square
+    min_lr: float = 6e-5  # final learning rate of the cosine decay
+    weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
+    beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
+    beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
     eps: float = 1e-8  # AdamW's epsilon
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
-    shard_optimizer: bool = (
-        False  # each process keeps only its share of AdamW's states (ZeRO stage 1)
-    )
-    # model
-    n_layer: int = 12  # blocks
+    # each process keeps only its share of AdamW's states (ZeRO stage 1)
+    shard_optimizer: bool = False
+
+    # ---- Model
+
+    n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width
-    block_size: int = 1024  # longest context that the model can read; T may be shorter
-    padded_vocab_size: int | None = (
-        None  # rows of the embedding; None = the tokenizer's, padded to a multiple of 128: 50304
-    )
-    norm: Literal["pre", "post"] = (
-        "pre"  # LayerNorm before the sublayers (GPT-2), or after (the first Transformer)
-    )
-    dropout: float = 0.0  # share of activations dropped
-    activation_checkpointing: bool = (
-        False  # compute the blocks again in the backward pass: less memory, slower
-    )
-    init_from: str | None = (
-        None  # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
-    )
-    # run
-    resume: bool = False  # go on from the newest good checkpoint in log_dir, or start afresh where there is none
-    seed: int = 1337  # of weights, data order and samples
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
+    n_embd: int = 768  # width of the residual stream
+    block_size: int = 1024  # longest context of the model in tokens; T may be shorter
+    # rows of the embedding; None = the tokenizer's size, rounded up to a multiple of 128: 50304
+    padded_vocab_size: int | None = None
+    # LayerNorm before each sublayer (GPT-2) or after it (the original Transformer)
+    norm: Literal["pre", "post"] = "pre"
+    dropout: float = 0.0  # probability of dropping an activation
+    # recompute the blocks in the backward pass: less memory, slower
+    activation_checkpointing: bool = False
+    # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
+    init_from: str | None = None
+
+    # ---- Run
+
+    # continue from the newest valid checkpoint in log_dir, or start from scratch if there is none
+    resume: bool = False
+    seed: int = 1337  # seed of weights, data order, dropout and samples
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    dtype: runtime.Dtype = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     timeout: float = 600  # seconds that a process waits for another one before it gives up
-    deterministic: bool = (
-        False  # only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
-    )
-    # now and then, in steps; 0 = never
+    # use only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
+    deterministic: bool = False
+
+    # ---- Periodic actions: interval in steps, 0 = off
+
     val_every: int = 100  # validation loss
-    val_tokens: int = 10485760  # tokens of the validation shard to take it on
-    hellaswag_every: int = 250  # accuracy on HellaSwag
-    hellaswag_data: str | None = (
-        None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
-    )
-    sample_every: int = 250  # print samples
-    sample_prompt: str = "Hello, I'm a language model,"  # how they begin
-    checkpoint_every: int = 5000  # checkpoints that are kept; 0 = none but the final one
-    rolling_every: int = 250  # checkpoints in between, to resume from: the last two are kept
-    wandb: bool = False  # log to Weights & Biases, too
+    val_tokens: int = 10485760  # tokens of the validation shard used for the validation loss
+    hellaswag_every: int = 250  # HellaSwag accuracy
+    # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    hellaswag_data: str | None = None
+    sample_every: int = 250  # text samples, printed
+    sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
+    # checkpoints to keep; 0 = only the final one, and no rolling ones
+    checkpoint_every: int = 5000
+    rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
+    wandb: bool = False  # also log to Weights & Biases
 
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:
             raise UserError("give max_steps or num_epochs, not both")
         if self.shard_optimizer and self.optimizer != "adamw":
-            raise UserError(
-                f"shard_optimizer shards AdamW's states, not {self.optimizer}'s: leave one of them out"
-            )
-        intervals = (
-            "val_every",
-            "hellaswag_every",
-            "sample_every",
-            "checkpoint_every",
-            "rolling_every",
-        )
-        for name in (*intervals, "warmup_steps", "grad_clip"):
+            raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
+        intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
+        for name in (*intervals, "rolling_every", "warmup_steps", "grad_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
         for name in ("B", "T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
@@ -142,188 +143,341 @@ class Config:
 
 
 def main(config: Config):
-    if config.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # without it cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(True)
-    rt = runtime.start(config.device, config.dtype, config.timeout)
-    if not config.activation_checkpointing:  # where memory matters more than time
-        cpu.keep_freed_memory(rt.device)
-    log_dir, resume = Path(config.log_dir), config.resume or runtime.restarted()
+    rt = start(config)
+    resume = config.resume or runtime.restarted()
     if rt.is_main:
-        prepare_folder(log_dir, resume)
+        prepare_folder(Path(config.log_dir), resume)
     rt.barrier()
-
-    # data
-    train_shards = open_shards(config.data_dir, "train")
-    val_shards = open_shards(config.data_dir, "val") if config.val_every else None
-    loader = PretrainLoader(
-        train_shards,
-        config.B,
-        config.T,
-        config.total_batch_size,
-        config.seed,
-        rt.rank,
-        rt.world_size,
-    )
-    max_steps = (
-        loader.steps_in(config.num_epochs) if config.num_epochs else config.max_steps or 19073
-    )
-    enc = shards_tokenizer(config.data_dir)
-    examples = hellaswag_examples(config, rt)
-
-    # model, optimizer, and where an earlier run left them
-    resumed, path = checkpoint.load_newest(log_dir, rt.print) if resume else (None, None)
-    fixed = fixed_settings(config)
-    if resumed:
-        check_agreement(resumed, fixed, path)
-    torch.manual_seed(config.seed)
-    raw_model = make_model(config, enc, resumed, path).to(rt.device)
-    raw_model.activation_checkpointing = config.activation_checkpointing
-    betas, sharded = (config.beta1, config.beta2), config.shard_optimizer and rt.world_size > 1
-    muon = config.optimizer == "muon"
-    optimizer = make_optimizer(
-        raw_model, config.max_lr, config.weight_decay, betas, config.eps, sharded, muon
-    )
-    start_step = 0
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        start_step = resumed["step"]
-        rt.print(f"resuming from {path}, step {start_step}")
-        del resumed
-    train_model, model = prepare_model(raw_model, rt, config.compile)
-
-    if start_step >= max_steps:
-        rt.print(f"{log_dir} is finished: {start_step} steps; nothing to do")
+    run = set_up(config, resume, rt)
+    if run.start_step >= run.max_steps:
+        rt.print(f"{config.log_dir} is finished: {run.start_step} steps; nothing to do")
         return runtime.leave()
 
-    log = RunLog(log_dir, start_step, rt, config.wandb)
+    run.log = RunLog(run.folder, run.start_step, rt, config.wandb)
     if rt.is_main:
-        write_config(config, max_steps, rt)
-    rt.print(
-        f"{raw_model.num_params():,} parameters, {rt.device} x {rt.world_size}, {str(rt.dtype)[6:]}"
-        f"{', compiled' if model is not raw_model else ''}; {train_shards.num_tokens:,} training tokens; steps of "
-        f"{loader.accumulation} x {config.B} x {config.T} x {rt.world_size} tokens"
-    )
+        write_config(config, run.max_steps, rt)
+    rt.print(run.describe())
+    began = time.perf_counter()
+    with StopSignal() as stop:
+        step = train(run, stop)
 
-    def evaluate(step: int):
-        if is_due(step, config.val_every, max_steps):
-            tokens = val_shards.read(0, 0, min(config.val_tokens + 1, val_shards.lengths[0]))
-            loss = stream_loss(model, tokens, config.B, config.T, rt)
-            log.write(step, val=loss)
-            rt.print(f"step {step} | val {loss:.4f} | perplexity {math.exp(min(loss, 99)):.2f}")
-        if examples and is_due(step, config.hellaswag_every, max_steps):
-            metrics, _ = hellaswag.evaluate(raw_model, enc, examples, rt, styles=("completion",))
-            log.write_hellaswag(step, hellaswag.result_line(metrics))
-            rt.print(f"step {step} | HellaSwag {metrics[1]}")
-        if step and is_due(step, config.sample_every, max_steps) and rt.is_main:
-            log.write(step, samples=draw_samples(raw_model, enc, config, rt))
-
-    saver = checkpoint.BackgroundSaver()  # used on rank 0
-
-    def save(name: str, step: int) -> Path:
-        path, optimizer_states = log_dir / name, optimizer_state(optimizer)
-        if rt.is_main:
-            state = checkpoint.build(raw_model, enc, step, optimizer=optimizer_states, run=fixed)
-            keep = 0 if step == max_steps else 2
-            saver.save(
-                path,
-                state,
-                then=lambda: checkpoint.remove_rolling(log_dir, config.checkpoint_every, keep),
-            )
-        return path
-
-    flops = raw_model.flops_per_token(config.T)
-    peak_flops = rt.peak_flops()
-    step, last_good, began = start_step, path, time.perf_counter()
-    with (
-        StopSignal() as stop,
-        Progress(total=max_steps, initial=step, desc="pretraining", unit="step") as bar,
-    ):
-        evaluate(step)
-        for batch in loader.iterate(start_step, max_steps, rt.device):
-            t0 = time.perf_counter()
-            rt.seed(
-                config.seed, step
-            )  # dropout is a function of the step, so that a resumed run draws the same
-            lr = learning_rate(step, max_steps, config.warmup_steps, config.max_lr, config.min_lr)
-            loss, grad_norm = train_step(train_model, optimizer, batch, lr, config.grad_clip, rt)
-            # One reduction for both: the mean loss, and whether any rank was asked to stop.
-            loss, stop_asked = rt.sum(torch.stack([loss, loss.new_tensor(stop.number)])).tolist()
-            loss, grad_norm = loss / rt.world_size, float(grad_norm)
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                saver.wait()
-                raise Diverged(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the last good "
-                    f"checkpoint is {last_good}; lower max_lr or lengthen the warmup"
-                )
-            seconds = time.perf_counter() - t0
-            rate = config.total_batch_size / seconds
-            log.write(
-                step, loss=loss, lr=lr, grad_norm=grad_norm, ms=1000 * seconds, tokens_per_sec=rate,
-                mfu=flops * rate / (peak_flops * rt.world_size) if peak_flops else None, memory=rt.peak_memory(),
-            )  # fmt: skip
-            step += 1
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
-            bar.update()
-            if step == max_steps or stop_asked:
-                break
-            if config.checkpoint_every and (
-                is_due(step, config.checkpoint_every) or is_due(step, config.rolling_every)
-            ):
-                last_good = save(f"model_{step:05d}.pt", step)
-            evaluate(step)
-        if step == max_steps:
-            evaluate(step)
-
-    if step < max_steps:
-        path = save(f"model_{step:05d}.pt", step)
-        saver.wait()
-        rt.print(f"stopped: saved {path}; --resume goes on from there")
-        runtime.leave()
-        sys.exit(128 + (stop.number or signal.SIGTERM))
-    final = save("model_final.pt", step)
-    saver.wait()
     seconds = time.perf_counter() - began
-    tokens = (step - start_step) * config.total_batch_size
-    vals = log.values("val")
-    rt.print(
-        f"done: {step:,} steps, {step * config.total_batch_size:,} tokens; this run {tokens:,} in {seconds:,.0f} s, "
-        f"{tokens / seconds:,.0f} tokens/s"
-        + (f"; validation loss {vals[-1]:.4f}, best {min(vals):.4f}" if vals else "")
-        + f"\nmodel: {final}   logs: {log_dir}/log.txt, {log_dir}/metrics.jsonl   pictures: python plot.py {log_dir}"
-    )
     runtime.leave()
+    if step < run.max_steps:
+        rt.print(f"stopped: saved {run.last_saved}; --resume continues from there")
+        sys.exit(128 + (stop.number or signal.SIGTERM))
+    rt.print(summarize(run, seconds))
 
 
-def is_due(step: int, every: int, last_step: int | None = None) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens at this one; at the last one it does."""
-    return bool(every) and (step % every == 0 or step == last_step)
+# ---------------------------------------------------------------------------------------------
+# The training loop
 
 
-def prepare_folder(log_dir: Path, resume: bool):
-    """Make the run folder. Raises ValueError if it holds a run that is not to be resumed."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    held = [
-        p.name
-        for p in sorted(log_dir.iterdir())
-        if p.name in ("log.txt", "config.json") or p.match("model_*.pt")
-    ]
-    if held and not resume:
-        raise UserError(
-            f"{log_dir} already holds a run ({held[0]}): --resume it, or choose another --log_dir"
+@dataclass
+class Run:
+    """What the training loop works on."""
+
+    config: Config
+    rt: Runtime
+    folder: Path  # log_dir
+    enc: tiktoken.Encoding
+    loader: PretrainLoader
+    val_tokens: np.ndarray | None  # tokens for the validation loss, (val_tokens + 1,)
+    hellaswag: list[dict]  # examples; none if HellaSwag is off or not available
+    model: GPT
+    train_model: nn.Module  # the model, possibly compiled and in DDP; all three share their weights
+    eval_model: nn.Module  # the model, possibly compiled
+    optimizer: Optimizer
+    start_step: int  # optimizer steps that an earlier process has taken
+    max_steps: int
+    last_saved: Path | None  # newest checkpoint
+    log: RunLog = field(init=False)
+    saver: checkpoint.BackgroundSaver = field(default_factory=checkpoint.BackgroundSaver)
+
+    def describe(self) -> str:
+        config = self.config
+        compiled = ", compiled" if self.eval_model is not self.model else ""
+        micro_steps = self.loader.accumulation
+        return (
+            f"{self.model.num_params():,} parameters, {self.rt.device} x {self.rt.world_size}, "
+            f"{self.rt.dtype_name}{compiled}; {self.loader.shards.num_tokens:,} training tokens; "
+            f"steps of {micro_steps} x {config.B} x {config.T} x {self.rt.world_size} tokens"
         )
-    for leftover in log_dir.glob("*.tmp"):
-        leftover.unlink()
-    write_text(
-        log_dir / "config.json.probe", ""
-    )  # not writable? better now than at the first checkpoint
-    (log_dir / "config.json.probe").unlink()
 
 
-def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
-    """The examples to evaluate while training; none if they are not wanted, or can't be had."""
+def train(run: Run, stop: StopSignal) -> int:
+    """Train until max_steps or until a signal asks to stop; return the number of steps taken.
+
+    Each round of the loop begins with the model after `step` updates: it is saved, evaluated and
+    sampled if that is due, and then updated once more.
+    """
+    config = run.config
+    batches = run.loader.iterate(run.start_step, run.max_steps, run.rt.device)
+    stop_asked = False
+    bar = Progress(total=run.max_steps, initial=run.start_step, desc="pretraining", unit="step")
+    with bar, closing(batches):
+        for step in range(run.start_step, run.max_steps + 1):
+            last_step = step == run.max_steps
+
+            # Save first: if something below fails, no more than this step is lost.
+            if last_step or stop_asked or (step > run.start_step and is_save_due(config, step)):
+                save(run, step)
+            if stop_asked and not last_step:
+                break
+            if is_due(config.val_every, step, last_step):
+                validate(run, step)
+            if is_due(config.hellaswag_every, step, last_step):
+                evaluate_hellaswag(run, step)
+            if step > 0 and is_due(config.sample_every, step, last_step):
+                draw_samples(run, step)
+            if last_step:
+                break
+
+            # One update. The loader has read the batch ahead of time.
+            batch = next(batches)
+            began = time.perf_counter()
+            run.rt.seed(config.seed, step)  # makes dropout a function of the step: resume is exact
+            lr = learning_rate(
+                step, run.max_steps, config.warmup_steps, config.max_lr, config.min_lr
+            )
+            loss, grad_norm = train_step(
+                run.train_model, run.optimizer, batch, lr, config.grad_clip, run.rt
+            )
+            # Reduce the loss together with "was any rank asked to stop?", so that all ranks agree.
+            sums = run.rt.sum(torch.stack([loss, loss.new_tensor(stop.number)])).tolist()
+            mean_loss = sums[0] / run.rt.world_size
+            stop_asked = sums[1] > 0
+            grad_norm = float(grad_norm)
+            check_finite(run, step, mean_loss, grad_norm)
+
+            seconds = time.perf_counter() - began
+            rate = config.total_batch_size / seconds
+            log_step(run, step, mean_loss, lr, grad_norm, seconds)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+            bar.update()
+    run.saver.wait()
+    return step
+
+
+def is_due(every: int, step: int, last_step: bool) -> bool:
+    """Whether a periodic action (every so many steps, 0 = never) happens now.
+
+    It always happens at the last step, unless it is off.
+    """
+    return every > 0 and (step % every == 0 or last_step)
+
+
+def is_save_due(config: Config, step: int) -> bool:
+    if not config.checkpoint_every:
+        return False
+    return is_due(config.checkpoint_every, step, False) or is_due(config.rolling_every, step, False)
+
+
+def save(run: Run, step: int):
+    """Write the checkpoint of this step in the background."""
+    last_step = step == run.max_steps
+    name = "model_final.pt" if last_step else f"model_{step:05d}.pt"
+    run.last_saved = run.folder / name
+    optimizer_states = optimizer_state(run.optimizer)  # needs all ranks if it is sharded
+    if not run.rt.is_main:
+        return
+    state = checkpoint.build(
+        run.model, run.enc, step, optimizer=optimizer_states, run=resume_keys(run.config)
+    )
+    keep = 0 if last_step else 2
+
+    def remove_old():
+        checkpoint.remove_rolling(run.folder, run.config.checkpoint_every, keep)
+
+    run.saver.save(run.last_saved, state, then=remove_old)
+
+
+def validate(run: Run, step: int):
+    loss = stream_loss(run.eval_model, run.val_tokens, run.config.B, run.config.T, run.rt)
+    run.log.write(step, val=loss)
+    perplexity = math.exp(min(loss, 99))
+    run.rt.print(f"step {step} | val {loss:.4f} | perplexity {perplexity:.2f}")
+
+
+def evaluate_hellaswag(run: Run, step: int):
+    if not run.hellaswag:
+        return
+    # The uncompiled model: the shapes vary, and each would be compiled.
+    metrics, _ = hellaswag.evaluate(
+        run.model, run.enc, run.hellaswag, run.rt, styles=("completion",)
+    )
+    run.log.write_hellaswag(step, hellaswag.result_line(metrics))
+    run.rt.print(f"step {step} | HellaSwag {metrics[1]}")
+
+
+def draw_samples(run: Run, step: int):
+    """Print and log four continuations of sample_prompt. Rank 0 alone does it."""
+    if not run.rt.is_main:
+        return
+    config = run.config
+    prompt = run.enc.encode_ordinary(config.sample_prompt)
+    room = run.model.config.block_size - len(prompt)
+    with run.rt.autocast():
+        outputs = run.model.generate(
+            [prompt] * 4,
+            min(32, room),
+            stop_token=run.enc.eot_token,
+            top_k=50,
+            seed=config.seed,
+        )
+    samples = [config.sample_prompt + run.enc.decode(output) for output in outputs]
+    for sample in samples:
+        run.rt.print(f"> {sample}")
+    run.log.write(step, samples=samples)
+
+
+def check_finite(run: Run, step: int, loss: float, grad_norm: float):
+    """Raise Diverged if the loss or the gradient is not finite. Nothing is saved after that."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    run.saver.wait()
+    raise Diverged(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the "
+        f"last good checkpoint is {run.last_saved}; lower max_lr or lengthen the warmup"
+    )
+
+
+def log_step(run: Run, step: int, loss: float, lr: float, grad_norm: float, seconds: float):
+    rate = run.config.total_batch_size / seconds
+    peak_flops = run.rt.peak_flops()
+    mfu = None
+    if peak_flops:
+        flops = run.model.flops_per_token(run.config.T)
+        mfu = flops * rate / (peak_flops * run.rt.world_size)
+    run.log.write(
+        step,
+        loss=loss,
+        lr=lr,
+        grad_norm=grad_norm,
+        ms=1000 * seconds,
+        tokens_per_sec=rate,
+        mfu=mfu,
+        memory=run.rt.peak_memory(),
+    )
+
+
+def summarize(run: Run, seconds: float) -> str:
+    """The last lines on the screen: what was done, how fast, how well, where the results are."""
+    config = run.config
+    new_tokens = (run.max_steps - run.start_step) * config.total_batch_size
+    text = (
+        f"done: {run.max_steps:,} steps, {run.max_steps * config.total_batch_size:,} tokens; "
+        f"this run {new_tokens:,} in {seconds:,.0f} s, {new_tokens / seconds:,.0f} tokens/s"
+    )
+    val_losses = run.log.values("val")
+    if val_losses:
+        text += f"; validation loss {val_losses[-1]:.4f}, best {min(val_losses):.4f}"
+    return (
+        f"{text}\nmodel: {run.last_saved}   logs: {run.folder}/log.txt, {run.folder}/metrics.jsonl"
+        f"   plots: python plot.py {run.folder}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Setting up
+
+
+def start(config: Config) -> Runtime:
+    """Choose device and dtype, and join the other ranks."""
+    if config.deterministic:
+        # cuBLAS is deterministic only with a workspace of fixed size.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    rt = runtime.start(config.device, config.dtype, config.timeout)
+    # Activation checkpointing says that memory matters more than time.
+    if not config.activation_checkpointing:
+        cpu.keep_freed_memory(rt.device)
+    return rt
+
+
+def prepare_folder(folder: Path, resume: bool):
+    """Make the run folder. Raises UserError if it holds a run that is not to be resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        of_a_run = path.name in ("log.txt", "config.json") or path.match("model_*.pt")
+        if of_a_run and not resume:
+            raise UserError(
+                f"{folder} already holds a run ({path.name}): --resume it, or choose another "
+                "--log_dir"
+            )
+        if path.suffix == ".tmp":  # an interrupted write
+            path.unlink()
+    # A folder that is not writable should fail now, not at the first checkpoint.
+    write_text(folder / "config.json.probe", "")
+    (folder / "config.json.probe").unlink()
+
+
+def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
+    """Data, model and optimizer: from the newest checkpoint, from init_from, or new."""
+    shards = open_shards(config.data_dir, "train")
+    loader = PretrainLoader(
+        shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size
+    )
+    if config.num_epochs:
+        max_steps = loader.steps_in(config.num_epochs)
+    else:
+        max_steps = config.max_steps or 19073
+    enc = shards_tokenizer(config.data_dir)
+    val_tokens = read_val_tokens(config)
+    hellaswag_examples = load_hellaswag(config, rt)
+
+    folder = Path(config.log_dir)
+    loaded, loaded_from = None, None
+    if resume:
+        loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
+    if loaded:
+        check_agreement(config, loaded, loaded_from)
+    torch.manual_seed(config.seed)
+    model = make_model(config, enc, loaded, loaded_from).to(rt.device)
+    model.activation_checkpointing = config.activation_checkpointing
+    optimizer = make_optimizer(
+        model,
+        config.max_lr,
+        config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        sharded=config.shard_optimizer and rt.world_size > 1,
+        muon=config.optimizer == "muon",
+    )
+    start_step = 0
+    if loaded:
+        optimizer.load_state_dict(loaded["optimizer"])
+        start_step = loaded["step"]
+        rt.print(f"resuming from {loaded_from}, step {start_step}")
+    train_model, eval_model = prepare_model(model, rt, config.compile)
+    return Run(
+        config=config,
+        rt=rt,
+        folder=folder,
+        enc=enc,
+        loader=loader,
+        val_tokens=val_tokens,
+        hellaswag=hellaswag_examples,
+        model=model,
+        train_model=train_model,
+        eval_model=eval_model,
+        optimizer=optimizer,
+        start_step=start_step,
+        max_steps=max_steps,
+        last_saved=loaded_from,
+    )
+
+
+def read_val_tokens(config: Config) -> np.ndarray | None:
+    """The first val_tokens + 1 tokens of the validation shard; None if not needed."""
+    if not config.val_every:
+        return None
+    shards = open_shards(config.data_dir, "val")
+    return shards.read(0, 0, min(config.val_tokens + 1, shards.lengths[0]))
+
+
+def load_hellaswag(config: Config, rt: Runtime) -> list[dict]:
+    """HellaSwag's examples; none, with a warning, if they are not available."""
     if not config.hellaswag_every:
         return []
     try:
@@ -333,83 +487,84 @@ def hellaswag_examples(config: Config, rt: Runtime) -> list[dict]:
         return []
 
 
-def fixed_settings(config: Config) -> dict:
-    """What a resumed run must share with the run that it goes on from: which tokens come when, and the optimizer."""
+def resume_keys(config: Config) -> dict:
+    """Settings that a resumed run must share with its checkpoint: which tokens come when, and the
+    optimizer."""
     keys = ("seed", "T", "total_batch_size", "optimizer")
-    return {key: getattr(config, key) for key in keys} | dict(
-        data=manifest_checksum(config.data_dir)
-    )
+    settings = {key: getattr(config, key) for key in keys}
+    return settings | dict(data=manifest_checksum(config.data_dir))
 
 
-def check_agreement(resumed: dict, fixed: dict, path: Path):
-    for key, value in fixed.items():
-        was = resumed.get("run", {}).get(key, value)
-        if was != value:
+def check_agreement(config: Config, loaded: dict, path: Path):
+    for key, value in resume_keys(config).items():
+        earlier = loaded.get("run", {}).get(key, value)
+        if earlier != value:
             raise UserError(
-                f"{path} is from a run with {key}={was}, not {value}: resume with the same, or start anew"
+                f"{path} is from a run with {key}={earlier}, not {value}: use the same value, or "
+                "choose another --log_dir"
             )
 
 
-def make_model(config: Config, enc, resumed: dict | None, path: Path | None) -> GPT:
-    """The resumed run's model, or that of init_from, or a new one."""
-    rows = config.padded_vocab_size or 0
-    if resumed:
-        model, its_enc = (
-            checkpoint.build_model(resumed, path, config.dropout),
-            tokenizer_from_text(resumed["tokenizer"]),
-        )
+def make_model(config: Config, enc: tiktoken.Encoding, loaded: dict | None, path: Path) -> GPT:
+    """The model of the loaded checkpoint, else that of init_from, else a new one."""
+    if loaded:
+        model = checkpoint.build_model(loaded, path, config.dropout)
+        check_tokenizer(config, enc, tokenizer_from_text(loaded["tokenizer"]), path)
     elif config.init_from:
-        path = config.init_from
-        model, its_enc = checkpoint.load_model(path, config.dropout)
-    elif rows and rows < enc.n_vocab:
-        raise UserError(f"padded_vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
+        model, model_enc = checkpoint.load_model(config.init_from, config.dropout)
+        check_tokenizer(config, enc, model_enc, config.init_from)
     else:
-        shape = {
-            key: getattr(config, key)
-            for key in ("block_size", "n_layer", "n_head", "n_embd", "norm", "dropout")
-        }
+        rows = config.padded_vocab_size or 0  # 0: GPTConfig rounds up
+        if 0 < rows < enc.n_vocab:
+            raise UserError(f"padded_vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
         try:
-            shape = GPTConfig(vocab_size=enc.n_vocab, padded_vocab_size=rows, **shape)
+            shape = GPTConfig(
+                block_size=config.block_size,
+                vocab_size=enc.n_vocab,
+                padded_vocab_size=rows,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                norm=config.norm,
+                dropout=config.dropout,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
-        model, its_enc = GPT(shape), enc
-    if tokenizer_to_text(its_enc) != tokenizer_to_text(enc):
-        raise UserError(
-            f"the shards in {config.data_dir} were made with another tokenizer than {path}"
-        )
-    if model.config.block_size < config.T:
-        raise UserError(f"T {config.T} is above the model's block_size {model.config.block_size}")
+        model = GPT(shape)
+    check_lengths(config, enc, model)
     return model
 
 
-def draw_samples(model: GPT, enc, config: Config, rt: Runtime) -> list[str]:
-    prompt = enc.encode_ordinary(config.sample_prompt)
-    room = model.config.block_size - len(prompt)
-    if room < 1:
+def check_tokenizer(
+    config: Config, shards_enc: tiktoken.Encoding, model_enc: tiktoken.Encoding, model_name
+):
+    if tokenizer_to_text(model_enc) != tokenizer_to_text(shards_enc):
         raise UserError(
-            f"sample_prompt has {len(prompt)} tokens, the context {model.config.block_size}"
+            f"the shards in {config.data_dir} were made with another tokenizer than {model_name}"
         )
-    with rt.autocast():
-        outputs = model.generate(
-            [prompt] * 4, min(32, room), stop_token=enc.eot_token, top_k=50, seed=config.seed
-        )
-    samples = [config.sample_prompt + enc.decode(output) for output in outputs]
-    for sample in samples:
-        rt.print(f"> {sample}")
-    return samples
+
+
+def check_lengths(config: Config, enc: tiktoken.Encoding, model: GPT):
+    block_size = model.config.block_size
+    if block_size < config.T:
+        raise UserError(f"T {config.T} is above the model's block_size {block_size}")
+    prompt_length = len(enc.encode_ordinary(config.sample_prompt))
+    if config.sample_every and prompt_length >= block_size:
+        raise UserError(f"sample_prompt has {prompt_length} tokens, the context {block_size}")
 
 
 def write_config(config: Config, max_steps: int, rt: Runtime):
-    """Everything that one needs to know of a run, in its config.json."""
+    """Write config.json: everything needed to know how the run was made."""
     manifest = read_manifest(config.data_dir) or {}
-    described = dict(
+    device = platform.processor() or "cpu"
+    if rt.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    record = dict(
         constants=asdict(config) | dict(max_steps=max_steps),
         command=[sys.executable, *sys.argv],
-        commit=commit(),
+        commit=describe_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__),
-        device=torch.cuda.get_device_name()
-        if rt.device.type == "cuda"
-        else platform.processor() or "cpu",
+        device=device,
         world_size=rt.world_size,
         dtype=str(rt.dtype),
         data=dict(
@@ -418,17 +573,15 @@ def write_config(config: Config, max_steps: int, rt: Runtime):
             manifest_sha256=manifest_checksum(config.data_dir),
         ),
     )
-    write_text(Path(config.log_dir) / "config.json", json.dumps(described, indent=2) + "\n")
+    write_text(Path(config.log_dir) / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def commit() -> str | None:
-    """The commit of this folder, None without git."""
+def describe_commit() -> str | None:
+    """The commit of this repository, marked if there are local changes; None without git."""
+    if not which("git"):
+        return None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return (
-        subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-        if which("git")
-        else None
-    )
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 if __name__ == "__main__":

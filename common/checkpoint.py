@@ -1,22 +1,29 @@
-"""Checkpoints: saved whole or not at all, found again, loaded as a model alone or as a whole run.
+"""Checkpoints: built, written atomically, found again, and loaded.
 
-One file of tensors and plain values, readable with torch.load(..., weights_only=True):
+A checkpoint is one file of tensors and plain values, readable with
+torch.load(..., weights_only=True). Every checkpoint has
 
     model       state dict with GPT-2's parameter names, float32
     config      the fields of GPTConfig
     tokenizer   "gpt2", or the text of the vocab.tiktoken file
     step        optimizer steps taken
-    optimizer   its state dict
-    run         what a resumed run must agree with (seed, batch, data)
+
+Those that training can resume from also have
+
+    optimizer   state dict of the optimizer
+    run         settings that a resumed run must share (train_gpt2.py: seed, T, batch, data, ...)
+    lora        the adapters' tensors (finetune.py)
+    history     losses of the epochs so far (finetune.py)
 """
 
 import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -26,13 +33,15 @@ from common.huggingface import load_pretrained
 from common.tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_text
 from model import GPT, GPTConfig
 
-NAME = re.compile(r"model_(\d{5,}|final)\.pt")
+REQUIRED_KEYS = {"model", "config", "tokenizer", "step"}
+FILE_NAME = re.compile(r"model_(\d{5,}|final)\.pt")
 
 
 def build(model: GPT, enc: tiktoken.Encoding, step: int, **resume) -> dict:
-    """The checkpoint of a model after `step` optimizer steps, to be given to `save`.
+    """The checkpoint of a model after `step` optimizer steps, for `save`.
 
-    `resume` holds whatever an exact resume needs besides: the optimizer's state dict and the like.
+    `resume` holds what an exact resume needs in addition, for example the optimizer's state dict.
+    The tensors are not copied.
     """
     return dict(
         model=model.state_dict(),
@@ -43,105 +52,108 @@ def build(model: GPT, enc: tiktoken.Encoding, step: int, **resume) -> dict:
     )
 
 
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
 def save(path: str | Path, checkpoint: dict):
-    """Write a checkpoint whole or not at all. Raises OSError if it can't be written; the old file stays then."""
+    """Write a checkpoint atomically. Raises OSError if that fails; an older file then remains."""
     try:
         with write_atomically(path) as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:  # torch's own writer hides the OSError of a full disk behind this
-        raise OSError(
-            f"{path} can't be written ({error.__context__ or error}): make room, then run again"
-        ) from error
+    except RuntimeError as error:
+        # torch's writer hides the OSError of a full disk behind a RuntimeError.
+        reason = error.__context__ or error
+        raise OSError(f"{path} can't be written ({reason}): make room, then run again") from error
 
 
 class BackgroundSaver:
-    """Saves checkpoints while training goes on: `save` only waits for the one before and copies the state to host
-    memory, which it keeps for the next. What goes wrong is raised by the call that follows.
+    """Writes checkpoints in a thread while training continues.
+
+    `save` waits for the previous checkpoint, copies the new state to host memory and returns. That
+    memory is reused, because allocating it takes longer than the copy. If writing fails, the next
+    call of `save` or `wait` raises the error.
     """
 
     def __init__(self):
-        self.copy, self.writing = None, None
+        self.copy: dict | None = None
+        self.writing: Future | None = None
         self.pool = ThreadPoolExecutor(1)
 
     def save(self, path: str | Path, checkpoint: dict, then: Callable[[], None] = lambda: None):
-        """Write the checkpoint as it is now, then call `then`."""
+        """Write the checkpoint in its present state, then call `then`."""
         self.wait()
         self.copy = copy_into(self.copy, checkpoint)
-        self.writing = self.pool.submit(lambda: (save(path, self.copy), then()))
+        self.writing = self.pool.submit(self._write, path, self.copy, then)
+
+    def _write(self, path: str | Path, checkpoint: dict, then: Callable[[], None]):
+        save(path, checkpoint)
+        then()
 
     def wait(self):
-        """Until what was handed over is on the disk."""
-        writing, self.writing = self.writing, None
-        if writing:
+        """Return when the last checkpoint is on the disk."""
+        if self.writing:
+            writing = self.writing
+            self.writing = None
             writing.result()
 
 
-def copy_into(copy, state):
-    """A copy of nested dicts and lists of tensors and plain values in host memory, into that of an earlier copy."""
+def copy_into(copy: Any, state: Any) -> Any:
+    """Copy nested dicts and lists of tensors and plain values to host memory.
+
+    `copy` is an earlier copy, whose tensors are overwritten where shape and dtype fit; or None.
+    """
     if isinstance(state, torch.Tensor):
-        if not isinstance(copy, torch.Tensor) or (copy.shape, copy.dtype) != (
-            state.shape,
-            state.dtype,
-        ):
+        fits = isinstance(copy, torch.Tensor) and copy.shape == state.shape
+        if not fits or copy.dtype != state.dtype:
             copy = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
         return copy.copy_(state)
     if isinstance(state, dict):
-        copy = copy if isinstance(copy, dict) else {}
+        if not isinstance(copy, dict):
+            copy = {}
         return {key: copy_into(copy.get(key), value) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        copy = (
-            copy
-            if isinstance(copy, list | tuple) and len(copy) == len(state)
-            else [None] * len(state)
-        )
+        if not isinstance(copy, list | tuple) or len(copy) != len(state):
+            copy = [None] * len(state)
         return type(state)(copy_into(old, value) for old, value in zip(copy, state))
     return state
 
 
-def load(path: str | Path) -> dict:
-    """Read a checkpoint on the CPU. Raises ValueError if it is damaged, foreign, or wants to run code."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        if (
-            zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        ):  # torch itself does not compare checksums
-            raise ValueError("wrong checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no checkpoint of ours: it holds more than tensors and plain values, and loading it could run "
-            "code"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated, corrupt or no checkpoint") from error
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"model", "config", "tokenizer", "step"} <= checkpoint.keys()
-    ):
-        raise UserError(
-            f"{path} is no checkpoint of ours: it lacks model, config, tokenizer or step"
-        )
-    return checkpoint
+def remove_rolling(folder: str | Path, checkpoint_every: int, keep: int):
+    """Remove rolling checkpoints, all but the newest `keep`.
+
+    A checkpoint is rolling if its step is not a multiple of checkpoint_every (0: all are). The
+    final one is not.
+    """
+    rolling = []
+    for path in candidates(folder):
+        step = FILE_NAME.fullmatch(path.name)[1]
+        if step != "final" and (not checkpoint_every or int(step) % checkpoint_every):
+            rolling.append(path)
+    for path in rolling[keep:]:
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
 
 
 def candidates(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run folder, newest first."""
+    """The checkpoint files of a run folder, newest first by their names."""
 
     def step(path: Path) -> float:
-        name = NAME.fullmatch(path.name)[1]
+        name = FILE_NAME.fullmatch(path.name)[1]
         return float("inf") if name == "final" else int(name)
 
-    return sorted(
-        (p for p in Path(folder).glob("model_*.pt") if NAME.fullmatch(p.name)),
-        key=step,
-        reverse=True,
-    )
+    paths = [path for path in Path(folder).glob("model_*.pt") if FILE_NAME.fullmatch(path.name)]
+    return sorted(paths, key=step, reverse=True)
 
 
 def load_newest(folder: str | Path, warn=print) -> tuple[dict | None, Path | None]:
-    """The newest good checkpoint of a run folder and its path; None where there is none. Names the bad ones."""
+    """The newest valid checkpoint of a run folder and its path, or (None, None).
+
+    `warn` is called with a message for each damaged file that is skipped.
+    """
     for path in candidates(folder):
         try:
             return load(path), path
@@ -150,48 +162,73 @@ def load_newest(folder: str | Path, warn=print) -> tuple[dict | None, Path | Non
     return None, None
 
 
+def load(path: str | Path) -> dict:
+    """Read a checkpoint into host memory.
+
+    Raises UserError if it is damaged, was not written by this project, or contains code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        # torch.load does not compare the checksums that the file contains.
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} was not written by this project: it holds more than tensors and plain values, "
+            "and loading it could run code"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is truncated, corrupt or not a checkpoint") from error
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= REQUIRED_KEYS:
+        raise UserError(
+            f"{path} was not written by this project: it lacks model, config, tokenizer or step"
+        )
+    return checkpoint
+
+
 def build_model(checkpoint: dict, path: str | Path, dropout: float = 0.0) -> GPT:
-    """The model of a loaded checkpoint. Raises ValueError if its tensors do not fit its configuration."""
+    """The model of a loaded checkpoint. Raises UserError if tensors and config disagree."""
     try:
         model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no checkpoint of ours: {error}") from error
+        raise UserError(f"{path} was not written by this project: {error}") from error
     return model
 
 
 def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tiktoken.Encoding]:
-    """A model and its tokenizer from a checkpoint, a folder in Hugging Face's layout, or `gpt2` ... `gpt2-xl`.
+    """A model and its tokenizer: from a checkpoint, a Hugging Face folder, or `gpt2` ... `gpt2-xl`.
 
-    Raises ValueError or OSError with one clear line.
+    Raises UserError or OSError.
     """
     path = Path(name_or_path)
-    if path.suffix == ".pt" or path.is_file():
+    if is_checkpoint(path):
         checkpoint = load(path)
-        return build_model(checkpoint, path, dropout), tokenizer_from_text(checkpoint["tokenizer"])
+        model = build_model(checkpoint, path, dropout)
+        return model, tokenizer_from_text(checkpoint["tokenizer"])
     model = load_pretrained(name_or_path, dropout)
-    own_vocabulary = path / "vocab.tiktoken"
-    enc = load_tokenizer(own_vocabulary if own_vocabulary.exists() else "gpt2")
+    vocabulary = path / "vocab.tiktoken"  # export.py writes it
+    enc = load_tokenizer(vocabulary if vocabulary.exists() else "gpt2")
     if enc.n_vocab != model.config.vocab_size:
         raise UserError(
-            f"{name_or_path} has a vocabulary of {model.config.vocab_size} tokens, its tokenizer {enc.n_vocab}"
+            f"{name_or_path} has a vocabulary of {model.config.vocab_size} tokens, its tokenizer "
+            f"{enc.n_vocab}"
         )
     return model, enc
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a model's name means one of our files, and not a folder or a hub name."""
+    return path.suffix == ".pt" or path.is_file()
+
+
 def fingerprint(name: str) -> str:
-    """What tells a model's weights from others: checksums of its files, or the name of a hub model."""
+    """Identifies a model's weights: the checksums of its files, or the name of a hub model."""
     path = Path(name)
-    if path.suffix == ".pt" or path.is_file():
+    if is_checkpoint(path):
         return checksum(path)
-    return " ".join(map(checksum, sorted(path.glob("model*.safetensors")))) or name
-
-
-def remove_rolling(folder: str | Path, checkpoint_every: int, keep: int):
-    """Remove all but the newest `keep` of the checkpoints that are no milestones."""
-    steps = [
-        (int(m[1]), p) for p in candidates(folder) if (m := NAME.fullmatch(p.name))[1] != "final"
-    ]
-    rolling = [path for step, path in steps if not checkpoint_every or step % checkpoint_every]
-    for path in rolling[keep:]:
-        path.unlink()
+    weight_files = sorted(path.glob("model*.safetensors"))
+    return " ".join(map(checksum, weight_files)) or name

@@ -1,4 +1,4 @@
-"""How a stage talks to its user: flags, progress bars, errors of one line, and files written atomically.
+"""How a stage talks to its user: flags, progress bars, one-line errors; files written atomically.
 
 Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, so `--help` is fast.
 """
@@ -55,7 +55,7 @@ def cli(config_class: type, main: Callable[[Any], None], doc: str | None):
 
 
 def parse(config_class: type, doc: str | None) -> Any:
-    """The Config that the command line describes. A wrong flag is one line too, with exit code 2."""
+    """The Config that the command line describes. A wrong flag ends in one line, exit code 2."""
     # Imported here, because the worker processes of a stage import this module too. tyro's hook for
     # errors is not yet part of its stable interface, hence the exact version in requirements.txt.
     import tyro

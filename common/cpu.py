@@ -1,8 +1,11 @@
-"""Generation on a CPU: a token needs every weight once, so that its time is that of reading them from memory.
+"""CPU special cases: packed weights for generation, and an allocator that keeps its memory.
 
-    model = pack_weights(model, torch.float32)
+    model = pack_weights(model, torch.float32)    # a copy that generates faster
+    keep_freed_memory(device)                     # for training
 
-oneDNN's kernels read a matrix quicker when it lies in memory in their own order, and bfloat16 halves what is read.
+Generating a token reads every weight once, so its time is the time to read them from memory. oneDNN
+reads a matrix faster if it lies in memory in oneDNN's own blocked order, and bfloat16 halves the
+bytes.
 """
 
 import copy
@@ -14,50 +17,59 @@ import torch.nn as nn
 
 from model import GPT
 
+EXPECTED_ROWS = 8  # batch size for which oneDNN chooses the memory order
 M_TRIM_THRESHOLD = -1  # option numbers of mallopt, from glibc's malloc.h
 M_MMAP_MAX = -4
 
-ROWS = 8  # of activations that the order in memory is chosen for
-
 
 class PackedLinear(nn.Module):
-    """nn.Linear without gradients, its weight (out, in) in oneDNN's order, by the operators that torch.compile uses."""
+    """nn.Linear for inference, with its weight (out, in) in oneDNN's order.
+
+    It calls the operators that torch.compile uses for frozen weights.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
+        weight = weight.detach().to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.weight, self.bias, "none", [], ""
-        )
+        x = x.to(self.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and multiplies in this dtype on this processor."""
+    """Whether oneDNN is available and multiplies in this dtype on this processor."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack_weights(model: GPT, dtype: torch.dtype) -> GPT:
-    """A copy of a model on a CPU to generate with, its matrix products in `dtype` (float32 or bfloat16) without
-    autocast. Embeddings and LayerNorms are shared with the model."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    replaced = {id(linear): PackedLinear(linear.weight, linear.bias, dtype) for linear in linears}
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    replica = copy.deepcopy(model, replaced | shared)
+    """A copy of a model on the CPU, for inference without autocast.
+
+    Its matrix products run in `dtype`, float32 or bfloat16. Embeddings and LayerNorms are shared
+    with the model.
+    """
+    # deepcopy takes what `memo` holds for an object instead of copying it.
+    memo: dict[int, nn.Module | nn.Parameter] = {id(p): p for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            memo[id(module)] = PackedLinear(module.weight, module.bias, dtype)
+    packed = copy.deepcopy(model, memo)
+    # Replace the method `head`, which would multiply by the unpacked embedding.
     head = PackedLinear(model.wte.weight[: model.config.vocab_size], None, dtype)
-    replica.head = lambda x: head(x)  # in place of the method
-    return replica
+    packed.head = head.forward
+    return packed
 
 
 def keep_freed_memory(device: torch.device):
-    """Let glibc keep the memory of large tensors for the next ones, as PyTorch does on GPUs.
+    """Let glibc keep the memory of large tensors for later ones, as PyTorch does on GPUs.
 
-    Otherwise each step gets it from the kernel anew, as pages that must first be zeroed.
+    By default it returns that memory to the kernel, and each step gets new pages, which the kernel
+    must fill with zeros first.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""The hot path of training: torch.compile, parameter groups, AdamW and Muon, the schedule, and one step on a batch."""
+"""Optimization: torch.compile and DDP, AdamW and Muon, the schedule, one training step."""
 
 import math
 
@@ -13,16 +13,19 @@ from model import GPT
 
 
 class Diverged(UserError):
-    """A loss or a gradient was not finite. The exit code tells the studies, which go on with it."""
+    """A loss or a gradient is not finite.
+
+    The process ends with this exit code, by which the studies recognise a run that diverged.
+    """
 
     exit_code = 3
 
 
 def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.Module]:
-    """The model to train and the one to evaluate, which share their weights with `model`.
+    """The model to train and the model to evaluate; both share their weights with `model`.
 
-    compile is "on", "off" or "auto": torch.compile on GPUs only. With several ranks, the model to
-    train averages gradients over them (DistributedDataParallel).
+    `compile` is "on", "off", or "auto": torch.compile on GPUs only. With several ranks, the model
+    to train averages its gradients over them (DistributedDataParallel).
     """
     if compile == "on" or (compile == "auto" and rt.device.type == "cuda"):
         eval_model = compile_model(model)
@@ -31,6 +34,7 @@ def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.
     if rt.world_size == 1:
         return eval_model, eval_model
     device_ids = [rt.device] if rt.device.type == "cuda" else None
+    # Gradients live in DDP's communication buffers, which saves a copy of them.
     train_model = DistributedDataParallel(
         eval_model, device_ids=device_ids, gradient_as_bucket_view=True
     )
@@ -40,15 +44,19 @@ def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.
 def compile_model(model: GPT) -> nn.Module:
     """The model under torch.compile.
 
-    On CPUs the loss is left out: it works in place, and compiled code would copy its buffers.
+    On CPUs the loss is not compiled: it works in place, and compiled code would copy its buffers.
     """
     if model.wte.weight.device.type == "cpu":
         model.loss = torch.compiler.disable(model.loss)
     return torch.compile(model)
 
 
+# ---------------------------------------------------------------------------------------------
+# Optimizers
+
+
 class Optimizers:
-    """Several optimizers, each of its own parameters, as one."""
+    """Several optimizers, each with its own parameters, used as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -73,6 +81,9 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
+Optimizer = torch.optim.Optimizer | Optimizers
+
+
 def make_optimizer(
     model: nn.Module,
     lr: float,
@@ -81,50 +92,75 @@ def make_optimizer(
     eps: float,
     sharded: bool = False,
     muon: bool = False,
-) -> torch.optim.Optimizer | Optimizers:
-    """AdamW (Loshchilov & Hutter 2019) that decays tensors of two dimensions and more: matrices and embeddings,
-    not biases and LayerNorms. Fused into one kernel over all tensors.
+) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), fused into one kernel over all tensors.
 
-    sharded: each rank keeps the states of its share of the parameters, updates these and sends them to the others
-    (Rajbhandari et al. 2020, "ZeRO", stage 1).
-    muon: the blocks' matrices are left to Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
-    networks"), with updates as large as AdamW's, so that both take the same learning rate and weight decay (Liu et al.
-    2025, "Muon is Scalable for LLM Training").
+    Weight decay applies to tensors with two or more dimensions, which are matrices and embeddings,
+    and not to biases and LayerNorms.
+
+    sharded: each rank keeps the states of its share of the parameters, updates those, and sends
+        them to the other ranks (Rajbhandari et al. 2020, "ZeRO", stage 1).
+    muon: the matrices of the blocks are trained by Muon (Jordan et al. 2024, "Muon: An optimizer
+        for hidden layers in neural networks"). Its updates are scaled to the size of AdamW's, so
+        that both can share a learning rate and weight decay (Liu et al. 2025, "Muon is Scalable for
+        LLM Training").
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = {
-        name: p for name, p in trained.items() if muon and name.startswith("h.") and p.dim() == 2
-    }
-    others = [p for name, p in trained.items() if name not in hidden]
+    muon_params = []
+    decayed = []
+    not_decayed = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if muon and name.startswith("h.") and parameter.dim() == 2:
+            muon_params.append(parameter)
+        elif parameter.dim() >= 2:
+            decayed.append(parameter)
+        else:
+            not_decayed.append(parameter)
     groups = [
-        dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay),
-        dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0),
+        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=not_decayed, weight_decay=0.0),
     ]
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
+
     if muon:
-        like_adamw = dict(lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        return Optimizers(
-            torch.optim.Muon(hidden.values(), **like_adamw), torch.optim.AdamW(groups, **options)
+        hidden = torch.optim.Muon(
+            muon_params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
+        return Optimizers(hidden, torch.optim.AdamW(groups, **options))
     if sharded:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # late: it takes a second
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # the import takes a second
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer | Optimizers) -> dict | list | None:
-    """The whole state dict, the same whether it was sharded or not; on rank 0, None on the others. For all ranks."""
+def optimizer_state(optimizer: Optimizer) -> dict | list | None:
+    """The complete state dict on rank 0, sharded or not; all ranks must call this.
+
+    The other ranks of a sharded optimizer get None.
+    """
     if hasattr(optimizer, "consolidate_state_dict"):  # a ZeroRedundancyOptimizer
         optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if dist.get_rank() == 0 else None
     return optimizer.state_dict()
 
 
+# ---------------------------------------------------------------------------------------------
+# A training step
+
+
 def learning_rate(
     step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float
 ) -> float:
-    """Linear warmup from max_lr / warmup_steps, then a cosine from max_lr down to min_lr at max_steps."""
+    """The learning rate of update `step` (0, 1, ...).
+
+    max_lr |     __
+           |   /    `.            linear warmup from max_lr / warmup_steps,
+    min_lr |  /        `-._       then a cosine from max_lr to min_lr
+           +--|---|--------|
+              0  warmup   max_steps
+    """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -133,30 +169,36 @@ def learning_rate(
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | Optimizers,
-    batch: list[tuple],
+    optimizer: Optimizer,
+    batch: list[tuple[torch.Tensor, torch.Tensor]],
     lr: float,
     grad_clip: float,
     rt: Runtime,
     micro_batch_weights: list[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step on a global batch, of which `batch` lists this rank's micro-batches (x, y).
+    """One update on a global batch.
 
-    Returns this rank's mean loss in nats and the norm of the whole batch's gradient before clipping, both still on
-    the device. Gradients are averaged over the ranks once, on the last micro-step. grad_clip 0 clips nothing.
-    Micro-batches count alike, or by `micro_batch_weights`, whose mean over the ranks must add up to 1.
+    `batch` is this rank's list of micro-batches (x, y), each (B, T) int64. They count equally, or
+    by `micro_batch_weights`, which add up to 1 on average over the ranks. grad_clip 0 means no
+    clipping.
+
+    Returns this rank's mean loss in nats and the norm of the global gradient before clipping, both
+    scalars on the device.
     """
     weights = micro_batch_weights or [1 / len(batch)] * len(batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+    # Accumulate gradients. The ranks average them once, during the last backward pass.
     loss_sum = torch.zeros((), device=rt.device)
     for n, ((x, y), weight) in enumerate(zip(batch, weights)):
-        if rt.world_size > 1:
+        if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = n == len(batch) - 1
         with rt.autocast():
             loss = model(x, y) * weight
         loss.backward()
         loss_sum += loss.detach()
+
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

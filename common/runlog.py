@@ -1,72 +1,60 @@
-"""A run's logs: log.txt ("step stream value"), metrics.jsonl (one object per step), and lines on the screen."""
+"""A run's logs: log.txt (`step stream value`), metrics.jsonl (one object per step), the screen."""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 from common.console import UserError, write_text
 from common.runtime import Runtime
 
+STREAMS = {"loss": "train", "val": "val", "hella": "hella"}  # metrics.jsonl's names -> log.txt's
+
 
 class RunLog:
-    """Written by rank 0 alone; on the other ranks it does nothing.
+    """Writes the logs on rank 0; does nothing on the other ranks.
 
-    What a killed run logged after the checkpoint that it resumes from is dropped, so every step stands there once.
+    A killed run may have logged steps after its newest checkpoint. They are removed when it
+    resumes, so that each step appears once.
     """
 
     def __init__(self, folder: Path, start_step: int, rt: Runtime, use_wandb: bool):
-        self.folder, self.rt = folder, rt
-        self.record = {}
-        self.last_line = 0.0
+        self.folder = folder
+        self.rt = rt
+        self.record: dict[str, Any] = {}  # values of the current step, not yet written
+        self.last_shown = 0.0
         self.wandb = None
         if not rt.is_main:
             return
         if use_wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError(
-                    "wandb is not installed: pip install wandb, or leave --wandb away"
-                ) from error
-            try:
-                self.wandb = wandb.init(project="gpt2", name=folder.name, dir=folder)
-            except wandb.Error as error:  # not logged in, no network
-                raise UserError(
-                    f"wandb does not start: {error}; WANDB_MODE=offline needs no account"
-                ) from error
-        self._keep(
-            "log.txt", lambda line: int(line.split()[0]) < start_step and len(line.split()) == 3
-        )
-        self._keep("metrics.jsonl", lambda line: json.loads(line)["step"] < start_step)
-        self._keep(
-            "hellaswag_results.jsonl", lambda line: json.loads(line).get("step", -1) < start_step
-        )
-        self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 - open as long as the run
+            self.wandb = start_wandb(folder)
+
+        def is_earlier(line: str) -> bool:
+            # hellaswag.py adds results without a step to hellaswag_results.jsonl: they stay.
+            return json.loads(line).get("step", -1) < start_step
+
+        def is_earlier_in_log(line: str) -> bool:
+            step, _, _ = line.split()
+            return int(step) < start_step
+
+        keep_lines(folder / "log.txt", is_earlier_in_log)
+        keep_lines(folder / "metrics.jsonl", is_earlier)
+        keep_lines(folder / "hellaswag_results.jsonl", is_earlier)
+        # Line buffered, so that the files can be watched and survive a crash.
+        self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
 
-    def _keep(self, name: str, is_kept):
-        path = self.folder / name
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if is_kept(line):
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, IndexError):  # cut off by the crash
-                continue
-        write_text(path, "".join(kept))
-
     def write(self, step: int, **values):
-        """Add values to the step's record. The training loss completes it."""
+        """Add values to the record of a step. The training loss, which comes last, completes it."""
         if not self.rt.is_main:
             return
         if step != self.record.get("step"):
             self.flush()
             self.record = dict(step=step)
         self.record |= values
-        for stream, key in (("train", "loss"), ("val", "val"), ("hella", "hella")):
+        for key, stream in STREAMS.items():
             if key in values:
                 append(self.text, f"{step} {stream} {values[key]:.6f}\n")
         if "loss" in values:
@@ -74,36 +62,42 @@ class RunLog:
             self.flush()
 
     def write_hellaswag(self, step: int, result: dict):
-        """Add a result on HellaSwag: its acc_norm is the stream `hella`."""
+        """Add a HellaSwag result, whose acc_norm is the stream `hella`."""
         self.write(step, hella=result["acc_norm"])
         if self.rt.is_main:
             with open(self.folder / "hellaswag_results.jsonl", "a") as file:
-                file.write(json.dumps(dict(step=step) | result) + "\n")
+                append(file, json.dumps(dict(step=step) | result) + "\n")
 
     def flush(self):
+        """Write the current record to metrics.jsonl."""
         if self.record:
             append(self.metrics, json.dumps(self.record) + "\n")
             if self.wandb:
-                self.wandb.log(
-                    {k: v for k, v in self.record.items() if k != "samples"},
-                    step=self.record["step"],
-                )
+                numbers = {key: value for key, value in self.record.items() if key != "samples"}
+                self.wandb.log(numbers, step=self.record["step"])
         self.record = {}
 
-    def show(self, v: dict):
-        """The step on the screen; where steps are quick, one line a second, in a file one in ten."""
-        now = time.monotonic()
-        if now - self.last_line < (1 if sys.stderr.isatty() else 10):
+    def show(self, values: dict):
+        """Print the step, but at most one line per second, or per 10 seconds into a file."""
+        interval = 1 if sys.stderr.isatty() else 10
+        if time.monotonic() - self.last_shown < interval:
             return
-        self.last_line = now
-        mfu = f" | mfu {100 * v['mfu']:.1f}%" if v["mfu"] else ""
-        self.rt.print(
-            f"step {self.record['step']} | loss {v['loss']:.4f} | lr {v['lr']:.2e} | norm {v['grad_norm']:.3f} | "
-            f"{v['ms']:.0f} ms | {v['tokens_per_sec']:,.0f} tok/s{mfu} | {v['memory'] / 1e9:.2f} GB"
-        )
+        self.last_shown = time.monotonic()
+        parts = [
+            f"step {self.record['step']}",
+            f"loss {values['loss']:.4f}",
+            f"lr {values['lr']:.2e}",
+            f"norm {values['grad_norm']:.3f}",
+            f"{values['ms']:.0f} ms",
+            f"{values['tokens_per_sec']:,.0f} tok/s",
+        ]
+        if values["mfu"]:
+            parts.append(f"mfu {values['mfu']:.1%}")
+        parts.append(f"{values['memory'] / 1e9:.2f} GB")
+        self.rt.print(" | ".join(parts))
 
     def values(self, stream: str) -> list[float]:
-        """All values of a stream, on rank 0."""
+        """All values of a stream of log.txt so far, on rank 0."""
         if not self.rt.is_main:
             return []
         self.flush()
@@ -111,7 +105,36 @@ class RunLog:
         return [float(value) for _, name, value in lines if name == stream]
 
 
-def append(file, line: str):
+def start_wandb(folder: Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "wandb is not installed: pip install wandb, or leave out --wandb"
+        ) from error
+    try:
+        return wandb.init(project="gpt2", name=folder.name, dir=folder)
+    except wandb.Error as error:  # not logged in, or no network
+        raise UserError(
+            f"wandb does not start: {error}; WANDB_MODE=offline needs no account"
+        ) from error
+
+
+def keep_lines(path: Path, is_kept: Callable[[str], bool]):
+    """Remove the other lines of a file, and those that a crash cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if is_kept(line):
+                kept.append(line + "\n")
+        except (ValueError, AttributeError, TypeError):
+            continue
+    write_text(path, "".join(kept))
+
+
+def append(file: TextIO, line: str):
     try:
         file.write(line)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What this process runs on: device, dtype, rank and world size; reductions over the ranks, seeds, stop signals.
+"""What a process runs on: device, dtype, rank and world size; seeds, reductions, stop signals.
 
-A stage that computes calls `start(device, dtype)` first. Under `torchrun` the ranks find each other, NCCL on GPUs and
-Gloo on CPUs.
+A stage that computes calls `start(device, dtype)` first. Under `torchrun` this also joins the
+ranks: with NCCL on GPUs, with Gloo on CPUs.
 """
 
 import os
@@ -19,15 +19,25 @@ import torch.distributed as dist
 
 from common.console import UserError, say
 
-Device = str  # "auto", or what torch.device takes: cuda, cuda:1, mps, cpu
-Dtype = Literal[
-    "auto", "float32", "tf32", "bfloat16"
-]  # tf32: float32 that NVIDIA GPUs multiply in TF32
-# Dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name. More special names come first.
+# tf32 is float32 whose matrix products run in TF32 on NVIDIA GPUs.
+Dtype = Literal["auto", "float32", "tf32", "bfloat16"]
+
+# Dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name.
+# More specific names come first.
 PEAK_FLOPS = {
-    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 @dataclass
@@ -35,12 +45,16 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer states are float32
     rank: int = 0
-    local_rank: int = 0
+    local_rank: int = 0  # rank among the processes of this machine
     world_size: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def autocast(self):
         """Context in which matrix products run in `dtype`."""
@@ -49,12 +63,12 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype)
 
     def print(self, *words):
-        """Print once, whatever the number of ranks, and above the progress bar if there is one."""
+        """Print on rank 0 only, above the progress bar if there is one."""
         if self.is_main:
             say(*words)
 
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks of a few numbers, in float64 where the device has it."""
+        """Sum a few numbers over the ranks, in float64 where the device has it."""
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         total = torch.as_tensor(values, dtype=wide, device=self.device)
         if self.world_size > 1:
@@ -66,31 +80,37 @@ class Runtime:
             self.sum([0.0]).cpu()
 
     def seed(self, *numbers: int):
-        """Make the random numbers that follow a function of these numbers and the rank alone."""
+        """Make the next random numbers a function of `numbers` and the rank alone."""
         torch.manual_seed(hash((*numbers, self.rank)) % 2**63)
 
     def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s of this rank's GPU by its datasheet, None where it is not known."""
+        """Dense bf16 FLOP/s of this rank's GPU by its datasheet; None if unknown."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
     def peak_memory(self) -> int:
-        """Most bytes that this rank has held so far: of GPU memory, on a CPU of resident memory."""
+        """Peak memory of this rank so far, in bytes: GPU memory, or resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) -> Runtime:
+# ---------------------------------------------------------------------------------------------
+# Start and end of a process
+
+
+def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> Runtime:
     """Choose device and dtype, and join the other ranks if `torchrun` started this process.
 
-    A rank that another one keeps waiting for `timeout` seconds gives up.
+    `device` is "auto" or what torch.device accepts (cuda, cuda:1, mps, cpu). A rank that waits for
+    another one longer than `timeout` seconds gives up.
     """
+    rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
@@ -102,18 +122,26 @@ def start(device: Device = "auto", dtype: Dtype = "auto", timeout: float = 600) 
         end_with_launcher()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Runtime(
-        chosen, choose_dtype(chosen, dtype), int(os.environ.get("RANK", 0)), local_rank, world_size
-    )
+    return Runtime(chosen, choose_dtype(chosen, dtype), rank, local_rank, world_size)
 
 
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def leave():
+    """End a run, all ranks together."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` started this process to replace a failed one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def check_launcher():
-    """Refuse restarts that can't work: workers that share torchrun's store read the addresses of those before them."""
+    """Reject restarts that can't work.
+
+    Restarted workers that share torchrun's store read the addresses of the dead workers, and hang.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         raise UserError(
@@ -122,7 +150,10 @@ def check_launcher():
 
 
 def end_with_launcher():
-    """End this process when `torchrun`, which watches over it, is gone: the others notice, and go on without it."""
+    """End this process when `torchrun`, its parent, is gone.
+
+    The ranks on other machines notice that, and can continue without this one.
+    """
     launcher = os.getppid()
 
     def watch():
@@ -134,95 +165,106 @@ def end_with_launcher():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def restarted() -> bool:
-    """Whether `torchrun --max-restarts` started this process in place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def num_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def choose_device(name: Device, local_rank: int) -> torch.device:
+# ---------------------------------------------------------------------------------------------
+# Device and dtype
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device of that name, or the first available of cuda, mps and cpu for "auto"."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device {name!r} is unknown: auto, cuda, mps or cpu") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch"
-        )
+        raise UserError(f"device {name!r} is unknown: use auto, cuda, mps or cpu") from error
+
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps is not available here")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(
-            f"{device} does not exist: there are {torch.cuda.device_count()} GPUs; start fewer processes"
-        )
+        raise UserError("device mps is not available on this machine")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch"
+            )
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        num_gpus = torch.cuda.device_count()
+        if device.index >= num_gpus:
+            raise UserError(f"{device} does not exist: {num_gpus} GPUs found; use fewer processes")
     return device
 
 
 def choose_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bf16(device) else "float32"
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}[dtype]
 
 
 def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products are faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    # AMX, or AMD's AVX512_BF16; Intel's AVX512_BF16 alone is no faster than float32.
+    # On CPUs: AMX, or AMD's AVX512_BF16. Intel's AVX512_BF16 alone is no faster than float32.
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(
-        cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", ""))
-    )
+    is_amd = "AMD" in cpu.get("cpu_name", "")
+    return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and is_amd))
+
+
+# ---------------------------------------------------------------------------------------------
+# Stop signals
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C as a wish to stop after this step; a second one, more than 5 s later, ends the process.
+    """Turns SIGTERM and Ctrl-C into a request to stop after the current step.
 
-    `torchrun` forwards a Ctrl-C that its children have already had from the terminal, hence the 5 s. The signal is
-    noticed by a thread, so that this works while the main thread waits inside a kernel or a collective.
+        with StopSignal() as stop:
+            while not stop.number: ...      # the signal's number, 0 if none has come
+
+    A second signal more than 5 seconds later ends the process at once. (`torchrun` forwards a
+    Ctrl-C that the workers have already received from the terminal, hence the 5 seconds.)
+
+    Python runs signal handlers in the main thread, between two bytecodes: too late if that thread
+    waits inside a kernel or a collective. So Python's C handler writes the signal's number into a
+    pipe, and a thread reads it from there.
     """
 
     def __enter__(self):
-        self.number = 0  # the signal that asked, 0 for none
+        self.number = 0
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        self.former = {
-            n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.old_handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.old_handlers[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.former.items():
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self.writer)
 
     def _watch(self, reader: int):
-        first = 0.0
+        first_time = 0.0
         while numbers := os.read(reader, 16):
             for number in numbers:
                 if not self.number:
-                    first = time.monotonic()
+                    first_time = time.monotonic()
                     self.number = number
-                elif time.monotonic() - first > 5:
+                elif time.monotonic() - first_time > 5:
                     os._exit(128 + number)
         os.close(reader)
-
-
-def leave():
-    """The end of a run, all ranks together."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""What several tests stand on. Nothing here needs a network; what lies in ../shared/data is used when it is there."""
+"""Fixtures and helpers of the tests. No test needs a network.
+
+Some tests use larger data if ../shared/data (or $TEST_DATA) exists, and are skipped otherwise.
+"""
 
 import argparse
 import inspect
@@ -16,30 +19,64 @@ SHARED_DATA = Path(os.environ.get("TEST_DATA", ROOT.parent / "shared" / "data"))
 if (SHARED_DATA / "tiktoken").exists():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_DATA / "tiktoken"))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would only wait for each other
-TEXTS = [
-    inspect.getsource(module) for module in (argparse, inspect, logging, typing)
-]  # stable, unlike our own files
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads would only wait
+
+# Text to train on. Our own files would do, but results would then change with every edit.
+TEXTS = [inspect.getsource(module) for module in (argparse, inspect, logging, typing)]
+
 SMALL_MODEL = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 64".split()
+SMALL_BATCH = "--B 4 --T 32 --total_batch_size 512".split()
 SMALL_RUN = [
     *SMALL_MODEL,
-    *"--B 4 --T 32 --total_batch_size 512 --warmup_steps 4 --max_lr 1e-3 --min_lr 1e-4".split(),
+    *SMALL_BATCH,
+    *"--warmup_steps 4 --max_lr 1e-3 --min_lr 1e-4 --device cpu --dtype float32".split(),
+    *"--val_every 10 --val_tokens 1000 --sample_every 0 --hellaswag_every 0".split(),
 ]
-SMALL_RUN += "--val_every 10 --val_tokens 1000 --sample_every 0 --hellaswag_every 0".split()
-SMALL_RUN += "--device cpu --dtype float32".split()
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED_DATA.exists():
-        pytest.skip("no test data beside the repository")
+        pytest.skip("no test data next to the repository")
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Shards with a vocabulary of 384 tokens: several for training, one for validation."""
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    out = folder / "shards"
+    flags = "--shard_size 9000 --train_tokenizer 384 --num_workers 1".split()
+    ok(command("fineweb.py", "--source", "text", "--data_files", text, "--out_dir", out, *flags))
+    return out
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory) -> Path:
+    """A random model of transformers in Hugging Face's layout."""
+    from reference import random_reference  # torch must be imported after OMP_NUM_THREADS is set
+
+    folder = tmp_path_factory.mktemp("transformers")
+    random_reference().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(reference_folder):
+    """The same weights twice: transformers' model and ours."""
+    from reference import random_reference
+
+    from common.huggingface import load_pretrained
+
+    return random_reference(), load_pretrained(reference_folder).eval()
+
+
 def command(*words, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the scripts as a person would, from the repository's root."""
-    words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    """Run a script as a user would, from the repository's root."""
+    argv = [sys.executable, *map(str, words)]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def ok(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -48,7 +85,7 @@ def ok(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 
 def one_line(result: subprocess.CompletedProcess) -> str:
-    """The error line of a command that had to fail: exit code not zero, no traceback, exactly one line of error."""
+    """The error of a command that must fail: non-zero exit, one line of error, no traceback."""
     assert result.returncode not in (0, None), result.stdout
     assert "Traceback" not in result.stdout + result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
@@ -57,11 +94,9 @@ def one_line(result: subprocess.CompletedProcess) -> str:
 
 
 def worker_of(launcher: subprocess.Popen, rank: int) -> int:
-    """The process of a rank that torchrun has started."""
-    children = subprocess.run(
-        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for pid in children:
+    """The process id of a rank that torchrun has started."""
+    pgrep = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+    for pid in pgrep.stdout.split():
         if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
             return int(pid)
     raise AssertionError(f"no worker of rank {rank}")
@@ -72,26 +107,3 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """Shards of a little text, under a vocabulary of 384 tokens: several for training, one for validation."""
-    folder = tmp_path_factory.mktemp("data")
-    text = "\n".join(TEXTS)
-    (folder / "text.txt").write_text(text)
-    out = folder / "shards"
-    sizes = ["--shard_size", "9000", "--train_tokenizer", "384", "--num_workers", "1"]
-    ok(
-        command(
-            "fineweb.py",
-            "--source",
-            "text",
-            "--data_files",
-            folder / "text.txt",
-            "--out_dir",
-            out,
-            *sizes,
-        )
-    )
-    return out

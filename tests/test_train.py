@@ -434,10 +434,10 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         return ["--init_from", tmp_path / "other.pt"], "another tokenizer"
     if name == "foreign checkpoint":
         torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-        return ["--init_from", tmp_path / "foreign.pt"], "no checkpoint of ours"
+        return ["--init_from", tmp_path / "foreign.pt"], "was not written by this project"
     if name == "no checkpoint":
         (tmp_path / "text.pt").write_text("not a checkpoint")
-        return ["--init_from", tmp_path / "text.pt"], "no checkpoint"
+        return ["--init_from", tmp_path / "text.pt"], "not a checkpoint"
     if name == "checkpoint with code":
         torch.save({"model": RunsCode()}, tmp_path / "code.pt")
         return ["--init_from", tmp_path / "code.pt"], "could run code"
@@ -453,7 +453,7 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         "batch not divisible": (["--total_batch_size", "500"], "not divisible"),
         "T above block_size": (["--T", "128"], "above the model's block_size"),
         "n_embd not divisible": (["--n_embd", "33"], "not divisible by n_head"),
-        "vocabulary too small": (["--vocab_size", "100"], "below the tokenizer's 384"),
+        "vocabulary too small": (["--padded_vocab_size", "100"], "below the tokenizer's 384"),
         "steps and epochs": (["--num_epochs", "1"], "not both"),
         "negative": (["--val_every", "-1"], "must not be negative"),
         "no such device": (["--device", "cuda:7"], "cuda"),

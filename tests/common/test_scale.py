@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from conftest import is_alive, worker_of
-from test_model import random_model, random_tokens
+from reference import random_model, random_tokens
 from test_train import (
     TORCHRUN,
     arguments,

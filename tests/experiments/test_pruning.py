@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, command, ok
-from test_model import random_model, random_reference, random_tokens, relative
+from reference import random_model, random_reference, random_tokens, relative
 from transformers import GPT2LMHeadModel
 
 from common import checkpoint, lora, tokenizer

@@ -1,0 +1,202 @@
+"""Hugging Face's folder layout: read, written, and read back by transformers."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import tiktoken
+import torch
+from reference import TINY, V, random_model, random_reference, random_tokens, same_logits
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import export
+from common import checkpoint, tokenizer
+from common.console import UserError
+from common.huggingface import load_pretrained, save_pretrained
+
+
+def test_transformers_reads_what_we_save(tmp_path):
+    model = random_model()
+    save_pretrained(model, tmp_path)
+    reference, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
+    assert reference.config.eos_token_id == V - 1
+    assert same_logits(model, reference.eval())
+
+
+def test_what_we_save_comes_back_exactly(tmp_path):
+    model = random_model()
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    state = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name == "wte.weight":
+            assert state[name].shape == tensor.shape
+            assert torch.equal(state[name][:V], tensor[:V])
+        else:
+            assert torch.equal(state[name], tensor), name
+
+
+def test_from_pretrained_reads_shards(tmp_path):
+    reference = random_reference()
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert same_logits(load_pretrained(tmp_path).eval(), reference)
+
+
+def test_from_pretrained_reads_the_hub_files_of_openai(reference_folder, tmp_path):
+    """They have no "transformer." before the names, and carry the causal mask of each layer."""
+    weights = {}
+    for name, tensor in load_file(reference_folder / "model.safetensors").items():
+        weights[name.removeprefix("transformer.")] = tensor
+    assert "wte.weight" in weights and "lm_head.weight" not in weights
+    for layer in range(TINY["n_layer"]):
+        weights[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(256, 256)).view(1, 1, 256, 256)
+        weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((reference_folder / "config.json").read_text())
+    assert same_logits(load_pretrained(tmp_path).eval(), random_reference())
+
+
+def test_from_pretrained_sets_dropout(reference_folder):
+    assert load_pretrained(reference_folder).config.dropout == 0
+    assert load_pretrained(reference_folder, dropout=0.25).h[0].attn.dropout == 0.25
+
+
+def copy_with(folder, target, **config):
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (target / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | config)
+    )
+
+
+def refused(folder) -> str:
+    with pytest.raises(UserError) as info:
+        load_pretrained(folder)
+    assert str(folder) in str(info.value)
+    return str(info.value)
+
+
+def test_empty_folder_is_refused(tmp_path):
+    assert "config.json" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 0.0001, 0.002, 0.5, 0.999])
+def test_truncated_weights_are_refused(reference_folder, tmp_path, kept):
+    copy_with(reference_folder, tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b'{"model_type": "gp', b'{"model_type": "\xff"}', b"[]", b"7"]
+)
+def test_damaged_config_is_refused(reference_folder, tmp_path, text):
+    copy_with(reference_folder, tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    refused(tmp_path)
+
+
+def test_missing_tensor_is_refused(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "h.1.mlp.c_fc.bias" in refused(tmp_path)
+
+
+def test_other_models_are_refused(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama", hidden_size=64)))
+    assert "llama" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(activation_function="relu"),
+        dict(layer_norm_epsilon=1e-3),
+        dict(scale_attn_weights=False),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(tie_word_embeddings=False),
+    ],
+    ids=str,
+)
+def test_variants_that_we_would_compute_wrongly_are_refused(reference_folder, tmp_path, variant):
+    copy_with(reference_folder, tmp_path, **variant)
+    assert next(iter(variant)) in refused(tmp_path)
+
+
+def test_absent_settings_are_those_of_transformers(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    absent = ["n_layer", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: saved[key] for key in saved if key not in absent})
+    )
+    assert GPT2Config.from_pretrained(tmp_path).n_layer == 12
+    assert "h.10." in refused(tmp_path)  # twelve layers are expected, and three are there
+
+
+def test_other_shapes_are_refused(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path, n_positions=512)
+    assert "wpe.weight" in refused(tmp_path)
+
+
+def test_unknown_name_is_an_os_error():
+    with pytest.raises(OSError, match="no-such-model"):
+        load_pretrained("no-such-model")
+
+
+def test_export_is_readable_by_transformers(tmp_path):
+    words = "the cat sat on the mat and naïve bears don't like 12345 honeyed cakes, do they?\n"
+    words += "\n  Ja, größer! 日本語 🙂\n"
+    text = "".join(words[n % 50 :] for n in range(400))
+    enc, _ = tokenizer.train_tokenizer([text], 300)
+    model = random_model()
+    fields = dict(
+        model=model.state_dict(),
+        config=asdict(model.config),
+        tokenizer=tokenizer.tokenizer_to_text(enc),
+    )
+    checkpoint.save(tmp_path / "model_final.pt", fields | {"step": 1})
+    export.main(export.Config(str(tmp_path / "model_final.pt"), str(tmp_path / "out")))
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(theirs) == enc.n_vocab == 300
+    assert theirs.eos_token_id == enc.eot_token == 299
+    for sample in (
+        words,
+        text,
+        "",
+        " ",
+        "  two  spaces\t",
+        "the\u00a0cat €\x00\x7f",
+        "They'll've DON'T 007",
+        "👩‍👩‍👧 مرحبا",
+    ):
+        ids = enc.encode_ordinary(sample)
+        assert theirs(sample)["input_ids"] == ids
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids) == sample
+    special = "cat<|endoftext|>mat"
+    assert theirs(special)["input_ids"] == enc.encode(special, allowed_special="all")
+    assert (
+        max(map(len, map(enc.decode_single_token_bytes, enc.encode_ordinary(words)))) > 2
+    )  # merges took place
+
+    assert same_logits(model, GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval())
+    loaded, own = checkpoint.load_model(tmp_path / "out")
+    assert isinstance(own, tiktoken.Encoding) and own.encode_ordinary(text) == enc.encode_ordinary(
+        text
+    )
+    assert torch.equal(loaded(random_tokens(1, 9)), model(random_tokens(1, 9)))
+
+
+def test_post_ln_is_not_exported(tmp_path):
+    with pytest.raises(UserError, match="Post-LN"):
+        save_pretrained(random_model(norm="post"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
