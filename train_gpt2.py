@@ -215,7 +215,7 @@ def train(run: Run, stop: StopSignal) -> int:
     batches = run.loader.iterate(run.start_step, run.max_steps, run.rt.device)
     stop_asked = False
     bar = Progress(total=run.max_steps, initial=run.start_step, desc="pretraining", unit="step")
-    with bar, closing(batches):
+    with bar, closing(batches), run.saver:
         for step in range(run.start_step, run.max_steps + 1):
             last_step = step == run.max_steps
 
@@ -255,7 +255,6 @@ def train(run: Run, stop: StopSignal) -> int:
             log_step(run, step, mean_loss, lr, grad_norm, seconds)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tok/s", refresh=False)
             bar.update()
-    run.saver.wait()
     return step
 
 
@@ -335,7 +334,6 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float):
     """Raise Diverged if the loss or the gradient is not finite. Nothing is saved after that."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    run.saver.wait()
     raise Diverged(
         f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the "
         f"last good checkpoint is {run.last_saved}; lower max_lr or lengthen the warmup"

@@ -72,7 +72,8 @@ class BackgroundSaver:
 
     `save` waits for the previous checkpoint, copies the new state to host memory and returns. That
     memory is reused, because allocating it takes longer than the copy. If writing fails, the next
-    call of `save` or `wait` raises the error.
+    call of `save` or `wait` raises the error. As a context manager it waits at the end, also after
+    an exception.
     """
 
     def __init__(self):
@@ -89,6 +90,12 @@ class BackgroundSaver:
     def _write(self, path: str | Path, checkpoint: dict, then: Callable[[], None]):
         save(path, checkpoint)
         then()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
 
     def wait(self):
         """Return when the last checkpoint is on the disk."""
