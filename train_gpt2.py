@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import which
@@ -33,11 +33,12 @@ import torch.nn as nn
 
 import hellaswag
 from common import checkpoint, cpu, runtime, tasks
-from common.console import Progress, UserError, cli, write_text
+from common.console import Progress, UserError, cli, lock_folder, write_text
 from common.optim import (
     Diverged,
     Optimizer,
     learning_rate,
+    load_optimizer_state,
     make_optimizer,
     optimizer_state,
     prepare_model,
@@ -76,7 +77,8 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
-    min_lr: float = 6e-5  # final learning rate of the cosine decay
+    # final learning rate of the cosine decay; None = a tenth of max_lr
+    min_lr: float | None = None
     weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
     beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
     beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
@@ -134,20 +136,35 @@ class Config:
         if self.shard_optimizer and self.optimizer != "adamw":
             raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
         intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
-        for name in (*intervals, "rolling_every", "warmup_steps", "grad_clip"):
+        for name in (*intervals, "rolling_every", "warmup_steps", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
         for name in ("B", "T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.min_lr is None:
+            self.min_lr = self.max_lr / 10
+        if not 0 <= self.min_lr <= self.max_lr:
+            raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
 
 
 def main(config: Config):
     rt = start(config)
+    folder = Path(config.log_dir)
     resume = config.resume or runtime.restarted()
-    if rt.is_main:
-        prepare_folder(Path(config.log_dir), resume)
-    rt.barrier()
+    with ExitStack() as stack:
+        if rt.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The process that this one replaces may have died on a machine that lost its network.
+            patience = config.timeout if runtime.restarted() else 0
+            stack.enter_context(lock_folder(folder, patience))
+            prepare_folder(folder, resume)
+        rt.barrier()
+        pretrain(config, resume, rt)
+
+
+def pretrain(config: Config, resume: bool, rt: Runtime):
+    """Set up a run in its locked folder, train, and report."""
     run = set_up(config, resume, rt)
     if run.start_step >= run.max_steps:
         rt.print(f"{config.log_dir} is finished: {run.start_step} steps; nothing to do")
@@ -155,8 +172,10 @@ def main(config: Config):
 
     run.log = RunLog(run.folder, run.start_step, rt, config.wandb)
     if rt.is_main:
-        write_config(config, run.max_steps, rt)
+        write_config(run)
     rt.print(run.describe())
+    if config.warmup_steps >= run.max_steps:
+        rt.print(f"warning: the warmup of {config.warmup_steps} steps is not over at the last step")
     began = time.perf_counter()
     with StopSignal() as stop:
         step = train(run, stop)
@@ -286,7 +305,7 @@ def save(run: Run, step: int):
     keep = 0 if last_step else 2
 
     def remove_old():
-        checkpoint.remove_rolling(run.folder, run.config.checkpoint_every, keep)
+        checkpoint.remove_rolling(run.folder, step, run.config.checkpoint_every, keep)
 
     run.saver.save(run.last_saved, state, then=remove_old)
 
@@ -394,8 +413,7 @@ def start(config: Config) -> Runtime:
 
 
 def prepare_folder(folder: Path, resume: bool):
-    """Make the run folder. Raises UserError if it holds a run that is not to be resumed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Clean the run folder. Raises UserError if it holds a run that is not to be resumed."""
     for path in sorted(folder.iterdir()):
         of_a_run = path.name in ("log.txt", "config.json") or path.match("model_*.pt")
         if of_a_run and not resume:
@@ -432,6 +450,8 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         check_agreement(config, loaded, loaded_from)
     torch.manual_seed(config.seed)
     model = make_model(config, enc, loaded, loaded_from).to(rt.device)
+    for line in adopt_shape(config, model):
+        rt.print(line)
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = make_optimizer(
         model,
@@ -444,7 +464,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     )
     start_step = 0
     if loaded:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
         start_step = loaded["step"]
         rt.print(f"resuming from {loaded_from}, step {start_step}")
     train_model, eval_model = prepare_model(model, rt, config.compile)
@@ -533,6 +553,18 @@ def make_model(config: Config, enc: tiktoken.Encoding, loaded: dict | None, path
     return model
 
 
+def adopt_shape(config: Config, model: GPT) -> list[str]:
+    """Set the shape in `config` to that of a loaded model; return messages about ignored flags."""
+    messages = []
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "padded_vocab_size", "norm"):
+        asked, actual = getattr(config, name), getattr(model.config, name)
+        is_given = asked != Config.__dataclass_fields__[name].default
+        if is_given and asked != actual:
+            messages.append(f"{name} {asked} is ignored: the loaded model has {actual}")
+        setattr(config, name, actual)
+    return messages
+
+
 def check_tokenizer(
     config: Config, shards_enc: tiktoken.Encoding, model_enc: tiktoken.Encoding, model_name
 ):
@@ -551,27 +583,51 @@ def check_lengths(config: Config, enc: tiktoken.Encoding, model: GPT):
         raise UserError(f"sample_prompt has {prompt_length} tokens, the context {block_size}")
 
 
-def write_config(config: Config, max_steps: int, rt: Runtime):
-    """Write config.json: everything needed to know how the run was made."""
+def write_config(run: Run):
+    """Write config.json: everything needed to know how the run was made.
+
+    When a run is resumed, the earlier record moves to its "history".
+    """
+    config = run.config
     manifest = read_manifest(config.data_dir) or {}
     device = platform.processor() or "cpu"
-    if rt.device.type == "cuda":
+    if run.rt.device.type == "cuda":
         device = torch.cuda.get_device_name()
     record = dict(
-        constants=asdict(config) | dict(max_steps=max_steps),
+        constants=asdict(config) | dict(max_steps=run.max_steps),
+        start_step=run.start_step,
         command=[sys.executable, *sys.argv],
         commit=describe_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__),
         device=device,
-        world_size=rt.world_size,
-        dtype=str(rt.dtype),
+        world_size=run.rt.world_size,
+        dtype=str(run.rt.dtype),
         data=dict(
             source=manifest.get("source"),
             tokenizer=manifest.get("tokenizer"),
             manifest_sha256=manifest_checksum(config.data_dir),
         ),
     )
-    write_text(Path(config.log_dir) / "config.json", json.dumps(record, indent=2) + "\n")
+    path = run.folder / "config.json"
+    earlier = read_earlier_config(path) if run.start_step else None
+    if earlier:
+        for name, value in record["constants"].items():
+            before = earlier.get("constants", {}).get(name, value)
+            if name != "resume" and before != json.loads(json.dumps(value)):
+                run.rt.print(
+                    f"changed since step {earlier.get('start_step', 0)}: "
+                    f"{name} was {before}, is {value}"
+                )
+        history = earlier.pop("history", [])
+        record["history"] = [*history, earlier]
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def read_earlier_config(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or damaged
+        return None
 
 
 def describe_commit() -> str | None:

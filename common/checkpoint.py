@@ -16,6 +16,7 @@ Those that training can resume from also have
     history     losses of the epochs so far (finetune.py)
 """
 
+import math
 import pickle
 import re
 import zipfile
@@ -34,6 +35,7 @@ from common.tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_t
 from model import GPT, GPTConfig
 
 REQUIRED_KEYS = {"model", "config", "tokenizer", "step"}
+FINAL = "model_final.pt"
 FILE_NAME = re.compile(r"model_(\d{5,}|final)\.pt")
 
 
@@ -126,16 +128,17 @@ def copy_into(copy: Any, state: Any) -> Any:
     return state
 
 
-def remove_rolling(folder: str | Path, checkpoint_every: int, keep: int):
-    """Remove rolling checkpoints, all but the newest `keep`.
+def remove_rolling(folder: str | Path, step: int, checkpoint_every: int, keep: int):
+    """Remove the rolling checkpoints up to `step`, all but the newest `keep`.
 
     A checkpoint is rolling if its step is not a multiple of checkpoint_every (0: all are). The
     final one is not.
     """
     rolling = []
     for path in candidates(folder):
-        step = FILE_NAME.fullmatch(path.name)[1]
-        if step != "final" and (not checkpoint_every or int(step) % checkpoint_every):
+        if path.name == FINAL or step_of(path) > step:
+            continue
+        if not checkpoint_every or step_of(path) % checkpoint_every:
             rolling.append(path)
     for path in rolling[keep:]:
         path.unlink()
@@ -146,14 +149,24 @@ def remove_rolling(folder: str | Path, checkpoint_every: int, keep: int):
 
 
 def candidates(folder: str | Path) -> list[Path]:
-    """The checkpoint files of a run folder, newest first by their names."""
-
-    def step(path: Path) -> float:
-        name = FILE_NAME.fullmatch(path.name)[1]
-        return float("inf") if name == "final" else int(name)
-
+    """The checkpoint files of a run folder, highest step first."""
     paths = [path for path in Path(folder).glob("model_*.pt") if FILE_NAME.fullmatch(path.name)]
-    return sorted(paths, key=step, reverse=True)
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> float:
+    """The step of a checkpoint, from its name; from its content for the final one.
+
+    A run can be extended after its end, so the final checkpoint need not be the newest. Infinity
+    if it is damaged: load_newest then tries it first, and reports it.
+    """
+    name = FILE_NAME.fullmatch(path.name)
+    if name and name[1] != "final":
+        return int(name[1])
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # torch.load raises many types for a damaged file
+        return math.inf
 
 
 def load_newest(folder: str | Path, warn=print) -> tuple[dict | None, Path | None]:

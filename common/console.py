@@ -5,8 +5,11 @@ Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, 
 
 import difflib
 import hashlib
+import io
+import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 
@@ -34,12 +38,19 @@ def cli(config_class: type, main: Callable[[Any], None], doc: str | None):
     A UserError or an OSError ends the process with one line; with TRACEBACK=1 in the environment
     the traceback comes first.
     """
+    # Generated text may hold characters that the terminal's encoding lacks: show their codes.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(config_class, doc))
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
     except UserError as error:
         fail(str(error), error.exit_code)
+    except BrokenPipeError:  # whoever read our output has seen enough, for example `head`
+        discard_broken_output()
+        sys.exit(1)
     except OSError as error:
         fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
@@ -121,6 +132,14 @@ class Progress(tqdm):
         pace = dict(mininterval=0.2) if tty else dict(mininterval=15, maxinterval=60, delay=1)
         super().__init__(*args, dynamic_ncols=tty, **pace, **kwargs)
 
+    def display(self, *args, **kwargs):
+        with unless_pipe_is_closed():
+            return super().display(*args, **kwargs)
+
+    def close(self):
+        with unless_pipe_is_closed():
+            super().close()
+
     @staticmethod
     def status_printer(file):
         if file.isatty():
@@ -134,12 +153,36 @@ class Progress(tqdm):
 
 
 def say(*words):
-    """Print a line, above the progress bar if there is one."""
+    """Print a line, above the progress bar if there is one.
+
+    Nothing that is only displayed may end a run: a closed pipe is ignored.
+    """
     text = " ".join(map(str, words))
-    if sys.stderr.isatty():
-        tqdm.write(text)
-    else:
-        print(text, flush=True)
+    with unless_pipe_is_closed():
+        if sys.stderr.isatty():
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
+
+
+@contextmanager
+def unless_pipe_is_closed() -> Iterator[None]:
+    """Print inside this block; if the reader of a pipe is gone, all further output is discarded."""
+    try:
+        yield
+    except BrokenPipeError:
+        discard_broken_output()
+
+
+def discard_broken_output():
+    """Connect stdout and stderr to /dev/null if they are pipes that nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -194,3 +237,30 @@ def checksum(path: str | Path) -> str:
         raise FileNotFoundError(f"no file {path}")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock_folder(folder: str | Path, wait: float = 0) -> Iterator[None]:
+    """Hold the lock of a folder into which only one process may write.
+
+    The system releases it when this process dies, also on network file systems with locks. Raises
+    UserError, which names the holder, if the lock is not free within `wait` seconds.
+    """
+    lock = FileLock(Path(folder) / "lock")
+    holder = Path(folder) / "lock_holder.json"
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout as error:
+        try:
+            owner = "process {pid} on {host}".format(**json.loads(holder.read_text()))
+        except (OSError, ValueError, KeyError):  # it has the lock, but has not written this yet
+            owner = "another process"
+        raise UserError(
+            f"{folder} is in use by {owner}: wait for it, or use another one"
+        ) from error
+    try:
+        write_text(holder, json.dumps(dict(host=socket.gethostname(), pid=os.getpid())) + "\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

@@ -135,6 +135,16 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **options)
 
 
+def load_optimizer_state(optimizer: Optimizer, state: dict | list):
+    """Restore moments and step counts. Weight decay, betas and the like stay those of this run."""
+    settings = []
+    for group in optimizer.param_groups:
+        settings.append({key: value for key, value in group.items() if key != "params"})
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 def optimizer_state(optimizer: Optimizer) -> dict | list | None:
     """The complete state dict on rank 0, sharded or not; all ranks must call this.
 

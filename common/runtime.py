@@ -228,7 +228,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the current step.
+    """Turns a signal to stop into a request to stop after the current step.
+
+    Such signals are Ctrl-C, SIGTERM, SIGHUP (the terminal was closed) and SIGUSR1 (a scheduler's
+    warning). One that the parent told us to ignore, as nohup does with SIGHUP, stays ignored.
 
         with StopSignal() as stop:
             while not stop.number: ...      # the signal's number, 0 if none has come
@@ -247,8 +250,10 @@ class StopSignal:
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.old_handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.old_handlers[number] = signal.signal(number, lambda *_: None)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks the last two
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.old_handlers[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 

@@ -6,8 +6,10 @@ import os
 import platform
 import random
 import resource
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, command, ok, one_line
+
+import train_gpt2
+from common import checkpoint, console
+from common.runtime import StopSignal
 
 STEPS = 30
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -43,8 +49,6 @@ def train(data_dir, log_dir, *more, **kwargs) -> subprocess.CompletedProcess:
 def train_here(data_dir, log_dir, *more):
     """The same in this process: no seconds spent on starting another."""
     import tyro
-
-    import train_gpt2
 
     words = [str(word) for word in arguments(data_dir, log_dir, *more)[1:]]
     train_gpt2.main(tyro.cli(train_gpt2.Config, args=words))
@@ -108,10 +112,9 @@ def reference(data_dir, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_the_design_says(reference):
-    names = {path.name for path in reference.iterdir()} - {"screen.txt"}
-    assert names == {
-        "config.json", "log.txt", "metrics.jsonl", "model_00010.pt", "model_00020.pt", "model_final.pt",
-    }  # fmt: skip
+    names = {path.name for path in reference.iterdir()} - {"screen.txt", "lock"}
+    logs = {"config.json", "log.txt", "metrics.jsonl"}
+    assert names == logs | {"model_00010.pt", "model_00020.pt", "model_final.pt"}
     assert losses(reference)[-1] < losses(reference)[0] - 0.2
     assert [step for step, _ in stream(reference, "val")] == [0, 10, 20, 30]
     records = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
@@ -122,9 +125,9 @@ def test_a_run_leaves_what_the_design_says(reference):
     config = json.loads((reference / "config.json").read_text())
     assert config["constants"]["max_lr"] == 1e-3
     assert config["data"]["source"] == "text"
-    checkpoint = weights(reference / "model_final.pt")
-    assert checkpoint["step"] == STEPS
-    assert {"model", "config", "tokenizer", "step", "optimizer", "run"} == checkpoint.keys()
+    final = weights(reference / "model_final.pt")
+    assert final["step"] == STEPS
+    assert {"model", "config", "tokenizer", "step", "optimizer", "run"} == final.keys()
     screen = (reference / "screen.txt").read_text()
     assert "> Hello, I'm a language model," in screen
     for word in ("tokens/s", "validation loss", "best", "model_final.pt", "metrics.jsonl"):
@@ -230,6 +233,92 @@ def test_sigterm_to_torchrun_stops_all_ranks_at_the_same_step(data_dir, tmp_path
     stopped_at = len(losses(log_dir))
     assert weights(log_dir / f"model_{stopped_at:05d}.pt")["step"] == stopped_at
     assert "error: " not in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_that_ask_to_stop(name):
+    number = getattr(signal, name)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while not stop.number and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert stop.number == number
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """nohup starts its command with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+        assert not stop.number
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_extended_run_resumes_from_its_highest_step(data_dir, tmp_path, capsys):
+    log_dir = tmp_path / "log"
+    short = ("--val_every", 0, "--rolling_every", 5)
+    train_here(data_dir, log_dir, *short, "--max_steps", 20)
+    process = launch(arguments(data_dir, log_dir, *short, "--max_steps", 6000, "--resume"))
+    wait_for_step(log_dir, 31, process)
+    process.kill()
+    process.communicate()
+    newest = max(int(path.stem[6:]) for path in log_dir.glob("model_0*.pt"))
+    assert newest >= 25
+    capsys.readouterr()
+    train_here(data_dir, log_dir, *short, "--max_steps", newest + 5, "--resume")
+    assert f"model_{newest:05d}.pt, step {newest}\n" in capsys.readouterr().out
+    assert len(losses(log_dir)) == newest + 5
+    assert weights(log_dir / "model_final.pt")["step"] == newest + 5
+
+
+def test_rotation_keeps_the_checkpoint_just_written(tmp_path):
+    """Damaged files of higher steps, which a resumed run skipped, must not count as newer."""
+    for step in (10, 12, 14, 90, 95):
+        (tmp_path / f"model_{step:05d}.pt").touch()
+    checkpoint.remove_rolling(tmp_path, step=14, checkpoint_every=0, keep=2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"model_{step:05d}.pt" for step in (12, 14, 90, 95)]
+
+
+def test_a_folder_in_use_is_rejected(data_dir, tmp_path):
+    log_dir = tmp_path / "log"
+    process = launch(arguments(data_dir, log_dir, "--max_steps", 100000, "--val_every", 0))
+    wait_for_step(log_dir, 1, process)
+    line = one_line(train(data_dir, log_dir, "--resume"))
+    assert f"is in use by process {process.pid} on {socket.gethostname()}" in line
+    process.kill()
+    process.communicate()
+    # The lock is released when its process dies.
+    ok(train(data_dir, log_dir, "--resume", "--max_steps", 4))
+
+
+def test_the_final_checkpoint_is_saved_before_the_last_evaluation(data_dir, tmp_path, monkeypatch):
+    def fail_at_the_end(run, step):
+        if step == STEPS:
+            raise RuntimeError("evaluation failed")
+
+    monkeypatch.setattr(train_gpt2, "validate", fail_at_the_end)
+    with pytest.raises(RuntimeError):
+        train_here(data_dir, tmp_path / "log")
+    assert weights(tmp_path / "log" / "model_final.pt")["step"] == STEPS
+
+
+def test_what_is_only_displayed_does_not_end_a_run(data_dir, tmp_path):
+    prompt = "\N{SNOWMAN} na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve"
+    words = arguments(
+        data_dir, tmp_path / "log", "--sample_every", 2, "--sample_prompt", prompt, "--max_steps", 9
+    )
+    # An output encoding without the snowman, and a reader that stops after the first line.
+    command_line = shlex.join([sys.executable, *map(str, words)]) + " 2>&1 | head -n 1"
+    env = os.environ | dict(PYTHONIOENCODING="latin-1")
+    result = subprocess.run(command_line, shell=True, cwd=ROOT, env=env, capture_output=True)
+    assert len(result.stdout.splitlines()) == 1
+    assert len(losses(tmp_path / "log")) == 9
+    assert weights(tmp_path / "log" / "model_final.pt")["step"] == 9
 
 
 @pytest.mark.slow
@@ -338,6 +427,33 @@ def test_a_finished_run_is_not_done_again(data_dir, tmp_path, reference, capsys)
     assert {path.name: path.read_bytes() for path in log_dir.iterdir()} == before
 
 
+def test_settings_of_a_resumed_run(data_dir, tmp_path, reference, capsys):
+    """Each is applied, or ignored with a message; config.json is true and keeps the history."""
+    log_dir = tmp_path / "log"
+    shutil.copytree(reference, log_dir)
+    more = ("--resume", "--max_steps", STEPS + 2, "--weight_decay", 0.25, "--beta2", 0.99)
+    train_here(data_dir, log_dir, *more, "--n_layer", 7)
+    screen = capsys.readouterr().out
+    assert "n_layer 7 is ignored: the loaded model has 2" in screen
+    assert "weight_decay was 0.1, is 0.25" in screen
+    groups = weights(log_dir / "model_final.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert [tuple(group["betas"]) for group in groups] == [(0.9, 0.99)] * 2
+    config = json.loads((log_dir / "config.json").read_text())
+    assert config["constants"]["n_layer"] == 2
+    assert config["constants"]["weight_decay"] == 0.25
+    assert config["start_step"] == STEPS
+    assert [record["constants"]["weight_decay"] for record in config["history"]] == [0.1]
+
+
+def test_the_final_learning_rate_is_a_tenth(data_dir, tmp_path, capsys):
+    flags = ("--max_lr", "1e-5", "--min_lr", "None", "--max_steps", 3, "--warmup_steps", 3)
+    train_here(data_dir, tmp_path / "log", *flags)
+    config = json.loads((tmp_path / "log" / "config.json").read_text())
+    assert config["constants"]["min_lr"] == pytest.approx(1e-6)
+    assert "warning: the warmup of 3 steps is not over" in capsys.readouterr().out
+
+
 def test_by_epochs(data_dir, tmp_path):
     manifest = json.loads((data_dir / "manifest.json").read_text())
     windows = sum((shard["tokens"] - 1) // 32 for shard in manifest["shards"][1:])
@@ -437,7 +553,7 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         return ["--init_from", tmp_path / "foreign.pt"], "was not written by this project"
     if name == "no checkpoint":
         (tmp_path / "text.pt").write_text("not a checkpoint")
-        return ["--init_from", tmp_path / "text.pt"], "not a checkpoint"
+        return ["--init_from", tmp_path / "text.pt"], "was not written by this project"
     if name == "checkpoint with code":
         torch.save({"model": RunsCode()}, tmp_path / "code.pt")
         return ["--init_from", tmp_path / "code.pt"], "could run code"
@@ -456,6 +572,8 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         "vocabulary too small": (["--padded_vocab_size", "100"], "below the tokenizer's 384"),
         "steps and epochs": (["--num_epochs", "1"], "not both"),
         "negative": (["--val_every", "-1"], "must not be negative"),
+        "negative seed": (["--seed", "-1"], "seed is -1, must not be negative"),
+        "rising rate": (["--max_lr", "1e-5"], "min_lr is 0.0001, must be from 0 to max_lr 1e-05"),
         "no such device": (["--device", "cuda:7"], "cuda"),
         "unknown device": (["--device", "abacus"], "abacus"),
         "no such weights": (["--init_from", "no_such_model"], "no model 'no_such_model'"),
@@ -464,13 +582,37 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
 
 
 WRONG = [
-    "no folder", "only validation", "truncated shard", "missing shard", "manifest disagrees", "dtype disagrees",
-    "damaged manifest", "unfinished shards", "ids outside the vocabulary", "two dimensions", "float shard",
-    "other tokenizer", "foreign checkpoint", "no checkpoint", "checkpoint with code", "held folder",
-    "folder is a file", "more than there is", "batch not divisible", "T above block_size", "n_embd not divisible",
-    "vocabulary too small", "steps and epochs", "negative", "no such device", "unknown device", "no such weights",
+    "no folder",
+    "only validation",
+    "truncated shard",
+    "missing shard",
+    "manifest disagrees",
+    "dtype disagrees",
+    "damaged manifest",
+    "unfinished shards",
+    "ids outside the vocabulary",
+    "two dimensions",
+    "float shard",
+    "other tokenizer",
+    "foreign checkpoint",
+    "no checkpoint",
+    "checkpoint with code",
+    "held folder",
+    "folder is a file",
+    "more than there is",
+    "batch not divisible",
+    "T above block_size",
+    "n_embd not divisible",
+    "vocabulary too small",
+    "steps and epochs",
+    "negative",
+    "negative seed",
+    "rising rate",
+    "no such device",
+    "unknown device",
+    "no such weights",
     "no wandb",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -484,9 +626,6 @@ def test_wrong_inputs_end_in_one_line(name, data_dir, tmp_path, reference, monke
 
 def one_line_in_process(words, monkeypatch, capsys) -> str:
     """What `one_line` checks, without the seconds that it takes to start a process."""
-    import train_gpt2
-    from common import console
-
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     if "--wandb" in sys.argv:
         monkeypatch.setitem(sys.modules, "wandb", None)
@@ -510,8 +649,6 @@ def test_unknown_flags_and_wrong_types_are_refused(flags):
 
 
 def test_out_of_memory_says_which_constants_to_lower(monkeypatch, capsys, data_dir, tmp_path):
-    import train_gpt2
-
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -20,6 +20,7 @@ from test_train import (
 )
 
 from common import checkpoint, runtime
+from common.console import UserError
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -74,7 +75,7 @@ def test_restarts_that_cannot_work_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")  # as torchrun sets it
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     with pytest.raises(
-        ValueError, match="--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        UserError, match="--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     ):
         runtime.check_launcher()
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
