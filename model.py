@@ -204,6 +204,7 @@ class GPT(nn.Module):
         # Recompute the blocks in the backward pass instead of keeping their activations.
         self.activation_checkpointing = False
         self.loss = linear_cross_entropy
+        self.source = "the model"  # where the weights come from, for error messages
         self.init_weights()
 
     @torch.no_grad()
@@ -304,8 +305,10 @@ class GPT(nn.Module):
             al. 2020, "The Curious Case of Neural Text Degeneration").
 
         Raises ValueError for an empty prompt, and if a prompt and its continuation exceed
-        block_size. Positions are absolute and learned (wpe has block_size rows), so a window that
-        slides past them cannot keep its cache: every token would have to be read again.
+        block_size; FloatingPointError if the logits are not finite.
+
+        Positions are absolute and learned (wpe has block_size rows), so a window that slides past
+        them cannot keep its cache: every token would have to be read again.
         """
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths, default=0)
@@ -365,10 +368,18 @@ def sample_token(
     top_p: float | None,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Draw token ids (B,) from logits (B, vocab_size)."""
+    """Draw token ids (B,) from logits (B, vocab_size).
+
+    Raises FloatingPointError if a logit is not finite: softmax and argmax would still return a
+    token, but a meaningless one.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    # Without the maximum, tiny temperatures can't overflow.
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -9,17 +9,19 @@ A sample ends after max_tokens, or where the model ends its text.
 """
 
 import codecs
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from textwrap import shorten
 
 import tiktoken
 
 from common import runtime
-from common.checkpoint import load_model
-from common.console import Progress, UserError, cli, say, write_text
+from common.checkpoint import load_model, not_finite_error
+from common.console import Progress, UserError, cli, read_lines, say, write_text
 from common.cpu import can_pack, pack_weights
+from common.tokenizer import END_OF_TEXT
 from model import GPT
 
 SEPARATOR = "-" * 80
@@ -29,8 +31,10 @@ SEPARATOR = "-" * 80
 class Config:
     # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
     model: str = "log/model_final.pt"
-    prompt: str = "Hello, I'm a language model,"  # text to continue
-    prompt_file: str | None = None  # a file with one prompt per line, instead of prompt
+    # text to continue; "" = none, the model begins a text of its own
+    prompt: str = "Hello, I'm a language model,"
+    # a file with one prompt per line, instead of prompt; - = standard input
+    prompt_file: str | None = None
     num_samples: int = 4  # samples per prompt
     max_tokens: int = 100  # largest number of new tokens per sample
     # below 1 favours likely tokens, above 1 unlikely ones; 0 = always the most likely token
@@ -49,8 +53,10 @@ class Config:
     def __post_init__(self):
         if self.num_samples < 1 or self.max_tokens < 1 or self.batch_size < 1:
             raise UserError("num_samples, max_tokens and batch_size must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}, must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}, must be a number from 0 on")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}, must not be negative")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, must be at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -62,22 +68,26 @@ def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
     model, enc = load_model(config.model)
     model.to(rt.device).eval()
-    encoded = [encode_prompt(enc, prompt, model, config.max_tokens) for prompt in prompts]
+    jobs, num_too_long = encode_prompts(prompts, model, enc, config)
 
     # On CPUs, packed weights are faster, and they need no autocast.
+    packed = model
     autocast = rt.autocast()
     if can_pack(rt.device, rt.dtype):
-        model = pack_weights(model, rt.dtype)
+        packed = pack_weights(model, rt.dtype)
         autocast = nullcontext()
 
-    jobs = [job for job in zip(prompts, encoded) for _ in range(config.num_samples)]
     batch_size = 1 if config.stream else config.batch_size
     samples = []
     bar = Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream)
     with bar, autocast:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
-            for sample in draw(model, enc, batch, config, seed=config.seed + first):
+            try:
+                drawn = draw(packed, enc, batch, config, seed=config.seed + first)
+            except FloatingPointError as error:
+                raise not_finite_error(model) from error
+            for sample in drawn:
                 samples.append(sample)
                 if not config.stream:
                     say(f"{sample}\n{SEPARATOR}")
@@ -85,32 +95,43 @@ def main(config: Config):
     if config.out:
         write_text(config.out, "".join(f"{sample}\n{SEPARATOR}\n" for sample in samples))
         say(f"{len(samples)} samples: {config.out}")
+    if num_too_long:
+        raise UserError(f"{num_too_long} prompts were too long and have no samples, see above")
 
 
 def read_prompts(config: Config) -> list[str]:
-    prompts = [config.prompt]
-    if config.prompt_file:
-        path = Path(config.prompt_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"no prompt file {path}")
-        prompts = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        if not prompts:
-            raise UserError(f"{path} holds no prompts: write one per line")
-    if not all(prompts):
-        raise UserError("the prompt is empty: give some text to continue")
+    if config.prompt_file is None:
+        return [config.prompt]
+    prompts = [line for line in read_lines(config.prompt_file) if line.strip()]
+    if not prompts:
+        raise UserError(f"{config.prompt_file} holds no prompts: write one per line")
     return prompts
 
 
-def encode_prompt(enc: tiktoken.Encoding, prompt: str, model: GPT, max_tokens: int) -> list[int]:
-    """Token ids of a prompt. Raises UserError if it leaves no room for max_tokens new ones."""
-    ids = enc.encode_ordinary(prompt)
-    block_size = model.config.block_size
-    if len(ids) + max_tokens > block_size:
-        raise UserError(
-            f"a prompt of {len(ids)} tokens and {max_tokens} new ones do not fit the context of "
-            f"{block_size} tokens: shorten the prompt or lower max_tokens"
+def encode_prompts(
+    prompts: list[str], model: GPT, enc: tiktoken.Encoding, config: Config
+) -> tuple[list[tuple[str, list[int]]], int]:
+    """A job (prompt, its token ids) for each sample, and the number of prompts that are too long.
+
+    Raises UserError if no prompt leaves room for max_tokens new tokens.
+    """
+    jobs = []
+    num_too_long = 0
+    for prompt in prompts:
+        # <|endoftext|> in a prompt is the token, which separates documents in training.
+        ids = enc.encode(prompt, allowed_special={END_OF_TEXT}) or [enc.eot_token]
+        if len(ids) + config.max_tokens <= model.config.block_size:
+            jobs += [(prompt.replace(END_OF_TEXT, ""), ids)] * config.num_samples
+            continue
+        num_too_long += 1
+        message = (
+            f"a prompt of {len(ids)} tokens and {config.max_tokens} new ones do not fit the "
+            f"context of {model.config.block_size} tokens: shorten the prompt or lower max_tokens"
         )
-    return ids
+        if len(prompts) == 1:
+            raise UserError(message)
+        say(f"skipped: {message}: {shorten(prompt, 60)}")
+    return jobs, num_too_long
 
 
 def draw(

@@ -228,8 +228,10 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
     if is_checkpoint(path):
         checkpoint = load(path)
         model = build_model(checkpoint, path, dropout)
+        model.source = str(path)
         return model, tokenizer_from_text(checkpoint["tokenizer"])
     model = load_pretrained(name_or_path, dropout)
+    model.source = str(name_or_path)
     vocabulary = path / "vocab.tiktoken"  # export.py writes it
     enc = load_tokenizer(vocabulary if vocabulary.exists() else "gpt2")
     if enc.n_vocab != model.config.vocab_size:
@@ -252,3 +254,14 @@ def fingerprint(name: str) -> str:
         return checksum(path)
     weight_files = sorted(path.glob("model*.safetensors"))
     return " ".join(map(checksum, weight_files)) or name
+
+
+def not_finite_error(model: GPT) -> UserError:
+    """The error to raise when a model computes NaN or infinity; names the broken weight, if any."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            return UserError(f"{model.source} is broken: its tensor {name} is not finite")
+    return UserError(
+        f"{model.source} computes values that are not finite, although its weights are: try "
+        "--dtype float32"
+    )

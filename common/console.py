@@ -3,6 +3,7 @@
 Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, so `--help` is fast.
 """
 
+import codecs
 import difflib
 import hashlib
 import io
@@ -223,6 +224,34 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a UTF-8 file, or of standard input for "-"; a byte-order mark is dropped.
+
+    UTF-16 with a byte-order mark, as PowerShell writes it, is read too. Raises UserError if the
+    file is not text, FileNotFoundError if it does not exist.
+    """
+    if str(path) == "-":
+        path = Path("/dev/stdin")
+        data = sys.stdin.buffer.read()
+    elif not Path(path).exists():
+        raise FileNotFoundError(f"no file {path}")
+    else:
+        data = Path(path).read_bytes()
+    encoding = "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}, is not UTF-8: convert the file") from error
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a text file. Unlike for str.splitlines, form feeds and U+2028 do not end a line."""
+    return [line.removesuffix("\r") for line in read_text(path).split("\n")]
 
 
 def write_text(path: str | Path, text: str):

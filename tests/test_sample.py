@@ -1,14 +1,15 @@
-"""Sampling and exporting, as a person does it after training."""
+"""Sampling and exporting, as a user does after training."""
 
 import importlib
 import sys
 
 import pytest
+import torch
 from conftest import SMALL_RUN, command, ok, one_line
 
 import export
 import sample
-from common import console
+from common import checkpoint, console
 from common.checkpoint import load_model
 
 DASHES = "-" * 80 + "\n"
@@ -88,16 +89,71 @@ def test_characters_of_several_bytes_are_streamed_whole(model, capsys, monkeypat
     assert capsys.readouterr().out == f"A naïve → 日本\n{DASHES}"
 
 
+def test_unconditional_samples(model, capsys):
+    """Without a prompt, generation starts from the token that separates documents."""
+    texts = []
+    flags = ("--temperature", 0, "--num_samples", 1, "--max_tokens", 20, "--dtype", "float32")
+    for prompt in ("", "<|endoftext|>"):
+        run(sample, "--model", model, "--prompt", prompt, *flags)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    gpt, enc = load_model(model)
+    (output,) = gpt.eval().generate([[enc.eot_token]], 20, stop_token=enc.eot_token, temperature=0)
+    assert texts[0] == f"{enc.decode(output)}\n{DASHES}"
+
+
+def test_a_prompt_file_has_one_prompt_per_line(model, tmp_path, capsys):
+    """A byte-order mark is no part of a prompt; only newlines end one; long prompts are skipped."""
+    prompts = ["import\u2028os", "a\fb", "x = 1; " * 40, "last"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\n".join(prompts).encode("utf-8-sig"))
+    flags = ("--prompt_file", file, "--num_samples", 1, "--max_tokens", 5)
+    with pytest.raises(SystemExit):
+        run(sample, "--model", model, *flags)
+    captured = capsys.readouterr()
+    samples = captured.out.split(DASHES)[:-1]
+    assert "skipped: a prompt of" in samples[0]
+    starts = [prompts[0], prompts[1], prompts[3]]
+    assert all(start in text for start, text in zip(starts, samples, strict=True))
+    assert "1 prompts were too long" in captured.err
+
+
+def test_prompts_from_standard_input(model):
+    flags = ("--prompt_file", "-", "--num_samples", 1, "--max_tokens", 5)
+    result = ok(command("sample.py", "--model", model, *flags, input="one\ntwo\n"))
+    assert [text[:3] for text in result.stdout.split(DASHES)[:2]] == ["one", "two"]
+
+
+def test_tiny_temperatures_are_greedy(model, capsys):
+    texts = []
+    for temperature in ("0", "1e-42"):
+        flags = ("--temperature", temperature, "--num_samples", 1, "--max_tokens", 20)
+        run(sample, "--model", model, *flags)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_model_with_nan_generates_nothing(model, tmp_path, capsys):
+    broken = checkpoint.load(model)
+    broken["model"]["h.1.mlp.c_fc.weight"][3, 4] = torch.nan
+    checkpoint.save(tmp_path / "broken.pt", broken)
+    with pytest.raises(SystemExit):
+        run(sample, "--model", tmp_path / "broken.pt", "--prompt", "x", "--max_tokens", 5)
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/broken.pt is broken: its tensor h.1.mlp.c_fc.weight" in error
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["--prompt", ""], "prompt is empty"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--seed", "-1"], "seed is -1"),
         (["--prompt", "x = 1; " * 40], "do not fit the context of 64"),
         (["--max_tokens", "64"], "do not fit the context of 64"),
-        (["--prompt_file", "no_such_file"], "no prompt file"),
+        (["--prompt_file", "no_such_file"], "no file no_such_file"),
         (["--model", "no_such_model"], "no model 'no_such_model'"),
         (["--model", "no_such.pt"], "no checkpoint no_such.pt"),
-        (["--temperature", "-1"], "must not be negative"),
+        (["--temperature", "-1"], "must be a number from 0 on"),
         (["--top_p", "1.5"], "top_p"),
         (["--top_k", "0"], "top_k"),
         (["--out", "/no/such/folder/out.txt", "--max_tokens", "1"], "/no/such/folder"),
@@ -113,8 +169,8 @@ def test_wrong_inputs_end_in_one_line(model, capsys, flags, expected):
     assert expected in errors[0]
 
 
-SCRIPTS = """fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data finetune sample export plot
-bench.__main__ experiments.norm_study experiments.head_study experiments.tokenizer_study
+SCRIPTS = """fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data finetune sample
+export plot bench.__main__ experiments.norm_study experiments.head_study experiments.tokenizer_study
 experiments.optimizer_study""".split()
 
 
