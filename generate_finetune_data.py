@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from common.console import Progress, UserError, cli, say
 from fantasy.descriptions import DELIMITER, OFFLINE, Dataset
 from fantasy.grammar import as_text, describe
-from fantasy.locations import CULTURES, PromptSeed, prompt_seeds
+from fantasy.locations import PromptSeed, load_tables, prompt_seeds
 
 ATTEMPTS = 6  # to get one description; then another seed takes its place
 REJECTED_IN_A_ROW = 100  # answers, and the run ends instead of paying for more
@@ -140,7 +140,7 @@ def api_key() -> str:
 
 def prompt(about: PromptSeed, config: Config) -> list[dict]:
     """The messages to a chat model."""
-    (custom,), *_ = CULTURES[about.culture]
+    custom = load_tables()["culture"][about.culture]["custom"]
     span = config.max_words - config.min_words  # aim at the middle: models miss lengths by a fifth
     words = random.Random(str(about)).randint(
         config.min_words + span // 4, config.max_words - span // 4
