@@ -58,6 +58,7 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
     writer = SentenceWriter(about, rng)
     opening = writer.write("opening")
     closing = writer.write("closing")
+    assert opening and closing  # load_grammar checks that both sections have sentences
     body = write_body(writer, rng, target - count_words([opening, closing]))
 
     # Sections are not split. A paragraph ends with the section that exceeds a random length.
@@ -200,6 +201,11 @@ def load_grammar() -> Grammar:
             raise UserError(f"{path}: {slot} must be a list of words")
     known_slots = {*SEED_SLOTS, *grammar.words}
     known_slots.update(*FIELDS.values())
+    for slot, limit in grammar.at_most.items():
+        if slot not in known_slots:
+            raise UserError(f"{path}: at_most {slot} is not a slot")
+        if not isinstance(limit, int):
+            raise UserError(f"{path}: at_most {slot} must be a number, not {limit!r}")
     for name, patterns in sections.items():
         for pattern in patterns:
             for slot in SLOT.findall(pattern):
