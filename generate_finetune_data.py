@@ -6,7 +6,7 @@
         --base_url http://localhost:8000/v1 --model NAME # any OpenAI-compatible server
     python generate_finetune_data.py --offline           # by the grammar: no network, no key
 
-Each description has another pair of place and culture, and a mood, a time and the weather. An
+Each description has a different pair of place and culture, and a mood, a time and the weather. An
 accepted description is appended to out_dir/finetune_data.jsonl at once, with its seed, its tokens
 and the model. At the end, out_dir/finetune_data.txt is made from all of them: the text to train on,
 in <LOC> blocks. An interrupted run can be started again and resumes. Descriptions by the grammar
@@ -30,9 +30,11 @@ from fantasy.descriptions import DELIMITER, OFFLINE, DescriptionStore
 from fantasy.grammar import as_text, describe
 from fantasy.locations import PromptSeed, load_tables, prompt_seeds
 
+# Limits on what a model that does not follow the prompt can cost.
 MAX_ATTEMPTS = 6  # answers rejected for one seed before another seed takes its place
-MAX_REJECTED_IN_A_ROW = 100  # rejected answers in a row that end the run, to not pay for more
+MAX_REJECTED_IN_A_ROW = 100  # rejected answers in a row before the run ends
 TOKENS_PER_WORD = 4 / 3  # estimate for English
+# How models begin an answer in which they decline, without marking it as a refusal.
 REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)|sorry,|i can(['’]t|not) |as an ai\b", re.I)
 SYSTEM_PROMPT = (
     "You write descriptions of places for a book of fantasy locations. Each is continuous prose, "
@@ -55,8 +57,8 @@ class Config:
     min_words: int = 150  # minimum words per description
     max_words: int = 400  # maximum words per description
     timeout: float = 120  # seconds without data from the server before a request is repeated
-    # Number of times a failed request is repeated. The waits are as long as the server asks, else
-    # 0.5 s, doubling up to 8 s: about two minutes for 20 retries.
+    # retries of a failed request, after waits of 0.5 to 8 s (together two minutes), or as long as
+    # the server asks
     max_retries: int = 20
     input_price: float = 2.0  # dollars per million prompt tokens (default: gpt-4.1)
     output_price: float = 8.0  # dollars per million completion tokens (default: gpt-4.1)
@@ -71,12 +73,14 @@ def main(config: Config):
     if config.dry_run:
         show_dry_run(config)
         return
+    # Read before the files are touched, so that a missing key changes nothing.
     key = "" if config.offline else read_api_key()
     with DescriptionStore(config.out_dir, config.offline) as store:
         stored = len(store.records)
         if stored:
             say(f"resuming after {stored:,} descriptions in {store.path}")
         seeds = unused_seeds(config, store)
+        # A file may hold more than this run asks for. They all stay.
         total = max(stored, config.num_samples)
         with Progress(total=total, initial=stored, unit="text", desc="descriptions") as bar:
             if config.offline:
@@ -162,10 +166,11 @@ def build_prompt(about: PromptSeed, config: Config) -> list[dict]:
 
 
 def show_dry_run(config: Config):
-    """Print one prompt, and an estimate of tokens and cost that needs no tokenizer."""
+    """Print one prompt, and estimates of tokens and cost."""
     messages = build_prompt(prompt_seeds(config.seed)[0], config)
     for message in messages:
         say(f"{message['role']}: {message['content']}\n")
+    # Words are counted instead of tokens, because a tokenizer might have to be downloaded.
     words_in = sum(len(message["content"].split()) for message in messages)
     words_out = (config.min_words + config.max_words) / 2
     tokens_in = config.num_samples * words_in * TOKENS_PER_WORD
@@ -182,6 +187,7 @@ def write_with_grammar(
     config: Config, store: DescriptionStore, seeds: deque[PromptSeed], bar: Progress
 ):
     while len(store.records) < config.num_samples:
+        # This can happen if near-duplicates use up more seeds than there are to spare.
         if not seeds:
             raise UserError("all seeds are used up")
         about = seeds.popleft()
@@ -195,6 +201,7 @@ def write_with_model(
     config: Config, store: DescriptionStore, seeds: deque[PromptSeed], bar: Progress, key: str
 ):
     generation = Generation(config, store, seeds, bar, key)
+    # What the run cost is shown even if it ends with an error or Ctrl-C.
     try:
         asyncio.run(generation.run())
     finally:
@@ -233,11 +240,12 @@ class Generation:
             max_retries=config.max_retries,
             on_retry=self.on_retry,
         )
-        self.num_missing = config.num_samples - len(store.records)  # not counting those in work
+        # Descriptions that no worker is working on yet.
+        self.num_missing = config.num_samples - len(store.records)
         self.error: Exception | None = None  # the error that ends the run
-        self.rejected = Counter()  # reason -> number of answers
+        self.rejected: Counter[str] = Counter()  # reason -> number of answers
         self.rejected_in_a_row = 0
-        self.retried = Counter()  # kind of failure -> number of requests
+        self.retried: Counter[str] = Counter()  # kind of failure -> number of requests
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
@@ -250,6 +258,7 @@ class Generation:
         async with self.chat:
             num_workers = min(self.config.concurrency, self.num_missing)
             await asyncio.gather(*(self.work() for _ in range(num_workers)))
+        # An OSError comes from the store, and says already how many are kept.
         if isinstance(self.error, UserError):
             raise UserError(
                 f"{self.error}; {len(self.store.records):,} descriptions are kept in "
@@ -271,21 +280,26 @@ class Generation:
                 if not await self.describe(self.seeds.popleft()):
                     self.num_missing += 1
         except (UserError, OSError) as error:
+            # The other workers often meet the same error a moment later. The first one is shown.
             self.error = self.error or error
             self.chat.stop()
         except asyncio.CancelledError:
+            # Without an error, it was not chat.stop that cancelled this worker but Ctrl-C.
             if not self.error:
-                raise  # Ctrl-C
+                raise
 
     async def describe(self, about: PromptSeed) -> bool:
         """Ask for a description until one is accepted and stored. False after MAX_ATTEMPTS."""
         messages = build_prompt(about, self.config)
         for _ in range(MAX_ATTEMPTS):
             answer = await self.chat.ask(messages)
+            # Rejected answers cost money too.
             self.prompt_tokens += answer.prompt_tokens
             self.completion_tokens += answer.completion_tokens
             reason = self.reason_to_reject(answer)
             if reason is None:
+                # No await since the answer arrived, so nothing can cancel this worker before the
+                # answer is in the file.
                 self.store.add(
                     about,
                     answer.text,
@@ -301,6 +315,7 @@ class Generation:
 
     def reason_to_reject(self, answer) -> str | None:
         """Why an answer can't be accepted, None if it can."""
+        # What the server reports comes first: a text that was cut off may also look too short.
         if answer.problem:
             return answer.problem
         num_words = len(answer.text.split())

@@ -17,7 +17,8 @@ import openai
 
 from common.console import UserError
 
-QUOTA = "insufficient_quota"  # error code of a 429 that no waiting will change
+# Error code of a 429 that waiting does not help against: the account has no money left.
+QUOTA = "insufficient_quota"
 # Error codes of Azure and others for a prompt or an answer that their filter rejects.
 FILTERED = ("content_filter", "content_policy_violation")
 
@@ -72,6 +73,7 @@ class ChatClient:
         try:
             reply = await self.client.chat.completions.create(**self.build_request(messages))
         except (openai.APIConnectionError, openai.APIStatusError) as error:
+            # Other servers answer with finish_reason "content_filter"; read_reply handles those.
             if error.code in FILTERED:
                 return Answer(problem="refusal")
             # Without the original exception, because its text may contain the key.
@@ -79,7 +81,7 @@ class ChatClient:
         except (openai.APIError, ValueError):  # not a chat completion, not JSON or not UTF-8
             return Answer(problem="malformed")
         finally:
-            self.connection.forget(asyncio.current_task())
+            self.connection.forget(this_task())
         return read_reply(reply)
 
     def build_request(self, messages: list[dict]) -> dict:
@@ -88,6 +90,7 @@ class ChatClient:
 
     def explain(self, error: openai.APIConnectionError | openai.APIStatusError) -> str:
         """What went wrong, once OpenAI's client has given up, and what to do about it."""
+        # OpenAI's client counts the retries of a request in this header.
         retries = int(error.request.headers.get("x-stainless-retry-count", 0))
         after = f", after {retries} retries" if retries else ""
         if isinstance(error, openai.APITimeoutError):
@@ -95,6 +98,7 @@ class ChatClient:
         if isinstance(error, openai.APIConnectionError):
             return f"{self.url}: no connection{after}"
 
+        # Errors that come back whenever the same request is sent.
         status = error.status_code
         if status == 401:
             return f"{self.url} refuses the key (401): check OPENAI_API_KEY"
@@ -102,6 +106,9 @@ class ChatClient:
             return f"{self.url} has no model {self.model!r} (404): {self.message(error)}"
         if error.code == QUOTA:
             return f"{self.url}: the account's quota is used up"
+
+        # Errors that might pass, but did not before the retries were used up, or whose wait is too
+        # long for OpenAI's client.
         if is_transient(status):
             wait = error.response.headers.get("retry-after")
             asked = f"; the server asks to wait (Retry-After: {wait})" if wait else ""
@@ -123,13 +130,17 @@ def read_reply(reply) -> Answer:
     Servers of all kinds claim to be compatible, so any part may be missing or have another type.
     """
     try:
+        # `reply` is a plain string if the server sent HTML, and `choices` may be empty.
         choice = reply.choices[0]
         text = (choice.message.content or "").strip()
-        text.encode()  # fails for half of a surrogate pair, which can't be written to a file
+        # Half of a surrogate pair is valid JSON, but can't be written to a file: ValueError.
+        text.encode()
+        # Some servers do not count tokens. The costs that are shown are then too low.
         prompt_tokens = completion_tokens = 0
         if reply.usage:
             prompt_tokens = int(reply.usage.prompt_tokens)
             completion_tokens = int(reply.usage.completion_tokens)
+
         problem = None
         if choice.message.refusal or choice.finish_reason == "content_filter":
             problem = "refusal"
@@ -165,8 +176,10 @@ class Connection(openai.DefaultAsyncHttpxClient):
         self.stopped = False
 
     async def send(self, request, **kwargs):
-        task = asyncio.current_task()
+        # One request of a task is sent at a time, so the task identifies the request.
+        task = this_task()
         self.waiting.add(task)
+        # After the wait another request may meet the next limit, hence a loop.
         while self.limited not in (None, task):
             await self.limit_passed.wait()
         self.waiting.discard(task)
@@ -179,10 +192,14 @@ class Connection(openai.DefaultAsyncHttpxClient):
             self.failed(task, "timeout" if is_timeout else "no connection", "")
             raise
 
+        # A 429 is retried unless the server forbids it, which some forget for an exhausted quota.
         status = response.status_code
         if status == 429 and QUOTA in response.text:
             response.headers["x-should-retry"] = "false"  # OpenAI's client obeys this header
             return response
+
+        # The first request that meets the limit tries when it has passed. Any other answer to its
+        # retry, even an error, shows that it has.
         if status == 429 and self.limited is None:
             self.limited = task
             self.limit_passed.clear()
@@ -196,6 +213,7 @@ class Connection(openai.DefaultAsyncHttpxClient):
         """Report a failed attempt, after which OpenAI's client waits or gives up."""
         self.on_retry(failure, wait)
         self.waiting.add(task)
+        # `stop` could not cancel this task while its request was on its way.
         if self.stopped:
             raise asyncio.CancelledError
 
@@ -214,6 +232,12 @@ class Connection(openai.DefaultAsyncHttpxClient):
         self.stopped = True
         for task in self.waiting:
             task.cancel()
+
+
+def this_task() -> asyncio.Task:
+    task = asyncio.current_task()
+    assert task, "called outside a coroutine"
+    return task
 
 
 def is_transient(status: int) -> bool:

@@ -63,11 +63,12 @@ class DescriptionStore:
             raise OSError(
                 f"{self.path} can't be written ({error.strerror}): choose another out_dir"
             ) from error
+
         try:
             # The system releases this lock when the process ends, even if it is killed.
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.read()
-        except BlockingIOError as error:
+        except BlockingIOError as error:  # the lock is taken
             self.file.close()
             raise OSError(f"another run is writing {self.path}") from error
         except BaseException:
@@ -90,6 +91,8 @@ class DescriptionStore:
                 self.remember(self.parse(line))
             except UserError as error:
                 raise UserError(f"{self.path}, line {number}: {error}") from error
+
+        # A line without a newline is the last one before a crash or a full disk.
         if not last:
             return
         try:
@@ -107,6 +110,7 @@ class DescriptionStore:
             raise UserError("the text contains a delimiter")
         if (record["seed"]["place"], record["seed"]["culture"]) in self.pairs:
             raise UserError("an earlier line describes the same place and culture")
+        # A mixture would make it unclear what a finetuned model has learned from.
         by_grammar = record["model"] == OFFLINE
         if by_grammar and not self.offline:
             raise UserError(
@@ -124,6 +128,7 @@ class DescriptionStore:
         self, about: PromptSeed, text: str, prompt_tokens: int, completion_tokens: int, model: str
     ):
         """Append a description; it is in the file when this returns. Raises OSError."""
+        # On disk first: if that fails, the store still shows what is in the file.
         record = dict(
             seed=about._asdict(),
             text=text,
@@ -154,6 +159,7 @@ class DescriptionStore:
 
     def remember(self, record: dict):
         """Take over a record that is in the file."""
+        # Compared before it is added, or it would be most similar to itself.
         similarity = self.index.similarity(record["text"])
         self.max_similarity = max(self.max_similarity, similarity)
         if similarity >= NEAR_DUPLICATE:
@@ -196,6 +202,7 @@ def parse_record(line: bytes) -> dict:
     """A line of the jsonl file, with its fields and their types checked. Raises UserError."""
     try:
         record = json.loads(line)
+        # PromptSeed raises TypeError for missing and for unknown fields.
         strings = [*PromptSeed(**record["seed"]), record["text"], record["model"]]
         numbers = [record["prompt_tokens"], record["completion_tokens"]]
     except UnicodeDecodeError as error:
@@ -240,7 +247,8 @@ class SimilarityIndex:
     def similarity(self, text: str) -> float:
         """Similarity with the most similar text of the index, between 0 and 1."""
         grams = word_grams(text)
-        shared = Counter()  # number of a text -> grams shared with it
+        # Only texts that share a gram appear here. The others have similarity 0.
+        shared: Counter[int] = Counter()  # number of a text -> grams shared with it
         for gram in grams:
             shared.update(self.texts_with.get(gram, ()))
         highest = 0.0
@@ -260,6 +268,7 @@ def word_grams(text: str) -> set[int]:
 
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation."""
+    # Letters and digits, with apostrophes and hyphens only between them.
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
@@ -287,6 +296,8 @@ def read_descriptions(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
 
+    # Delimiters must alternate: each opens a block or closes the one that is open. Text between
+    # the blocks is ignored.
     blocks = []
     start = None  # position of the delimiter that opened the current block, None between blocks
     for delimiter in re.finditer(f"{OPEN}|{CLOSE}", text):

@@ -52,9 +52,12 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
     """
     if max_words - min_words < MAX_SENTENCE_WORDS:
         raise UserError(f"max_words must be at least min_words + {MAX_SENTENCE_WORDS}")
+    # A generator for each description, so that it does not depend on those written before it.
     rng = random.Random(f"{seed} {about}")
     # Writing stops with the sentence that reaches the target, so it is exceeded by less than one.
     target = rng.randint(min_words, max_words - MAX_SENTENCE_WORDS)
+
+    # The ends come first, because the body fills what they leave of the target.
     writer = SentenceWriter(about, rng)
     opening = writer.write("opening")
     closing = writer.write("closing")
@@ -75,7 +78,8 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
 def write_body(writer: "SentenceWriter", rng: random.Random, target: int) -> list[list[Sentence]]:
     """The sections between opening and closing, `target` words or a little more in all.
 
-    The sections get one sentence each in turn, so that a short description has some of them all.
+    The sections get one sentence each in turn, so that even a short
+    description has something of every section.
     """
     names = [name for name in load_grammar().sections if name not in ("opening", "closing")]
     body = {name: [] for name in rng.sample(names, len(names))}
@@ -86,11 +90,13 @@ def write_body(writer: "SentenceWriter", rng: random.Random, target: int) -> lis
             if words >= target:
                 break
             if name == "origin" and sentences:
-                continue  # two stories of how the place began would contradict each other
+                # Two stories of how the place began would contradict each other.
+                continue
             sentence = writer.write(name)
             if sentence:
                 sentences.append(sentence)
                 words += count_words([sentence])
+        # No section had a sentence left.
         if words == words_before:
             raise UserError(
                 f"the grammar has too few sentences for a body of {target} words in one "
@@ -129,6 +135,8 @@ class SentenceWriter:
         self.used_patterns = set()
         self.uses = dict.fromkeys(grammar.at_most, 0)  # slot -> sentences so far that use it
 
+        # Collect the words of all slots: those that every description can use, the fields of the
+        # seed's entries, and the seed itself.
         self.words = dict(grammar.words)  # slot -> its words
         tables = load_tables()
         for table, entry in about._asdict().items():
@@ -149,6 +157,7 @@ class SentenceWriter:
 
     def write(self, section: str) -> Sentence | None:
         """A new sentence of a section, or None if no pattern of it is left."""
+        # Choose a pattern.
         patterns = [pattern for pattern in self.sections[section] if self.is_allowed(pattern)]
         if not patterns:
             return None
@@ -156,6 +165,8 @@ class SentenceWriter:
         self.used_patterns.add(pattern)
         for slot in self.uses.keys() & SLOT.findall(pattern):
             self.uses[slot] += 1
+
+        # Fill its slots, and correct the grammar.
         text = SLOT.sub(lambda slot: self.deal(slot[1]), pattern)
         # "a" becomes "an" before a vowel, unless it sounds like "w" (one-eyed) or "y" (uniform).
         text = re.sub(r"\b([Aa]) (?=[aeiou])(?!one|uni|us|eu)", r"\1n ", text)
@@ -170,6 +181,7 @@ class SentenceWriter:
     def deal(self, slot: str) -> str:
         """The next word for a slot."""
         deck = self.decks[slot]
+        # The last card stays on top of the next round.
         if len(deck) < 2:
             others = [word for word in self.words[slot] if word not in deck]
             deck[:0] = self.rng.sample(others, len(others))
@@ -179,6 +191,7 @@ class SentenceWriter:
 @cache
 def load_grammar() -> Grammar:
     """grammar.toml. Raises UserError if a part is missing or a pattern has an unknown slot."""
+    # People edit this file by hand, so an error names the place of the mistake.
     path, data = load_toml("grammar.toml")
     try:
         sections = {}
@@ -192,6 +205,7 @@ def load_grammar() -> Grammar:
             f"({error})"
         ) from error
 
+    # describe() treats these sections in a special way; all others are interchangeable.
     for name in ("opening", "shape", "origin", "closing"):
         if not sections.get(name):
             raise UserError(f"{path}: section {name!r} has no sentences")
@@ -199,6 +213,7 @@ def load_grammar() -> Grammar:
         check_words(f"{path}: {slot}", words)
         if isinstance(words, str):
             raise UserError(f"{path}: {slot} must be a list of words")
+    # Check that there are words for every slot.
     known_slots = {*SEED_SLOTS, *grammar.words}
     known_slots.update(*FIELDS.values())
     for slot, limit in grammar.at_most.items():

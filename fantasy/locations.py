@@ -49,7 +49,7 @@ def prompt_seeds(seed: int) -> list[PromptSeed]:
 
     seeds = []
     for place, culture in pairs:
-        # The order of these draws is part of what --seed promises.
+        # Drawn in this order since the first version: the same --seed gives the same seeds.
         mood = rng.choice(moods)
         time = rng.choice(times)
         weather = rng.choice(weathers)
@@ -63,6 +63,7 @@ def load_tables() -> dict[str, dict[str, dict[str, str | list[str]]]]:
 
     Raises UserError that names the entry if a field is missing, unknown or has no words.
     """
+    # Checked here, not where the fields are used, so that a mistake in a rare entry shows at once.
     path, tables = load_toml("locations.toml")
     if tables.keys() != FIELDS.keys():
         raise UserError(f"{path}: its tables must be {', '.join(FIELDS)}, not {', '.join(tables)}")
