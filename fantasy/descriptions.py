@@ -1,9 +1,11 @@
-"""The descriptions of locations on disk: an append-only jsonl, and the text to train on that is made from it.
+"""Descriptions of locations on disk: a jsonl file that only grows, and the text file made from it.
 
-with Dataset("datasets", offline=False) as dataset:
-    if not dataset.near_duplicate(text):
-        dataset.add(seed, text, prompt_tokens, completion_tokens, model)
-    dataset.write_text()
+with DescriptionStore("datasets", offline=False) as store:
+    if not store.is_near_duplicate(text):
+        store.add(seed, text, prompt_tokens, completion_tokens, model)
+    store.write_text()
+
+descriptions = read_descriptions("datasets/finetune_data.txt")  # for finetune.py
 """
 
 import fcntl
@@ -18,45 +20,55 @@ from common.console import UserError
 from common.tokenizer import load_tokenizer
 from fantasy.locations import PromptSeed
 
-OPEN, CLOSE = "<LOC>", "</LOC>"  # of a description in the text to train on
-OFFLINE = "offline"  # the model of the grammar's descriptions
-DELIMITER = re.compile(r"</?loc>|<\|endoftext\|>", re.I)  # what no description may hold
-NEAR_DUPLICATE = 0.3  # Jaccard similarity of word 5-grams: about half of the sentences the same
+# The delimiters around each description in the text file.
+OPEN = "<LOC>"
+CLOSE = "</LOC>"
+# What no description may contain: the delimiters in any case, and GPT-2's end-of-text token.
+DELIMITER = re.compile(r"</?loc>|<\|endoftext\|>", re.I)
+
+OFFLINE = "offline"  # the `model` of descriptions that the grammar wrote
+GRAM_WORDS = 5  # words per n-gram
+# Two texts are near-duplicates if the Jaccard similarity of their word 5-grams is at least this.
+# Texts with half of their sentences in common have 1/3: of 2n grams each, n are shared, n / 3n.
+NEAR_DUPLICATE = 0.3
 
 
-class Dataset:
-    """out_dir/finetune_data.jsonl, opened to go on writing, and finetune_data.txt beside it.
+class DescriptionStore:
+    """out_dir/finetune_data.jsonl, opened for appending, and out_dir/finetune_data.txt next to it.
 
-    A line is an object: seed (the words of a PromptSeed), text, prompt_tokens, completion_tokens, model. A last line
-    that a crash cut off is dropped from the file. Raises ValueError that names the line if another one is malformed or
-    comes from the other source (grammar or model), OSError if the file can't be written or another run is writing it.
+    Each line of the jsonl file is an object with the fields seed (a PromptSeed as an object), text,
+    prompt_tokens, completion_tokens and model. If a crash cut off the last line, that line is
+    removed when the file is opened. A lock on the file keeps a second run out.
+
+    Opening raises UserError, with the line's number, if a line is malformed or written by the other
+    source (grammar or model), and OSError if the file is not writable or another run has it open.
     """
 
     def __init__(self, out_dir: str | Path, offline: bool):
         self.path = Path(out_dir) / "finetune_data.jsonl"
         self.text_path = self.path.with_suffix(".txt")
-        self.records = []
-        self.pairs = set()  # of place and culture, that have a description
-        self.grams = defaultdict(list)  # word 5-gram -> the records that have it
-        self.sizes = []  # number of different 5-grams, by record
-        self.closest = 0.0  # similarity of two records, the highest
-        self.duplicates = 0  # records that are near-duplicates of an earlier one
         self.offline = offline
+        self.records: list[dict] = []
+        self.pairs: set[tuple[str, str]] = set()  # places and cultures that have a description
+        self.index = SimilarityIndex()
+        self.max_similarity = 0.0  # of two stored descriptions
+        self.num_near_duplicates = 0  # stored descriptions that nearly repeat an earlier one
 
-    def __enter__(self):
+    def __enter__(self) -> "DescriptionStore":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered, so that a finished write() has reached the system.
             self.file = open(self.path, "a+b", buffering=0)
         except OSError as error:
             raise OSError(
                 f"{self.path} can't be written ({error.strerror}): choose another out_dir"
             ) from error
+
         try:
-            fcntl.flock(
-                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # ends with the process, however that ends
+            # The system releases this lock when the process ends, even if it is killed.
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.read()
-        except BlockingIOError as error:
+        except BlockingIOError as error:  # the lock is taken
             self.file.close()
             raise OSError(f"another run is writing {self.path}") from error
         except BaseException:
@@ -68,130 +80,212 @@ class Dataset:
         self.file.close()
 
     def read(self):
+        """Load all records, and repair the end of the file if a crash cut off the last line."""
         self.file.seek(0)
         data = self.file.read()
-        whole, newline, last = data.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if newline else [], 1):
-            if line.strip():
-                try:
-                    self.remember(self.parse(line))
-                except UserError as error:
-                    raise UserError(f"{self.path}, line {number}: {error}") from error
-        if last:
+        *lines, last = data.split(b"\n")  # `last` is empty if the file ends with a newline
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                record = self.parse(last)
-            except UserError:
-                self.file.truncate(len(data) - len(last))
-            else:  # only its newline is missing
-                self.remember(record)
-                self.append(b"\n")
+                self.remember(self.parse(line))
+            except UserError as error:
+                raise UserError(f"{self.path}, line {number}: {error}") from error
+
+        # A line without a newline is the last one before a crash or a full disk.
+        if not last:
+            return
+        try:
+            record = self.parse(last)
+        except UserError:
+            self.file.truncate(len(data) - len(last))
+        else:  # only the newline is missing
+            self.remember(record)
+            self.append(b"\n")
 
     def parse(self, line: bytes) -> dict:
-        """A record. Raises ValueError."""
-        try:
-            record = json.loads(line)
-            seed, text, model = record["seed"], record["text"], record["model"]
-            right = PromptSeed(**seed) and all(
-                isinstance(word, str) for word in (*seed.values(), text, model)
-            )
-            right = right and all(
-                isinstance(record[f"{kind}_tokens"], int) for kind in ("prompt", "completion")
-            )
-        except UnicodeDecodeError as error:
-            raise UserError("it is not UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"it is not JSON ({error.msg})") from error
-        except (KeyError, TypeError) as error:
-            raise UserError(f"it is no record of a description ({error})") from error
-        if not right or not text.strip():
+        """The record of a line. Raises UserError if it is malformed or does not belong here."""
+        record = parse_record(line)
+        if DELIMITER.search(record["text"]):
+            raise UserError("the text contains a delimiter")
+        if (record["seed"]["place"], record["seed"]["culture"]) in self.pairs:
+            raise UserError("an earlier line describes the same place and culture")
+        # A mixture would make it unclear what a finetuned model has learned from.
+        by_grammar = record["model"] == OFFLINE
+        if by_grammar and not self.offline:
             raise UserError(
-                "it is no record of a description (a field has the wrong type or is empty)"
+                "it was written by the grammar, which does not mix with a model: run with "
+                f"--{OFFLINE}, or choose another out_dir"
             )
-        if DELIMITER.search(text):
-            raise UserError("its text holds a delimiter")
-        if (seed["place"], seed["culture"]) in self.pairs:
-            raise UserError("its place and culture have a description already")
-        if (model == OFFLINE) != self.offline:
-            kind, other = ("a model", "without") if self.offline else ("the grammar", "with")
+        if self.offline and not by_grammar:
             raise UserError(
-                f"it is by {kind}; the two do not mix: run {other} --offline, or choose another out_dir"
+                "it was written by a model, which does not mix with the grammar: run without "
+                f"--{OFFLINE}, or choose another out_dir"
             )
         return record
 
     def add(
         self, about: PromptSeed, text: str, prompt_tokens: int, completion_tokens: int, model: str
     ):
-        """Write a description to the disk before anything else happens. Raises OSError if the disk is full."""
-        tokens = dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-        record = dict(seed=about._asdict(), text=text, **tokens, model=model)
+        """Append a description; it is in the file when this returns. Raises OSError."""
+        # On disk first: if that fails, the store still shows what is in the file.
+        record = dict(
+            seed=about._asdict(),
+            text=text,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            model=model,
+        )
         self.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.remember(record)
 
     def append(self, data: bytes):
+        """Write all of `data`, or leave the file as it was and raise OSError."""
         size = os.fstat(self.file.fileno()).st_size
         try:
             while data:
-                data = data[self.file.write(data) :]
+                written = self.file.write(data)
+                data = data[written:]
+            # An answer of a model was paid for, so it should survive a power cut too. The grammar
+            # would write the same text again, and waiting for the disk is slow.
             if not self.offline:
-                os.fsync(self.file.fileno())  # it was paid for
+                os.fsync(self.file.fileno())
         except OSError as error:
             self.file.truncate(size)
-            kept = f"{len(self.records):,} descriptions are kept; make room, then run again"
-            raise OSError(f"{self.path} can't be written ({error.strerror}): {kept}") from error
+            raise OSError(
+                f"{self.path} can't be written ({error.strerror}): {len(self.records):,} "
+                "descriptions are kept; make room, then run again"
+            ) from error
 
     def remember(self, record: dict):
-        grams, similarity = word_grams(record["text"]), self.similarity(record["text"])
-        self.closest = max(self.closest, similarity)
-        self.duplicates += similarity >= NEAR_DUPLICATE
-        for gram in grams:
-            self.grams[gram].append(len(self.records))
-        self.sizes.append(len(grams))
+        """Take over a record that is in the file."""
+        # Compared before it is added, or it would be most similar to itself.
+        similarity = self.index.similarity(record["text"])
+        self.max_similarity = max(self.max_similarity, similarity)
+        if similarity >= NEAR_DUPLICATE:
+            self.num_near_duplicates += 1
+        self.index.add(record["text"])
         self.records.append(record)
         self.pairs.add((record["seed"]["place"], record["seed"]["culture"]))
 
-    def similarity(self, text: str) -> float:
-        """Jaccard similarity of the text's word 5-grams with those of the record that is closest."""
-        grams = word_grams(text)
-        shared = Counter(record for gram in grams for record in self.grams.get(gram, ()))
-        return max(
-            (n / (len(grams) + self.sizes[record] - n) for record, n in shared.items()), default=0.0
-        )
-
-    def near_duplicate(self, text: str) -> bool:
-        return self.similarity(text) >= NEAR_DUPLICATE
+    def is_near_duplicate(self, text: str) -> bool:
+        return self.index.similarity(text) >= NEAR_DUPLICATE
 
     def write_text(self):
-        """finetune_data.txt: all descriptions, whole or not at all. Raises OSError."""
-        console.write_text(
-            self.text_path,
-            "\n".join(f"{OPEN}\n{record['text']}\n{CLOSE}\n" for record in self.records),
-        )
+        """Write finetune_data.txt, all descriptions in <LOC> blocks, atomically. Raises OSError."""
+        blocks = [f"{OPEN}\n{record['text']}\n{CLOSE}\n" for record in self.records]
+        console.write_text(self.text_path, "\n".join(blocks))
 
     def summary(self) -> str:
+        """Some lines on what is stored: sources, lengths, vocabulary and near-duplicates."""
         texts = [record["text"] for record in self.records]
-        models = ", ".join(
-            f"{n:,} by {model}" for model, n in Counter(r["model"] for r in self.records).items()
-        )
+        by_model = Counter(record["model"] for record in self.records)
+        models = ", ".join(f"{number:,} by {model}" for model, number in by_model.items())
+        word_counts = [len(text.split()) for text in texts]
         vocabulary = {word for text in texts for word in words_of(text)}
-        lines = [
-            f"{self.text_path}: {len(texts):,} descriptions ({models})",
-            f"words: {spread([len(text.split()) for text in texts])}; vocabulary: {len(vocabulary):,} different words",
-        ]
         try:
-            lines.append(
-                f"GPT-2 tokens: {spread(list(map(len, load_tokenizer('gpt2').encode_ordinary_batch(texts))))}"
-            )
-        except OSError as error:
-            lines.append(f"GPT-2 tokens: not counted, {error}")
-        kind = f"Jaccard similarity of word 5-grams of {NEAR_DUPLICATE} or more"
-        lines.append(
-            f"near-duplicates ({kind}): {self.duplicates:,}; the closest two have {self.closest:.2f}"
+            tokens = load_tokenizer("gpt2").encode_ordinary_batch(texts)
+            token_counts = spread([len(ids) for ids in tokens])
+        except OSError as error:  # the vocabulary is not cached, and there is no network
+            token_counts = f"not counted, {error}"
+        return (
+            f"{self.text_path}: {len(texts):,} descriptions ({models})\n"
+            f"words: {spread(word_counts)}; vocabulary: {len(vocabulary):,} different words\n"
+            f"GPT-2 tokens: {token_counts}\n"
+            f"near-duplicates (Jaccard similarity of word {GRAM_WORDS}-grams of {NEAR_DUPLICATE} "
+            f"or more): {self.num_near_duplicates:,}; the most similar two have "
+            f"{self.max_similarity:.2f}"
         )
-        return "\n".join(lines)
+
+
+def parse_record(line: bytes) -> dict:
+    """A line of the jsonl file, with its fields and their types checked. Raises UserError."""
+    try:
+        record = json.loads(line)
+        # PromptSeed raises TypeError for missing and for unknown fields.
+        strings = [*PromptSeed(**record["seed"]), record["text"], record["model"]]
+        numbers = [record["prompt_tokens"], record["completion_tokens"]]
+    except UnicodeDecodeError as error:
+        raise UserError("it is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"it is not JSON ({error.msg})") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"it is not a record of a description ({error})") from error
+    if not all(isinstance(value, str) and value.strip() for value in strings):
+        raise UserError("it is not a record of a description (a string is empty or no string)")
+    if not all(isinstance(value, int) for value in numbers):
+        raise UserError("it is not a record of a description (a token count is not an integer)")
+    return record
+
+
+class SimilarityIndex:
+    """Finds how similar a new text is to the most similar text added before.
+
+    The similarity of two texts is the Jaccard similarity of their sets of word 5-grams: shared
+    grams / different grams in both together. The index maps each gram to the texts that contain it,
+    so a new text is compared only with texts that share a gram with it. With 2-grams:
+
+        text 0     the bell rings       the-bell  bell-rings
+        text 1     the bell is silent   the-bell  bell-is  is-silent
+        new text   the bell rings low   the-bell  bell-rings  rings-low
+
+        index      the-bell: 0, 1   bell-rings: 0   bell-is: 1   is-silent: 1
+        shared     2 with text 0, 1 with text 1
+        Jaccard    2 / (3 + 2 - 2) = 0.67 with text 0, 1 / (3 + 3 - 1) = 0.2 with text 1
+    """
+
+    def __init__(self):
+        self.texts_with = defaultdict(list)  # gram -> numbers of the texts that contain it
+        self.num_grams: list[int] = []  # different grams in each text
+
+    def add(self, text: str):
+        grams = word_grams(text)
+        for gram in grams:
+            self.texts_with[gram].append(len(self.num_grams))
+        self.num_grams.append(len(grams))
+
+    def similarity(self, text: str) -> float:
+        """Similarity with the most similar text of the index, between 0 and 1."""
+        grams = word_grams(text)
+        # Only texts that share a gram appear here. The others have similarity 0.
+        shared: Counter[int] = Counter()  # number of a text -> grams shared with it
+        for gram in grams:
+            shared.update(self.texts_with.get(gram, ()))
+        highest = 0.0
+        for number, count in shared.items():
+            union = len(grams) + self.num_grams[number] - count
+            highest = max(highest, count / union)
+        return highest
+
+
+def word_grams(text: str) -> set[int]:
+    """Hashes of the word 5-grams of a text, or of all its words if there are fewer than five."""
+    words = words_of(text)
+    starts = range(max(1, len(words) - GRAM_WORDS + 1))
+    # Hashes need less memory than tuples of strings, and 64 bits practically never collide.
+    return {hash(tuple(words[start : start + GRAM_WORDS])) for start in starts}
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    # Letters and digits, with apostrophes and hyphens only between them.
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+
+
+def spread(numbers: list[int]) -> str:
+    mean = sum(numbers) / len(numbers)
+    return (
+        f"{sum(numbers):,} in all, {min(numbers):,} min / {mean:,.1f} mean / {max(numbers):,} max "
+        "per description"
+    )
 
 
 def read_descriptions(path: str | Path) -> list[str]:
-    """The <LOC> ... </LOC> blocks of a file, with their delimiters. Raises ValueError if they do not alternate."""
+    """The <LOC> ... </LOC> blocks of a text file, including their delimiters.
+
+    Raises UserError, with the line, if opening and closing delimiters do not alternate or there are
+    fewer than two blocks, and FileNotFoundError if there is no such file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -201,36 +295,26 @@ def read_descriptions(path: str | Path) -> list[str]:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
-    blocks, start = [], None
-    for mark in re.finditer(f"{OPEN}|{CLOSE}", text):
-        if (mark[0] == OPEN) != (start is None):
-            line = text.count("\n", 0, mark.start()) + 1
-            raise UserError(
-                f"{path}, line {line}: {mark[0]} where {CLOSE if mark[0] == OPEN else OPEN} is due"
-            )
-        if mark[0] == CLOSE:
-            blocks.append(text[start : mark.end()])
-        start = mark.start() if mark[0] == OPEN else None
+
+    # Delimiters must alternate: each opens a block or closes the one that is open. Text between
+    # the blocks is ignored.
+    blocks = []
+    start = None  # position of the delimiter that opened the current block, None between blocks
+    for delimiter in re.finditer(f"{OPEN}|{CLOSE}", text):
+        expected = OPEN if start is None else CLOSE
+        if delimiter[0] != expected:
+            line = text.count("\n", 0, delimiter.start()) + 1
+            raise UserError(f"{path}, line {line}: {delimiter[0]} where {expected} was expected")
+        if start is None:
+            start = delimiter.start()
+        else:
+            blocks.append(text[start : delimiter.end()])
+            start = None
     if start is not None:
         raise UserError(f"{path}: the last {OPEN} is not closed")
     if len(blocks) < 2:
         raise UserError(
-            f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; two are the fewest"
+            f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; "
+            "at least two are needed"
         )
     return blocks
-
-
-def words_of(text: str) -> list[str]:
-    """In lower case, without punctuation."""
-    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
-
-
-def word_grams(text: str) -> set[int]:
-    """Hashes of a text's word 5-grams (of all its words, if it has fewer)."""
-    words = words_of(text)
-    return {hash(tuple(words[i : i + 5])) for i in range(max(1, len(words) - 4))}
-
-
-def spread(numbers: list[int]) -> str:
-    mean = sum(numbers) / len(numbers)
-    return f"{sum(numbers):,} in all, {min(numbers):,} min / {mean:,.1f} mean / {max(numbers):,} max per description"

@@ -362,9 +362,9 @@ WRONG = {
     "opened twice": (
         BLOCKS[0] + "\n<LOC> a <LOC> b </LOC>",
         {},
-        "line 4: <LOC> where </LOC> is due",
+        "line 4: <LOC> where </LOC> was expected",
     ),
-    "not opened": (BLOCKS[0] + "\n</LOC>", {}, "line 4: </LOC> where <LOC> is due"),
+    "not opened": (BLOCKS[0] + "\n</LOC>", {}, "line 4: </LOC> where <LOC> was expected"),
     "too few": ("\n".join(BLOCKS[:6]), {}, "fewer than one batch of 16 sequences"),
     "too long": ("\n".join(BLOCKS), dict(T=256), "above the model's block_size 128"),
     "does not divide": ("\n".join(BLOCKS), dict(T=33), "not divisible by T 33"),
