@@ -128,7 +128,7 @@ def main(config: Config):
     else:
         lr = search(tuner, base_val_loss)
 
-    # Finetune.
+    # Finetune. The folder is named after the learning rate, in decimal notation.
     folder = out_dir / f"final_lr_{decimal(lr)}"
     history = finetune(tuner, lr, folder)
     best = min(history, key=lambda record: record["val_loss"])
@@ -152,6 +152,7 @@ def main(config: Config):
 
 def split(descriptions: list[str], seed: int) -> tuple[list[str], list[str]]:
     """Split at random into training descriptions and a tenth (at least one) for validation."""
+    # Shuffled first: the file may be sorted, for example by place.
     order = np.random.default_rng(seed).permutation(len(descriptions))
     num_held_out = max(1, round(len(descriptions) / 10))
     shuffled = [descriptions[i] for i in order]
@@ -266,7 +267,7 @@ class Finetuner:
             # With adapters, the checkpoint's `model` has them merged, so they are stored apart.
             state = state | (loaded["lora"] or loaded["model"])
         self.model.load_state_dict(state)
-        # The learning rate is set in every step.
+        # The learning rate given here has no effect: every step sets its own.
         optimizer = make_optimizer(self.model, 1.0, self.config.weight_decay, (0.9, 0.95), 1e-8)
         if loaded:
             optimizer.load_state_dict(loaded["optimizer"])
@@ -334,10 +335,12 @@ class Finetuner:
             rt,
             micro_batch_weights,
         )
+        # The mean over the ranks. All of them learn of a divergence, and stop together.
         loss = float(rt.sum([loss]) / rt.world_size)
         grad_norm = float(grad_norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return math.inf, num_tokens
+        # The search has no log: only its results are kept.
         if log:
             seconds = time.perf_counter() - start
             log.write(
@@ -363,7 +366,8 @@ def search(tuner: Finetuner, base_val_loss: float) -> float:
     Results are saved after each rate, and a resumed search repeats only those that are missing.
     Raises UserError if every rate diverged.
     """
-    config, rt = tuner.config, tuner.rt
+    config = tuner.config
+    rt = tuner.rt
     path = Path(config.out_dir) / f"{SEARCH}.json"
     results = {}
     if path.exists():
@@ -377,6 +381,7 @@ def search(tuner: Finetuner, base_val_loss: float) -> float:
         if rt.is_main:
             write_text(path, json.dumps([results[lr] for lr in sorted(results)], indent=1) + "\n")
 
+    # Compare the rates asked for; an earlier search may have tried others.
     tried = [results[lr] for lr in sorted(config.learning_rates)]
     usable = [result for result in tried if result["status"] == "trained"]
     best = min(usable, key=lambda result: result["val_loss"], default=None)
@@ -400,6 +405,7 @@ def try_learning_rate(tuner: Finetuner, lr: float, base_val_loss: float) -> dict
     """
     records = list(tuner.train(tuner.reset(), lr, tuner.config.search_epochs))
     val_loss = records[-1]["val_loss"]
+    # Worse than without any training counts as diverged, too.
     diverged = not math.isfinite(val_loss) or val_loss > base_val_loss
     return records[-1] | dict(
         lr=lr,
@@ -426,10 +432,11 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
 
     Returns the records of all epochs. Raises Diverged if a loss or a gradient is not finite.
     """
-    config, rt = tuner.config, tuner.rt
+    config = tuner.config
+    rt = tuner.rt
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Resume from the newest checkpoint.
+    # Resume from the newest checkpoint. Every finished epoch is a record in its history.
     loaded, path = checkpoint.load_newest(folder, rt.print)
     rt.barrier()  # all ranks have read it before rank 0 replaces it
     history = loaded["history"] if loaded else []
@@ -493,6 +500,7 @@ def is_over(history: list[dict], config: Config) -> bool:
     losses = [record["val_loss"] for record in history]
     if len(losses) >= config.num_epochs:
         return True
+    # The last `patience` epochs need an earlier one to compare with.
     if not config.patience or len(losses) <= config.patience:
         return False
     return min(losses[: -config.patience]) <= min(losses[-config.patience :])

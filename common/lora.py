@@ -77,6 +77,7 @@ def adapter_state(model: GPT) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def merged_state(model: GPT) -> dict[str, torch.Tensor]:
     """The state dict of an ordinary model that computes the same. `model` itself is not changed."""
+    # Adapted renames `c_fc.weight` to `c_fc.base.weight`; undo that.
     state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, Adapted):

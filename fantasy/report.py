@@ -95,10 +95,13 @@ def write_report(
     after, samples = measure_model(config, finetuned, *data, rt)
     write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
 
+    # The table of figures, for the screen and for report.md
     rows = []
     for name, spec, _ in FIGURES:
         rows.append((name, show(base[name], spec), show(after[name], spec)))
     figures = table(("", "before finetuning", "after finetuning"), rows)
+
+    # report.md adds what was compared, and what each figure means.
     meanings = "\n".join(f"- **{name}**: {meaning}" for name, _, meaning in FIGURES)
     write_text(
         out_dir / "report.md",
@@ -126,9 +129,12 @@ def measure_model(
     model.to(rt.device).eval()
     samples = draw_samples(model, enc, config.num_samples, config.seed, rt)
 
+    # In windows of T tokens, as during finetuning, so that the loss is that of the log.
     held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
     figures = {"held-out perplexity": perplexity(held_out_loss)}
     figures |= measure_samples(samples, training)
+
+    # In windows of the whole context, as in pretraining.
     figures["general perplexity"] = None
     if general_tokens is not None:
         general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
@@ -151,11 +157,12 @@ def draw_samples(
     """Samples that start with <LOC>, of up to 300 tokens or until the model ends its text."""
     prompt = enc.encode_ordinary(OPEN)
     max_tokens = min(300, model.config.block_size - len(prompt))
+    # Slightly sharper than the model's own distribution: less noise, still varied.
     options = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
     samples = []
     with Progress(total=count, desc="sampling", unit="sample", leave=False) as bar, rt.autocast():
         while len(samples) < count:
-            # A batch of 16 bounds the memory of the KV cache.
+            # In batches, to bound the memory of the KV cache; each batch has a different seed.
             batch = [prompt] * min(16, count - len(samples))
             outputs = model.generate(batch, max_tokens, seed=seed + len(samples), **options)
             samples += [OPEN + enc.decode(output) for output in outputs]
@@ -220,6 +227,7 @@ def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
 def distinct(texts: list[list[str]], n: int) -> float:
     """Different n-grams divided by all n-grams, over all texts."""
     grams = [gram for words in texts for gram in ngrams(words, n)]
+    # An untrained model may write no word at all.
     return len(set(grams)) / max(1, len(grams))
 
 
@@ -262,6 +270,7 @@ class WordIndex:
         for word in words:
             ends = self.positions.get(word, nowhere)
             extended = run_length[ends - 1] + 1
+            # Only the positions of the previous word can differ from 0: clearing these is enough.
             run_length[previous] = 0
             run_length[ends] = extended
             longest = max(longest, extended.max(initial=0))
@@ -275,13 +284,14 @@ class WordIndex:
 
 def draw_search(path: Path, results: list[dict], base_val_loss: float):
     """Validation loss by learning rate, next to the loss before finetuning."""
-    figure, ax = start_figure("Search of the learning rate")
+    figure, ax = start_figure("Learning-rate search")
     finite = [result for result in results if math.isfinite(result["val_loss"])]
     rates = [result["lr"] for result in finite]
     losses = [result["val_loss"] for result in finite]
-    ax.plot(rates, losses, "o-", label="after finetuning")
+    ax.plot(rates, losses, "o-", label="after training at this rate")
     before = f"before finetuning: {base_val_loss:.3f}"
     ax.axhline(base_val_loss, color="grey", ls="--", label=before)
+    # A diverged rate may have no finite loss to draw, so it is marked on the axis.
     for result in results:
         if result["status"] == "diverged":
             ax.axvline(result["lr"], color="tab:red", ls=":", label=f"diverged at {result['lr']:g}")
@@ -294,6 +304,8 @@ def draw_losses(path: Path, history: list[dict], base_val_loss: float):
     figure, ax = start_figure("Loss before and during finetuning")
     epochs = [record["epoch"] for record in history]
     val_losses = [record["val_loss"] for record in history]
+    # The training loss is a mean over the epoch, the validation loss is measured at its end.
+    # Hence the first may lie above the second.
     ax.plot(epochs, [record["train_loss"] for record in history], "o-", label="training")
     ax.plot([0, *epochs], [base_val_loss, *val_losses], "o-", label="validation")
     lowest = min(val_losses)
