@@ -1,16 +1,20 @@
-"""A pretrained model -> one that writes descriptions: search the learning rate, finetune, report what it brought.
+"""Finetune a pretrained GPT-2 on descriptions, and compare it before and after.
 
-    python finetune.py                                     # log/model_final.pt on datasets/finetune_data.txt
-    python finetune.py --init_from gpt2 --lora_rank 8      # OpenAI's weights, adapters only
+    python finetune.py                                 # log/model_final.pt, the pretrained model
+    python finetune.py --init_from gpt2 --lora_rank 8  # OpenAI's weights, training only adapters
     torchrun --standalone --nproc_per_node=8 finetune.py --init_from gpt2-medium
-    python finetune.py --resume                            # go on where it was stopped
-    python finetune.py --learning_rates 2e-4               # only one: no search
+    python finetune.py --resume                        # resume a run that was stopped
+    python finetune.py --learning_rates 2e-4           # a single learning rate: no search
 
-Phase 1 trains a little at each of the learning rates, from the same weights on the same batches, and takes the one with
-the lowest validation loss. Phase 2 trains num_epochs at that rate, with a checkpoint after each epoch; model_best.pt is
-the one of the lowest validation loss. Then base and finetuned model are compared: finetune_runs/report.md.
+1. Set up: hold out a tenth of the descriptions for validation, and load the model.
+2. Search the learning rate: train for search_epochs at each rate, from the same weights on the same
+   batches, and choose the rate with the lowest validation loss.
+3. Finetune: train for num_epochs at that rate, with checkpoints after each epoch. model_best.pt is
+   the epoch with the lowest validation loss.
+4. Report: compare the model before and after finetuning, in finetune_runs/report.md.
 
-A tenth of the descriptions is held out for validation, before they are packed into sequences.
+A run may be killed at any time. With --resume it repeats only the learning rate or the epoch that
+was interrupted, and ends with the same weights.
 """
 
 import json
@@ -32,128 +36,172 @@ from common.runtime import Runtime
 from common.scoring import stream_loss
 from dataloader import FinetuneLoader
 from fantasy.descriptions import read_descriptions
-from fantasy.report import draw_losses, draw_search, report
+from fantasy.report import draw_losses, draw_search, perplexity, write_report
 
-SEARCH = "finetune_hyperparameter_search"
+SEARCH = "finetune_hyperparameter_search"  # name of the search's files in out_dir
 
 
 @dataclass
 class Config:
-    init_from: str = (
-        "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    )
-    data: str = "datasets/finetune_data.txt"  # <LOC> ... </LOC> blocks, which generate_finetune_data.py wrote
-    out_dir: str = "finetune_runs"  # folder of the search, the final run and the report
+    # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
+    init_from: str = "log/model_final.pt"
+    # text file of <LOC> ... </LOC> blocks, as written by generate_finetune_data.py
+    data: str = "datasets/finetune_data.txt"
+    out_dir: str = "finetune_runs"  # folder for the search, the final run and the report
+
     # batch
     B: int = 8  # micro-batch: sequences per process and forward pass
     T: int = 512  # sequence length in tokens
-    total_batch_size: int = (
-        32768  # tokens per optimizer step, over all processes: 64 sequences of 512
-    )
-    # phase 1: the search
-    learning_rates: tuple[float, ...] = (
-        1e-4,
-        2e-4,
-        5e-4,
-        1e-3,
-        3e-3,
-        7e-3,
-    )  # to try; only one = no search
-    search_epochs: int = 2  # of each try
-    # phase 2: the final training
-    num_epochs: int = 7  # passes over the descriptions
-    patience: int = 0  # stop after so many epochs without a better validation loss; 0 = never
+    # tokens per optimizer step, over all processes: 64 sequences of 512
+    total_batch_size: int = 32768
+
+    # search of the learning rate
+    search_epochs: int = 2  # passes over the training descriptions at each learning rate
+    # peak learning rates to try; a single one skips the search
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 7e-3)
+
+    # final run
+    num_epochs: int = 7  # passes over the training descriptions
+    # stop after this many epochs without a lower validation loss; 0 = never
+    patience: int = 0
+
     # optimizer
-    warmup: float = 0.1  # share of the steps in which the learning rate rises; then a cosine down to a tenth of it
-    weight_decay: float = 0.1  # of tensors of two dimensions and more
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
-    dropout: float = 0.1  # share of activations dropped
-    lora_rank: int = (
-        0  # rank of LoRA's adapters, which are trained instead of the model; 0 = train the model
-    )
+    weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
+    # fraction of the steps with linear warmup; a cosine to a tenth of the peak follows
+    warmup_fraction: float = 0.1
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0 = no clipping
+    dropout: float = 0.1  # fraction of activations dropped in training
+    # rank of LoRA adapters, which are then trained in place of the model; 0 = train the model
+    lora_rank: int = 0
+
     # run
-    resume: bool = False  # go on with what out_dir holds
-    seed: int = 1337  # of split, order, dropout, adapters and samples
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
+    resume: bool = False  # resume the run in out_dir
+    seed: int = 1337  # seed of the split, data order, dropout, adapters and samples
+    device: str = "auto"  # cuda, mps or cpu; auto = first available of the three
+    # dtype of matrix products; auto = bfloat16 if the hardware is fast at it
+    dtype: runtime.Dtype = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
+
     # report
-    num_samples: int = 50  # descriptions that base and finetuned model each write for it
-    general_data: str = (
-        "datasets/edu_fineweb10B"  # folder of shards: what was forgotten of general text
-    )
-    general_tokens: int = 100_000  # of its validation shard
+    num_samples: int = 50  # descriptions sampled from each model, before and after finetuning
+    # folder of shards, to measure how much general text the model has forgotten
+    general_data: str = "datasets/edu_fineweb10B"
+    general_tokens: int = 100_000  # tokens of its validation shard to read
 
     def __post_init__(self):
-        for name in (
-            "B",
-            "T",
-            "total_batch_size",
-            "search_epochs",
-            "num_epochs",
-            "num_samples",
-            "general_tokens",
-        ):
+        sizes = ("B", "T", "total_batch_size", "search_epochs", "num_epochs")
+        for name in (*sizes, "num_samples", "general_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("patience", "weight_decay", "grad_clip", "lora_rank", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
         if self.total_batch_size % self.T:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}"
             )
         if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise UserError("learning_rates must hold at least one, and each be above 0")
-        if not 0 <= self.warmup <= 1 or min(self.patience, self.lora_rank, self.grad_clip) < 0:
-            raise UserError(
-                "warmup must be between 0 and 1; patience, lora_rank and grad_clip not negative"
-            )
+            raise UserError("learning_rates needs at least one value, and all must be above 0")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"warmup_fraction is {self.warmup_fraction}, must be between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}, must be at least 0 and below 1")
 
 
 def main(config: Config):
+    # Set up: data, model, and the folder of the run.
     rt = runtime.start(config.device, config.dtype)
     cpu.keep_freed_memory(rt.device)
     out_dir = Path(config.out_dir)
     training, held_out = split(read_descriptions(config.data), config.seed)
     tuner = Finetuner(config, training, held_out, rt)
     if rt.is_main:
-        prepare_folder(out_dir, config.resume or runtime.restarted(), tuner.settings)
+        resume = config.resume or runtime.restarted()
+        prepare_folder(out_dir, resume, must_match_on_resume(config))
     rt.barrier()
-    lr = config.learning_rates[0] if len(config.learning_rates) == 1 else search(config, tuner, rt)
+    base_val_loss = tuner.validate()
+    rt.print(f"validation loss before finetuning: {base_val_loss:.4f}")
+
+    # Search the learning rate.
+    if len(config.learning_rates) == 1:
+        lr = config.learning_rates[0]
+    else:
+        lr = search(tuner, base_val_loss)
+
+    # Finetune. The folder is named after the learning rate, in decimal notation.
     folder = out_dir / f"final_lr_{decimal(lr)}"
-    history = finetune(config, tuner, lr, folder, rt)
-    best = min(history, key=lambda epoch: epoch["val_loss"])
+    history = finetune(tuner, lr, folder)
+    best = min(history, key=lambda record: record["val_loss"])
     rt.print(
         f"best epoch: {best['epoch']} of {len(history)}, validation loss {best['val_loss']:.4f} "
-        f"(before finetuning {tuner.base_val_loss:.4f})\nmodel: {folder}/model_best.pt"
+        f"(before finetuning {base_val_loss:.4f})\nmodel: {folder}/model_best.pt"
     )
-    if rt.is_main:
-        draw_losses(folder / "finetune_losses.png", history, tuner.base_val_loss)
-        local = Runtime(rt.device, rt.dtype)  # the other ranks have nothing left to do
-        report(config, folder / "model_best.pt", training, tuner.val_tokens, local)
+
+    # Report. Rank 0 does it alone: the other ranks leave, or they would time out waiting for it.
     runtime.leave()
+    if rt.is_main:
+        draw_losses(folder / "finetune_losses.png", history, base_val_loss)
+        alone = Runtime(rt.device, rt.dtype)
+        finetuned = folder / "model_best.pt"
+        write_report(config, finetuned, training, tuner.val_tokens, tuner.enc, alone)
+
+
+# ---------------------------------------------------------------------------------------------
+# Set-up
 
 
 def split(descriptions: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Nine tenths for training and a tenth for validation, at random."""
+    """Split at random into training descriptions and a tenth (at least one) for validation."""
+    # Shuffled first: the file may be sorted, for example by place.
     order = np.random.default_rng(seed).permutation(len(descriptions))
-    held_out = max(1, round(len(descriptions) / 10))
-    return [descriptions[i] for i in order[held_out:]], [descriptions[i] for i in order[:held_out]]
+    num_held_out = max(1, round(len(descriptions) / 10))
+    shuffled = [descriptions[i] for i in order]
+    return shuffled[num_held_out:], shuffled[:num_held_out]
+
+
+def must_match_on_resume(config: Config) -> dict:
+    """Weights, data and settings that decide the result: a resumed run must have the same.
+
+    B, for example, may change: it decides only how a step is computed.
+    """
+    batches = ("T", "total_batch_size", "search_epochs", "num_epochs")
+    optimizer = ("warmup_fraction", "weight_decay", "grad_clip", "dropout", "lora_rank", "seed")
+    settings = dict(weights=checkpoint.fingerprint(config.init_from), data=checksum(config.data))
+    for name in (*batches, *optimizer):
+        settings[name] = getattr(config, name)
+    return settings
 
 
 def prepare_folder(out_dir: Path, resume: bool, settings: dict):
-    """Make the folder. Raises ValueError if it holds a run that is not to be resumed, or one with other settings."""
+    """Create the folder, and record the settings that a resumed run must share.
+
+    Raises UserError if it already holds a run, unless that run is resumed with equal settings.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "settings.json"
-    if path.exists() and not resume:
-        raise UserError(f"{out_dir} already holds a run: --resume it, or choose another --out_dir")
     if path.exists():
-        for key, was in json.loads(path.read_text()).items():
-            if was != settings[key]:
+        if not resume:
+            raise UserError(
+                f"{out_dir} already holds a run: --resume it, or choose another --out_dir"
+            )
+        recorded = read_json(path)
+        for name, value in settings.items():
+            # Runs of earlier versions may lack a setting.
+            if recorded.get(name, value) != value:
                 raise UserError(
-                    f"{out_dir} holds a run with {key}={was}, not {settings[key]}: choose another --out_dir"
+                    f"{out_dir} holds a run with {name}={recorded[name]}, not {value}: "
+                    "choose another --out_dir"
                 )
     write_text(path, json.dumps(settings, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}): remove it or choose another --out_dir"
+        ) from error
 
 
 def decimal(lr: float) -> str:
@@ -161,154 +209,187 @@ def decimal(lr: float) -> str:
     return np.format_float_positional(lr, trim="-")
 
 
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
 class Finetuner:
-    """A model and its data, to be trained several times from the same weights."""
+    """The model, its data and its initial weights, from which it is trained several times."""
 
     def __init__(self, config: Config, training: list[str], held_out: list[str], rt: Runtime):
-        self.config, self.rt = config, rt
+        self.config = config
+        self.rt = rt
+
+        # The model, and a copy of the weights that every training starts from.
         self.model, self.enc = checkpoint.load_model(config.init_from, config.dropout)
-        if self.model.config.block_size < config.T:
-            raise UserError(
-                f"T {config.T} is above the model's block_size {self.model.config.block_size}"
-            )
+        block_size = self.model.config.block_size
+        if block_size < config.T:
+            raise UserError(f"T {config.T} is above the model's block_size {block_size}")
         if config.lora_rank:
             torch.manual_seed(config.seed)
             lora.add_adapters(self.model, config.lora_rank)
-        self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.initial_state = {name: t.clone() for name, t in self.model.state_dict().items()}
         self.model.to(rt.device)
         self.train_model, self.eval_model = prepare_model(self.model, rt, config.compile)
 
-        per_step = config.total_batch_size // config.T
+        # The data. Descriptions were split before they are joined: none is in both streams.
         tokens = self.encode(training)
-        self.loader = FinetuneLoader(
-            tokens, config.B, config.T, per_step, config.seed, rt.rank, rt.world_size
-        )
         self.val_tokens = self.encode(held_out)
-        self.base_val_loss = self.validate()
-        fixed = (
-            "T",
-            "total_batch_size",
-            "search_epochs",
-            "num_epochs",
-            "warmup",
-            "weight_decay",
-            "grad_clip",
+        sequences = config.total_batch_size // config.T
+        self.loader = FinetuneLoader(
+            tokens, config.B, config.T, sequences, config.seed, rt.rank, rt.world_size
         )
-        self.settings = dict(
-            weights=checkpoint.fingerprint(config.init_from), data=checksum(config.data)
-        )
-        self.settings |= {
-            key: getattr(config, key) for key in (*fixed, "dropout", "lora_rank", "seed")
-        }
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+        num_params = sum(p.numel() for p in self.model.parameters())
+        num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rt.print(
-            f"{len(training)} descriptions ({len(tokens):,} tokens) to train on, {len(held_out)} held out; "
-            f"{trained:,} of {sum(p.numel() for p in self.model.parameters()):,} parameters are trained; "
-            f"validation loss before: {self.base_val_loss:.4f}"
+            f"{len(training)} descriptions ({len(tokens):,} tokens) to train on, "
+            f"{len(held_out)} held out; {num_trained:,} of {num_params:,} parameters are trained"
         )
 
     def encode(self, descriptions: list[str]) -> np.ndarray:
-        """One stream, end-of-text before each description and after the last."""
-        ids = [
-            token
-            for text in descriptions
-            for token in (self.enc.eot_token, *self.enc.encode_ordinary(text))
-        ]
-        return np.array([*ids, self.enc.eot_token])
+        """One stream of token ids, (tokens,) int64: end-of-text before each text and at the end."""
+        ids = []
+        for text in descriptions:
+            ids.append(self.enc.eot_token)
+            ids += self.enc.encode_ordinary(text)
+        ids.append(self.enc.eot_token)
+        return np.array(ids)
 
     def validate(self) -> float:
+        """Mean loss on the held-out descriptions, in nats per token."""
         return stream_loss(self.eval_model, self.val_tokens, self.config.B, self.config.T, self.rt)
 
-    def reset(self, state: dict | None = None):
-        """Put back the initial weights, or those of a checkpoint of an earlier run; return a new optimizer."""
-        self.model.load_state_dict(
-            self.initial | (state["lora"] or state["model"]) if state else self.initial
-        )
+    def reset(self, loaded: dict | None = None) -> torch.optim.Optimizer:
+        """Load the initial weights and return a new optimizer, or load both from a checkpoint."""
+        state = self.initial_state
+        if loaded:
+            # With adapters, the checkpoint's `model` has them merged, so they are stored apart.
+            state = state | (loaded["lora"] or loaded["model"])
+        self.model.load_state_dict(state)
+        # The learning rate given here has no effect: every step sets its own.
         optimizer = make_optimizer(self.model, 1.0, self.config.weight_decay, (0.9, 0.95), 1e-8)
-        if state:
-            optimizer.load_state_dict(state["optimizer"])
+        if loaded:
+            optimizer.load_state_dict(loaded["optimizer"])
         return optimizer
 
     def train(
-        self, optimizer, lr: float, epochs: int, done: int = 0, log: RunLog | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        num_epochs: int,
+        epochs_done: int = 0,
+        log: RunLog | None = None,
     ) -> Iterator[dict]:
-        """Train from epoch `done` on; after each epoch, yield its number, training and validation loss. A loss that is
-        not finite ends it: the epoch's validation loss is infinite then."""
-        config, rt, per_epoch = self.config, self.rt, self.loader.steps_per_epoch
-        steps = epochs * per_epoch
-        warmup_steps = round(config.warmup * steps)
-        with Progress(
-            total=steps, initial=done * per_epoch, desc=f"lr {decimal(lr)}", unit="step"
-        ) as bar:
-            for epoch in range(done, epochs):
-                losses, weights = [], []
-                for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-                    began = time.perf_counter()
-                    rt.seed(
-                        config.seed, step
-                    )  # dropout is a function of the step, as in pretraining
-                    batch, shares, tokens = self.loader.batch(step, rt.device)
-                    now = learning_rate(step, steps, warmup_steps, lr, lr / 10)
-                    loss, norm = train_step(
-                        self.train_model, optimizer, batch, now, config.grad_clip, rt, shares
-                    )
-                    loss, norm = float(rt.sum([loss]) / rt.world_size), float(norm)
-                    if not math.isfinite(loss) or not math.isfinite(norm):
-                        yield dict(
-                            epoch=epoch + 1, step=step + 1, train_loss=math.inf, val_loss=math.inf
-                        )
+        """Train at a peak learning rate of lr until num_epochs are done; yield a record per epoch.
+
+        A record holds epoch (1 for the first), step (optimizer steps taken so far), and train_loss
+        and val_loss in nats per token. If a loss or a gradient is not finite, training ends, and
+        both losses in that epoch's record are infinite.
+        """
+        steps_per_epoch = self.loader.steps_per_epoch
+        num_steps = num_epochs * steps_per_epoch
+        warmup_steps = round(self.config.warmup_fraction * num_steps)
+        step = epochs_done * steps_per_epoch
+        with Progress(total=num_steps, initial=step, desc=f"lr {decimal(lr)}", unit="step") as bar:
+            for epoch in range(epochs_done + 1, num_epochs + 1):
+                losses = []
+                token_counts = []
+                for _ in range(steps_per_epoch):
+                    step_lr = learning_rate(step, num_steps, warmup_steps, lr, lr / 10)
+                    loss, num_tokens = self.take_step(optimizer, step, step_lr, log)
+                    step += 1
+                    if not math.isfinite(loss):
+                        yield dict(epoch=epoch, step=step, train_loss=math.inf, val_loss=math.inf)
                         return
                     losses.append(loss)
-                    weights.append(tokens)
-                    if log:
-                        seconds = time.perf_counter() - began
-                        log.write(
-                            step, loss=loss, lr=now, grad_norm=norm, ms=1000 * seconds, tokens_per_sec=tokens / seconds,
-                            mfu=None, memory=rt.peak_memory(),
-                        )  # fmt: skip
-                    bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
+                    token_counts.append(num_tokens)
+                    bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}", refresh=False)
                     bar.update()
-                train_loss, val_loss = float(np.average(losses, weights=weights)), self.validate()
+
+                # The last step of an epoch has fewer tokens than the others, hence the weights.
+                train_loss = float(np.average(losses, weights=token_counts))
+                val_loss = self.validate()
                 if log:
-                    log.write(step + 1, val=val_loss)
-                yield dict(epoch=epoch + 1, step=step + 1, train_loss=train_loss, val_loss=val_loss)
+                    log.write(step, val=val_loss)
+                yield dict(epoch=epoch, step=step, train_loss=train_loss, val_loss=val_loss)
+
+    def take_step(
+        self, optimizer: torch.optim.Optimizer, step: int, step_lr: float, log: RunLog | None
+    ) -> tuple[float, int]:
+        """Train on one global batch. Returns its mean loss and its number of tokens.
+
+        The loss is infinite if it, or the norm of the gradient, is not finite.
+        """
+        rt = self.rt
+        start = time.perf_counter()
+        # Dropout is a function of the step, so that a resumed run drops the same activations.
+        rt.seed(self.config.seed, step)
+        batch, micro_batch_weights, num_tokens = self.loader.batch(step, rt.device)
+        loss, grad_norm = train_step(
+            self.train_model,
+            optimizer,
+            batch,
+            step_lr,
+            self.config.grad_clip,
+            rt,
+            micro_batch_weights,
+        )
+        # The mean over the ranks. All of them learn of a divergence, and stop together.
+        loss = float(rt.sum([loss]) / rt.world_size)
+        grad_norm = float(grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return math.inf, num_tokens
+        # The search has no log: only its results are kept.
+        if log:
+            seconds = time.perf_counter() - start
+            log.write(
+                step,
+                loss=loss,
+                lr=step_lr,
+                grad_norm=grad_norm,
+                ms=1000 * seconds,
+                tokens_per_sec=num_tokens / seconds,
+                mfu=None,
+                memory=rt.peak_memory(),
+            )
+        return loss, num_tokens
 
 
-def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
-    """Phase 1: the learning rate with the lowest validation loss after search_epochs. Rates tried before are kept."""
-    out_dir = Path(config.out_dir)
-    path = out_dir / f"{SEARCH}.json"
-    tried = (
-        {result["lr"]: result for result in json.loads(path.read_text())} if path.exists() else {}
-    )
-    rt.barrier()
+# ---------------------------------------------------------------------------------------------
+# The search
+
+
+def search(tuner: Finetuner, base_val_loss: float) -> float:
+    """Return the learning rate with the lowest validation loss after search_epochs.
+
+    Results are saved after each rate, and a resumed search repeats only those that are missing.
+    Raises UserError if every rate diverged.
+    """
+    config = tuner.config
+    rt = tuner.rt
+    path = Path(config.out_dir) / f"{SEARCH}.json"
+    results = {}
+    if path.exists():
+        results = {result["lr"]: result for result in read_json(path)}
+    rt.barrier()  # all ranks have read the file before rank 0 replaces it
+
     for lr in config.learning_rates:
-        if lr in tried:
+        if lr in results:
             continue
-        epochs = list(tuner.train(tuner.reset(), lr, config.search_epochs))
-        last = epochs[-1]
-        status = "trained"
-        if not math.isfinite(last["val_loss"]) or last["val_loss"] > tuner.base_val_loss:
-            status = "diverged"  # worse than before training, or not a number
-        tried[lr] = last | dict(
-            lr=lr, status=status, val_losses=[epoch["val_loss"] for epoch in epochs]
-        )
+        results[lr] = try_learning_rate(tuner, lr, base_val_loss)
         if rt.is_main:
-            write_text(path, json.dumps([tried[lr] for lr in sorted(tried)], indent=1) + "\n")
-    results = [tried[lr] for lr in sorted(config.learning_rates)]
-    good = [result for result in results if result["status"] == "trained"]
-    best = min(good, key=lambda result: result["val_loss"], default=None)
-    rows = []
-    for r in results:
-        figures = (r["train_loss"], r["val_loss"], math.exp(min(99, r["val_loss"])))
-        rows.append(
-            (decimal(r["lr"]), *(f"{x:.4f}" for x in figures), "best" if r is best else r["status"])
-        )
-    text = table(("learning rate", "training loss", "validation loss", "perplexity", ""), rows)
-    rt.print(f"{text}\n{out_dir}/{SEARCH}.txt, .png")
+            write_text(path, json.dumps([results[lr] for lr in sorted(results)], indent=1) + "\n")
+
+    # Compare the rates asked for; an earlier search may have tried others.
+    tried = [results[lr] for lr in sorted(config.learning_rates)]
+    usable = [result for result in tried if result["status"] == "trained"]
+    best = min(usable, key=lambda result: result["val_loss"], default=None)
+    text = search_table(tried, best)
+    rt.print(f"{text}\n{path.with_suffix('.txt')}, .png")
     if rt.is_main:
-        write_text(out_dir / f"{SEARCH}.txt", text + "\n")
-        draw_search(out_dir / f"{SEARCH}.png", results, tuner.base_val_loss)
+        write_text(path.with_suffix(".txt"), text + "\n")
+        draw_search(path.with_suffix(".png"), tried, base_val_loss)
     if best is None:
         raise UserError(
             "training diverged at every learning rate: give lower ones with --learning_rates"
@@ -316,55 +397,113 @@ def search(config: Config, tuner: Finetuner, rt: Runtime) -> float:
     return best["lr"]
 
 
-def finetune(config: Config, tuner: Finetuner, lr: float, folder: Path, rt: Runtime) -> list[dict]:
-    """Phase 2: num_epochs at the best rate; the history of its epochs. Goes on from the newest checkpoint."""
+def try_learning_rate(tuner: Finetuner, lr: float, base_val_loss: float) -> dict:
+    """Train for search_epochs from the initial weights.
+
+    Returns the last epoch's record, with the learning rate, a status, and the validation losses of
+    all epochs.
+    """
+    records = list(tuner.train(tuner.reset(), lr, tuner.config.search_epochs))
+    val_loss = records[-1]["val_loss"]
+    # Worse than without any training counts as diverged, too.
+    diverged = not math.isfinite(val_loss) or val_loss > base_val_loss
+    return records[-1] | dict(
+        lr=lr,
+        status="diverged" if diverged else "trained",
+        val_losses=[record["val_loss"] for record in records],
+    )
+
+
+def search_table(tried: list[dict], best: dict | None) -> str:
+    rows = []
+    for result in tried:
+        losses = (result["train_loss"], result["val_loss"], perplexity(result["val_loss"]))
+        note = "best" if result is best else result["status"]
+        rows.append((decimal(result["lr"]), *(f"{loss:.4f}" for loss in losses), note))
+    return table(("learning rate", "training loss", "validation loss", "perplexity", ""), rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# The final run
+
+
+def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
+    """Train for num_epochs with checkpoints in `folder`, from the newest of them if there is one.
+
+    Returns the records of all epochs. Raises Diverged if a loss or a gradient is not finite.
+    """
+    config = tuner.config
+    rt = tuner.rt
     folder.mkdir(parents=True, exist_ok=True)
-    state, path = checkpoint.load_newest(folder, rt.print)
-    rt.barrier()
-    history = state["history"] if state else []
-    optimizer = tuner.reset(state)
-    if state:
+
+    # Resume from the newest checkpoint. Every finished epoch is a record in its history.
+    loaded, path = checkpoint.load_newest(folder, rt.print)
+    rt.barrier()  # all ranks have read it before rank 0 replaces it
+    history = loaded["history"] if loaded else []
+    if loaded:
         rt.print(f"resuming from {path}, after epoch {len(history)}")
-    log = RunLog(folder, state["step"] if state else 0, rt, use_wandb=False)
     if is_over(history, config):
         return history
-    for epoch in tuner.train(optimizer, lr, config.num_epochs, done=len(history), log=log):
-        if not math.isfinite(epoch["val_loss"]):
+    optimizer = tuner.reset(loaded)
+    log = RunLog(folder, loaded["step"] if loaded else 0, rt, use_wandb=False)
+    if loaded:
+        # The log was cut at this step. The steps after it are repeated, its validation is not.
+        log.write(loaded["step"], val=history[-1]["val_loss"])
+
+    # Train.
+    for record in tuner.train(optimizer, lr, config.num_epochs, len(history), log):
+        if not math.isfinite(record["val_loss"]):
             raise Diverged(
-                f"epoch {epoch['epoch']}: the loss is not finite, the run diverged and stops; its checkpoints are in "
-                f"{folder}; lower the learning rate"
+                f"epoch {record['epoch']}, step {record['step'] - 1}: loss or gradient is not "
+                "finite: the run diverged and stops; checkpoints of earlier epochs are in "
+                f"{folder}; choose a lower learning rate with --learning_rates"
             )
-        history.append(epoch)
-        best = min(e["val_loss"] for e in history)
+        history.append(record)
         rt.print(
-            f"epoch {epoch['epoch']} | train {epoch['train_loss']:.4f} | val {epoch['val_loss']:.4f}"
+            f"epoch {record['epoch']} | train {record['train_loss']:.4f} "
+            f"| val {record['val_loss']:.4f}"
         )
         if rt.is_main:
-            saved = checkpoint.build(tuner.model, tuner.enc, epoch["step"])
-            saved["model"] = lora.merged_state(tuner.model)
-            checkpoint.save(folder / f"model_epoch_{epoch['epoch']}.pt", saved)
-            if epoch["val_loss"] == best:
-                checkpoint.save(folder / "model_best.pt", saved)
-            saved |= dict(
-                lora=lora.adapter_state(tuner.model),
-                optimizer=optimizer.state_dict(),
-                history=history,
-            )
-            checkpoint.save(folder / f"model_{epoch['step']:05d}.pt", saved)  # to resume from
-            checkpoint.remove_rolling(folder, 0, keep=1)
+            save_epoch(folder, tuner, optimizer, history)
         if is_over(history, config):
             break
     log.flush()
     return history
 
 
+def save_epoch(
+    folder: Path, tuner: Finetuner, optimizer: torch.optim.Optimizer, history: list[dict]
+):
+    """Write the checkpoints of the epoch that was completed last.
+
+    model_epoch_N.pt   the model after epoch N
+    model_best.pt      the same, if its validation loss is the lowest so far
+    model_NNNNN.pt     what resuming needs besides; only the newest of these is kept
+    """
+    record = history[-1]
+    state = checkpoint.build(tuner.model, tuner.enc, record["step"])
+    state["model"] = lora.merged_state(tuner.model)  # an ordinary model, also with adapters
+    checkpoint.save(folder / f"model_epoch_{record['epoch']}.pt", state)
+    if record["val_loss"] == min(epoch["val_loss"] for epoch in history):
+        checkpoint.save(folder / "model_best.pt", state)
+
+    # Last, because it is what marks the epoch as done.
+    state["lora"] = lora.adapter_state(tuner.model)
+    state["optimizer"] = optimizer.state_dict()
+    state["history"] = history
+    checkpoint.save(folder / f"model_{record['step']:05d}.pt", state)
+    checkpoint.remove_rolling(folder, 0, keep=1)
+
+
 def is_over(history: list[dict], config: Config) -> bool:
-    """Whether all epochs are done, or the last `patience` of them brought no better validation loss."""
-    losses = [epoch["val_loss"] for epoch in history]
-    patience = config.patience or config.num_epochs
-    return len(losses) >= config.num_epochs or (
-        len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
-    )
+    """Whether all epochs are done, or the last `patience` of them brought no lower loss."""
+    losses = [record["val_loss"] for record in history]
+    if len(losses) >= config.num_epochs:
+        return True
+    # The last `patience` epochs need an earlier one to compare with.
+    if not config.patience or len(losses) <= config.patience:
+        return False
+    return min(losses[: -config.patience]) <= min(losses[-config.patience :])
 
 
 if __name__ == "__main__":

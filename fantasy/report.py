@@ -1,21 +1,21 @@
-"""What finetuning brought: base and finetuned model side by side, in numbers and pictures.
+"""The report of finetune.py: figures, samples and pictures of a model before and after finetuning.
 
-held-out perplexity   exp of the mean loss on the descriptions that were held out
-delimited             share of samples that open once and close once
-distinct-1, -2        different words, and pairs of words, per word and pair of all samples (Li et al. 2016)
-repeated 4-grams      share of a sample's sequences of four words that it has had before, mean
-copied run            the longest run of words that stands like that in the training data: mean, longest, and the
-                      share of samples with one of more than 12 words
-general perplexity    exp of the mean loss on the validation shard of general text
+write_report measures both models and writes three files to the run's folder:
+
+    report.md                       the figures in a table, and what they mean
+    report.json                     the same figures for programs
+    final_gens_after_finetune.txt   descriptions sampled from the finetuned model
 """
 
 import json
 import math
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.checkpoint import load_model
@@ -27,62 +27,142 @@ from common.tokenizer import tokenizer_to_text
 from fantasy.descriptions import CLOSE, OPEN
 from model import GPT
 
-LONG_RUN = 12  # words in a row
 SAMPLES = "final_gens_after_finetune.txt"
+LONG_RUN = 12  # words; a copied run above this length is more than a common phrase
+
+# The figures in the order of the report: name, format, meaning.
+FIGURES = (
+    (
+        "held-out perplexity",
+        ".2f",
+        "exp of the mean loss per token on descriptions that were not trained on. Lower is better.",
+    ),
+    (
+        "delimited, share of samples",
+        ".1%",
+        f"samples with one `{OPEN}`, at the start, and one `{CLOSE}`.",
+    ),
+    (
+        "distinct-1",
+        ".3f",
+        "different words divided by all words, over all samples (Li et al. 2016). "
+        "Low values mean little variety.",
+    ),
+    ("distinct-2", ".3f", "the same for pairs of consecutive words."),
+    (
+        "repeated 4-grams, share",
+        ".1%",
+        "sequences of four words that occurred earlier in the same sample, mean over the samples.",
+    ),
+    (
+        "copied run, mean words",
+        ".2f",
+        "length of the longest sequence of words that also occurs in the training data, "
+        "mean over the samples.",
+    ),
+    ("copied run, most words", "d", "the longest such sequence in any sample."),
+    (
+        f"copied run > {LONG_RUN} words, share of samples",
+        ".1%",
+        f"samples with such a sequence of more than {LONG_RUN} words.",
+    ),
+    (
+        "general perplexity",
+        ".2f",
+        "exp of the mean loss per token on the validation shard of general text. "
+        "If it rises, the model has forgotten some of what it had learned in pretraining.",
+    ),
+)
 
 
-def report(config, finetuned: Path, training: list[str], val_tokens: np.ndarray, rt: Runtime):
-    """Compare finetune.py's base and finetuned model; write report.md, report.json and the finetuned one's samples."""
-    out_dir, columns = Path(config.out_dir), {}
-    for column, name in (("base", config.init_from), ("finetuned", finetuned)):
-        model, enc = load_model(name)
-        model.to(rt.device).eval()
-        samples = draw(model, enc, config.num_samples, config.seed, rt, f"samples, {column}")
-        if column == "finetuned":
-            write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
-        loss = stream_loss(model, val_tokens, config.B, config.T, rt)
-        columns[column] = {"held-out perplexity": math.exp(min(99, loss))} | measure(
-            samples, training
-        )
-        general = general_tokens(config.general_data, config.general_tokens, enc)
-        loss = (
-            None
-            if general is None
-            else stream_loss(model, general, config.B, model.config.block_size, rt)
-        )
-        columns[column]["general perplexity"] = None if loss is None else math.exp(min(99, loss))
-    rows = [
-        (name, *(shown(name, columns[column][name]) for column in columns))
-        for name in columns["base"]
-    ]
-    text = table(("", *columns), rows)
-    write_text(out_dir / "report.md", text + "\n")
-    write_text(out_dir / "report.json", json.dumps(columns, indent=1) + "\n")
-    say(f"{text}\n{out_dir}/report.md, {out_dir}/{SAMPLES}")
+def write_report(
+    config,
+    finetuned: Path,
+    training: list[str],
+    val_tokens: np.ndarray,
+    enc: tiktoken.Encoding,
+    rt: Runtime,
+):
+    """Measure the model before and after finetuning, and write the report's files to out_dir.
 
+    config is finetune.Config, finetuned a checkpoint, training the descriptions trained on, and
+    val_tokens the held-out ones as one stream of token ids.
+    """
+    out_dir = Path(config.out_dir)
+    general_tokens = read_general_text(config.general_data, config.general_tokens, enc)
+    data = (training, val_tokens, general_tokens)
+    base, _ = measure_model(config, config.init_from, *data, rt)
+    after, samples = measure_model(config, finetuned, *data, rt)
+    write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
 
-def shown(name: str, value: float | None) -> str:
-    if value is None:
-        return "not available"
-    return (
-        f"{value:.1%}"
-        if "share" in name
-        else f"{value:.3f}"
-        if "distinct" in name
-        else f"{value:.2f}"
+    # The table of figures, for the screen and for report.md
+    rows = []
+    for name, spec, _ in FIGURES:
+        rows.append((name, show(base[name], spec), show(after[name], spec)))
+    figures = table(("", "before finetuning", "after finetuning"), rows)
+
+    # report.md adds what was compared, and what each figure means.
+    meanings = "\n".join(f"- **{name}**: {meaning}" for name, _, meaning in FIGURES)
+    write_text(
+        out_dir / "report.md",
+        f"# Before and after finetuning\n\n"
+        f"`{config.init_from}` was finetuned on {len(training)} descriptions from "
+        f"`{config.data}`; the result is `{finetuned}`. Both models wrote {config.num_samples} "
+        f"samples that start with `{OPEN}`.\n\n{figures}\n\n{meanings}\n\n"
+        f"The samples of the finetuned model are in `{out_dir / SAMPLES}`.\n",
     )
+    both = dict(base=base, finetuned=after)
+    write_text(out_dir / "report.json", json.dumps(both, indent=1) + "\n")
+    say(f"{figures}\n{out_dir}/report.md, {out_dir}/{SAMPLES}")
 
 
-def draw(
-    model: GPT, enc: tiktoken.Encoding, count: int, seed: int, rt: Runtime, desc: str
+def measure_model(
+    config,
+    name: str | Path,
+    training: list[str],
+    val_tokens: np.ndarray,
+    general_tokens: np.ndarray | None,
+    rt: Runtime,
+) -> tuple[dict[str, float | None], list[str]]:
+    """Return a model's figures by name (None if not available), and its samples."""
+    model, enc = load_model(name)
+    model.to(rt.device).eval()
+    samples = draw_samples(model, enc, config.num_samples, config.seed, rt)
+
+    # In windows of T tokens, as during finetuning, so that the loss is that of the log.
+    held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
+    figures = {"held-out perplexity": perplexity(held_out_loss)}
+    figures |= measure_samples(samples, training)
+
+    # In windows of the whole context, as in pretraining.
+    figures["general perplexity"] = None
+    if general_tokens is not None:
+        general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
+        figures["general perplexity"] = perplexity(general_loss)
+    return figures, samples
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that is too large to mean anything."""
+    return math.exp(loss) if loss < 99 else math.inf
+
+
+def show(value: float | None, spec: str) -> str:
+    return "not available" if value is None else format(value, spec)
+
+
+def draw_samples(
+    model: GPT, enc: tiktoken.Encoding, count: int, seed: int, rt: Runtime
 ) -> list[str]:
-    """Samples of up to 300 tokens, each ending where the model ends its text."""
+    """Samples that start with <LOC>, of up to 300 tokens or until the model ends its text."""
     prompt = enc.encode_ordinary(OPEN)
     max_tokens = min(300, model.config.block_size - len(prompt))
+    # Slightly sharper than the model's own distribution: less noise, still varied.
     options = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
     samples = []
-    with Progress(total=count, desc=desc, unit="sample", leave=False) as bar, rt.autocast():
+    with Progress(total=count, desc="sampling", unit="sample", leave=False) as bar, rt.autocast():
         while len(samples) < count:
+            # In batches, to bound the memory of the KV cache; each batch has a different seed.
             batch = [prompt] * min(16, count - len(samples))
             outputs = model.generate(batch, max_tokens, seed=seed + len(samples), **options)
             samples += [OPEN + enc.decode(output) for output in outputs]
@@ -90,108 +170,160 @@ def draw(
     return samples
 
 
-def general_tokens(folder: str, count: int, enc: tiktoken.Encoding) -> np.ndarray | None:
-    """Tokens of general text; None if there are no shards, or shards of another tokenizer."""
+def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.ndarray | None:
+    """The first `count` predicted tokens of a validation shard, (count + 1,).
+
+    None, with a message, if there are no shards or they were made with another tokenizer.
+    """
     try:
-        shards, own = open_shards(folder, "val"), shards_tokenizer(folder)
+        shards = open_shards(folder, "val")
+        shards_enc = shards_tokenizer(folder)
     except (OSError, UserError) as error:
         say(f"no general perplexity: {error}")
         return None
-    if tokenizer_to_text(own) != tokenizer_to_text(enc):
+    if tokenizer_to_text(shards_enc) != tokenizer_to_text(enc):
         say(f"no general perplexity: {folder} was made with another tokenizer")
         return None
     return shards.read(0, 0, min(count + 1, shards.lengths[0]))
 
 
-def measure(samples: list[str], training: list[str]) -> dict[str, float]:
-    """The figures that samples give by themselves and beside the training data."""
-    delimited = [s.startswith(OPEN) and s.count(OPEN) == s.count(CLOSE) == 1 for s in samples]
-    texts = [words(sample) for sample in samples]
-    known = " ".join(["", *(" ".join(words(text)) + " |" for text in training), ""])
-    copied = [longest_copied_run(text, known) for text in texts]
+# ---------------------------------------------------------------------------------------------
+# Figures of the samples
+
+
+def measure_samples(samples: list[str], training: list[str]) -> dict[str, float]:
+    """The figures that need no model: delimiters, variety, repetition, and copying."""
+    texts = [split_words(sample) for sample in samples]
+    index = WordIndex([split_words(text) for text in training])
+    copied = [index.longest_copied_run(text) for text in texts]
     return {
-        "delimited, share of samples": float(np.mean(delimited)),
+        "delimited, share of samples": mean([is_delimited(sample) for sample in samples]),
         "distinct-1": distinct(texts, 1),
         "distinct-2": distinct(texts, 2),
-        "repeated 4-grams, share": float(np.mean([repeated(text, 4) for text in texts])),
-        "copied run, mean words": float(np.mean(copied)),
+        "repeated 4-grams, share": mean([repeated(text, 4) for text in texts]),
+        "copied run, mean words": mean(copied),
         "copied run, most words": max(copied),
-        f"copied run > {LONG_RUN} words, share of samples": float(
-            np.mean([n > LONG_RUN for n in copied])
-        ),
+        f"copied run > {LONG_RUN} words, share of samples": mean([n > LONG_RUN for n in copied]),
     }
 
 
-def words(text: str) -> list[str]:
+def mean(values: list) -> float:
+    return float(np.mean(values))
+
+
+def is_delimited(sample: str) -> bool:
+    return sample.startswith(OPEN) and sample.count(OPEN) == 1 and sample.count(CLOSE) == 1
+
+
+def split_words(text: str) -> list[str]:
+    """Words in lower case, without delimiters and punctuation."""
     return re.findall(r"[\w'’]+", text.replace(OPEN, " ").replace(CLOSE, " ").lower())
 
 
-def ngrams(text: list[str], n: int) -> list[tuple[str, ...]]:
-    return list(zip(*(text[i:] for i in range(n))))
+def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[i:] for i in range(n))))
 
 
 def distinct(texts: list[list[str]], n: int) -> float:
-    grams = [gram for text in texts for gram in ngrams(text, n)]
+    """Different n-grams divided by all n-grams, over all texts."""
+    grams = [gram for words in texts for gram in ngrams(words, n)]
+    # An untrained model may write no word at all.
     return len(set(grams)) / max(1, len(grams))
 
 
-def repeated(text: list[str], n: int) -> float:
-    grams = ngrams(text, n)
+def repeated(words: list[str], n: int) -> float:
+    """Fraction of the n-grams of a text that occurred earlier in it."""
+    grams = ngrams(words, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def longest_copied_run(text: list[str], known: str) -> int:
-    """Words of the longest run of `text` within `known`, whose words have a blank on either side."""
-    longest = 0
-    for start in range(len(text)):
-        while (
-            start + longest < len(text)
-            and f" {' '.join(text[start : start + longest + 1])} " in known
-        ):
-            longest += 1
-    return longest
+class WordIndex:
+    """Where each word occurs in the training texts, to find what a sample copied from them.
+
+    The texts lie end to end, with a free position before each, so that no run spans two of them:
+
+        position    0    1    2     3    4    5    6
+        training    -   the  old  tower  -    an  old      old -> 2, 6
+    """
+
+    def __init__(self, texts: list[list[str]]):
+        occurrences = defaultdict(list)
+        start = 1
+        for words in texts:
+            for position, word in enumerate(words, start):
+                occurrences[word].append(position)
+            start += len(words) + 1
+        self.positions = {word: np.array(places) for word, places in occurrences.items()}
+        self.size = start
+
+    def longest_copied_run(self, words: list[str]) -> int:
+        """Length of the longest sequence of words that also occurs in a training text.
+
+        At each word, run_length[p] is the length of the longest sequence that ends at this word
+        and also ends at position p of the training texts. It is one more than the value at p - 1
+        for the word before, and 0 wherever the word does not occur.
+        """
+        run_length = np.zeros(self.size, dtype=np.int64)
+        nowhere = np.array([], dtype=np.int64)
+        previous = nowhere
+        longest = 0
+        for word in words:
+            ends = self.positions.get(word, nowhere)
+            extended = run_length[ends - 1] + 1
+            # Only the positions of the previous word can differ from 0: clearing these is enough.
+            run_length[previous] = 0
+            run_length[ends] = extended
+            longest = max(longest, extended.max(initial=0))
+            previous = ends
+        return int(longest)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
 
 
 def draw_search(path: Path, results: list[dict], base_val_loss: float):
-    figure = Figure((7, 5), layout="constrained")
-    ax = figure.subplots()
-    good = [r for r in results if math.isfinite(r["val_loss"])]
-    ax.plot([r["lr"] for r in good], [r["val_loss"] for r in good], "o-", label="validation loss")
-    ax.axhline(
-        base_val_loss, color="grey", ls="--", label=f"before finetuning: {base_val_loss:.3f}"
-    )
+    """Validation loss by learning rate, next to the loss before finetuning."""
+    figure, ax = start_figure("Learning-rate search")
+    finite = [result for result in results if math.isfinite(result["val_loss"])]
+    rates = [result["lr"] for result in finite]
+    losses = [result["val_loss"] for result in finite]
+    ax.plot(rates, losses, "o-", label="after training at this rate")
+    before = f"before finetuning: {base_val_loss:.3f}"
+    ax.axhline(base_val_loss, color="grey", ls="--", label=before)
+    # A diverged rate may have no finite loss to draw, so it is marked on the axis.
     for result in results:
         if result["status"] == "diverged":
             ax.axvline(result["lr"], color="tab:red", ls=":", label=f"diverged at {result['lr']:g}")
-    ax.set(
-        xscale="log", xlabel="learning rate", ylabel="nats per token", title="Learning-rate search"
-    )
-    finish(path, figure, ax)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
+    save_figure(path, figure, ax)
 
 
 def draw_losses(path: Path, history: list[dict], base_val_loss: float):
+    """Training and validation loss by epoch; epoch 0 is before finetuning."""
+    figure, ax = start_figure("Loss before and during finetuning")
+    epochs = [record["epoch"] for record in history]
+    val_losses = [record["val_loss"] for record in history]
+    # The training loss is a mean over the epoch, the validation loss is measured at its end.
+    # Hence the first may lie above the second.
+    ax.plot(epochs, [record["train_loss"] for record in history], "o-", label="training")
+    ax.plot([0, *epochs], [base_val_loss, *val_losses], "o-", label="validation")
+    lowest = min(val_losses)
+    best_epoch = epochs[val_losses.index(lowest)]
+    label = f"lowest: {lowest:.4f} after epoch {best_epoch}"
+    ax.axvline(best_epoch, color="grey", ls=":", label=label)
+    ax.set(xlabel="epoch", ylabel="loss (nats per token)")
+    save_figure(path, figure, ax)
+
+
+def start_figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure((7, 5), layout="constrained")
     ax = figure.subplots()
-    epochs = [epoch["epoch"] for epoch in history]
-    ax.plot(epochs, [epoch["train_loss"] for epoch in history], "o-", label="training")
-    ax.plot(
-        [0, *epochs],
-        [base_val_loss, *(epoch["val_loss"] for epoch in history)],
-        "o-",
-        label="validation",
-    )
-    best = min(history, key=lambda epoch: epoch["val_loss"])
-    ax.axvline(
-        best["epoch"],
-        color="grey",
-        ls=":",
-        label=f"best: {best['val_loss']:.4f} after epoch {best['epoch']}",
-    )
-    ax.set(xlabel="epoch", ylabel="nats per token", title="Finetuning")
-    finish(path, figure, ax)
+    ax.set_title(title)
+    return figure, ax
 
 
-def finish(path: Path, figure: Figure, ax):
+def save_figure(path: Path, figure: Figure, ax: Axes):
     ax.grid(alpha=0.3)
     ax.legend()
     with write_atomically(path) as file:
