@@ -29,6 +29,7 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
     """MB of text per second: fineweb.py as a command (start-up, reading and writing included),
     compared with tiktoken on texts that are in memory. Both use one process per core."""
     kind = "parquet" if config.data_files else "pydoc"
+    # fineweb.py reads the same source itself.
     flags = ["--source", kind]
     if config.data_files:
         flags += ["--data_files", *config.data_files]
@@ -43,6 +44,7 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
         tempfile.TemporaryDirectory() as folder,
         fork.Pool(num_processes, keep_texts, (texts,)) as pool,
     ):
+        # Small parts, so that no process waits for another one at the end.
         parts = [slice(first, first + 64) for first in range(0, len(texts), 64)]
         watches = {
             peers.ThisProject.name: Stopwatch(rt, write_shards, flags, Path(folder)),
@@ -66,6 +68,7 @@ def write_shards(flags: list[str], folder: Path):
         raise UserError(f"fineweb.py failed: {result.stderr.strip().splitlines()[-1]}")
 
 
+# Set by the pool's initializer in each of its processes.
 texts_of_this_process: list[str] = []
 
 
@@ -89,6 +92,7 @@ def start(config, rt: Runtime) -> list[Figure]:
         folder = Path(name)
         data_dir = folder / "data"
         write_random_shards(data_dir)
+        # The first, uncounted round fills the compiler's cache.
         watches = {
             "compiled, from the cache": Stopwatch(rt, train_one_step, data_dir, folder, rt, "on"),
             "not compiled": Stopwatch(rt, train_one_step, data_dir, folder, rt, "off"),
@@ -99,6 +103,7 @@ def start(config, rt: Runtime) -> list[Figure]:
 
 def write_random_shards(folder: Path):
     folder.mkdir()
+    # What the tokens are does not influence the time. Shards without a manifest count as GPT-2's.
     tokens = np.random.default_rng(0).integers(50257, size=100_000, dtype=np.uint16)
     for split in ("train", "val"):
         np.save(folder / f"random_{split}_0.npy", tokens)
@@ -106,6 +111,7 @@ def write_random_shards(folder: Path):
 
 def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
     """Run train_gpt2.py in a new folder, and stop it when it has logged its first step."""
+    # Nothing but training: a validation, HellaSwag or a sample would come before the first step.
     log_dir = Path(tempfile.mkdtemp(dir=folder))
     flags = "--B 4 --T 256 --total_batch_size 1024".split()
     flags += "--val_every 0 --hellaswag_every 0 --sample_every 0".split()
@@ -115,9 +121,11 @@ def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+    # The first training loss in log.txt means that the first step is done.
     while process.poll() is None and not has_trained(log_dir):
         time.sleep(0.01)
     if process.poll() is not None:
+        # Training does not end that early by itself, so it has failed.
         _, errors = process.communicate()
         raise UserError(f"train_gpt2.py ended before its first step: {errors}")
     process.kill()

@@ -25,6 +25,7 @@ def with_same_weights(rt: Runtime) -> tuple[GPT, torch.nn.Module]:
     """GPT-2 (124M) of this project and of transformers, both with the same random weights."""
     from transformers import GPT2LMHeadModel
 
+    # Trained weights would take as long; random ones need no download.
     torch.manual_seed(0)
     ours = GPT(GPTConfig()).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +89,8 @@ def predict_plainly(
     """
     predictions = []
     for example in examples:
+        # Each row is the context and an ending, padded on the right. The model reads from left to
+        # right, so the padding changes nothing before it.
         context = enc.encode_ordinary(example["ctx"])
         endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
         longest = max(len(ending) for ending in endings)
@@ -114,11 +117,13 @@ def predict_plainly(
 def generate(config, rt: Runtime) -> list[Figure]:
     """Tokens per second of greedy generation, with one text and with eight texts at a time."""
     ours, theirs = with_same_weights(rt)
+    # As a user would load it in bf16: the weights themselves are bf16, without autocast.
     theirs_bf16 = copy.deepcopy(theirs).to(torch.bfloat16)
     nanogpt = None
     if config.nanogpt:
         scripts = peers.find_scripts(config.nanogpt, None)
         nanogpt = peers.make_peer(peers.NanoGPT.name, GPTConfig(), scripts, rt).model
+    # The reference: how long does it take to read all weights once per token?
     weights = weights_per_token(ours)
     vector = torch.ones(weights.shape[1], device=rt.device)
 
@@ -126,6 +131,7 @@ def generate(config, rt: Runtime) -> list[Figure]:
     for num_texts in (1, 8):
         row = f"generate, GPT-2 (124M), {num_texts} x {NUM_TOKENS} tokens"
         prompts = torch.randint(50257, (num_texts, PROMPT_TOKENS), device=rt.device)
+        # The candidates: this project in every dtype, transformers in two, the reference.
         watches = {}
         for dtype in measure.dtypes_of(rt.device):
             watches[our_name(dtype)] = Stopwatch(
@@ -143,6 +149,7 @@ def generate(config, rt: Runtime) -> list[Figure]:
             watch = Stopwatch(rt, nanogpt.generate, prompts, NUM_TOKENS)
             seconds[f"{peers.NanoGPT.name}, float32, one run"] = watch()
 
+        # In float32 both must generate the same texts. In bf16 they may differ by rounding.
         if torch.float32 in measure.dtypes_of(rt.device):
             our_texts = watches[our_name(torch.float32)].result
             their_texts = watches[name + "float32"].result

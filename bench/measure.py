@@ -46,6 +46,7 @@ class Stopwatch:
         self.result: Any = None
 
     def __call__(self) -> float:
+        # Kernels run after the call that starts them has returned: wait before and after.
         synchronize(self.rt.device)
         start = time.perf_counter()
         self.result = self.function(*self.args)
@@ -77,6 +78,7 @@ def medians(candidates: dict[str, Candidate], rounds: int, title: str) -> dict[s
     total = len(candidates) * (rounds + 1)
     with Progress(total=total, desc=title, unit="run", leave=False) as bar:
         for round_number in range(rounds + 1):
+            # A copy of the names, because the loop may remove one.
             for name in list(seconds):
                 try:
                     taken = candidates[name]()
@@ -129,6 +131,7 @@ class CandidateProcess:
     names and functions. It lives until the `with` block ends."""
 
     def __init__(self, make: Callable[..., dict[str, Callable]], *args):
+        # One worker, so that all calls reach the process that holds the candidates.
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         names = self.pool.submit(make_candidates, make, *args).result()
         self.candidates: dict[str, Candidate] = {
@@ -145,6 +148,8 @@ class CandidateProcess:
         self.pool.shutdown()
 
 
+# Models and optimizers can't be pickled. They stay in the process that made them, and are called by
+# their names.
 candidates_of_this_process: dict[str, Callable] = {}
 
 
@@ -158,7 +163,7 @@ def time_second_call(name: str) -> float:
     """Seconds of the second of two calls.
 
     In training, a step follows another one. A step that follows another process's step finds that
-    process's data in the CPU's caches, and would take up to 40% longer.
+    process's data in the CPU's caches, and its time scatters by up to 40%.
     """
     function = candidates_of_this_process[name]
     for _ in range(2):

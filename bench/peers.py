@@ -65,6 +65,7 @@ class Peer:
 
     def train_step(self, model, optimizer, dtype: torch.dtype, x: torch.Tensor, y: torch.Tensor):
         """One whole step on one micro-batch: forward, backward, clipping, optimizer."""
+        # Mixed precision: the weights stay float32, autocast chooses the dtype of each product.
         autocast = nullcontext()
         if dtype != torch.float32:
             autocast = torch.autocast(self.rt.device.type, dtype)
@@ -80,6 +81,7 @@ class Peer:
     ) -> Callable[[], None]:
         """A function that trains for one step on a batch of B rows of random tokens."""
         x, y = torch.randint(50257, (2, B, self.block_size), device=self.rt.device)  # (B, T) each
+        # The compiled model shares its weights with self.model, which the optimizer updates.
         model = self.compile() if compiled else self.model
         return functools.partial(self.train_step, model, optimizer, dtype, x, y)
 
@@ -116,6 +118,7 @@ class ThisProject(Peer):
 
     def train_step(self, model, optimizer, dtype: torch.dtype, x: torch.Tensor, y: torch.Tensor):
         """The step of train_gpt2.py."""
+        # One micro-batch, no gradient accumulation.
         train_step(model, optimizer, [(x, y)], LR, GRAD_CLIP, Runtime(self.rt.device, dtype))
 
 
@@ -140,6 +143,7 @@ class Transformers(Peer):
         # Imported here, because it takes seconds and only this class needs it.
         from transformers import GPT2Config, GPT2LMHeadModel
 
+        # No dropout, like the others.
         their_config = GPT2Config(
             vocab_size=config.padded_vocab_size,
             n_positions=config.block_size,
@@ -168,6 +172,7 @@ class NanoGPT(Peer):
 
     def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
         assert script is not None
+        # No dropout and no biases, as in nanoGPT's train.py.
         defined = load_definitions(script)
         their_config = defined["GPTConfig"](dropout=0.0, bias=False, **script_config(config))
         return defined["GPT"](their_config)
@@ -253,6 +258,7 @@ def script_config(config: GPTConfig) -> dict:
 
 def load_definitions(path: Path, **namespace) -> dict:
     """The classes, functions and imports of a script. `namespace` holds globals that they need."""
+    # Classes take their __module__ from this name, and @dataclass needs one.
     namespace["__name__"] = path.stem
     tree = ast.parse(path.read_text("utf-8"))
     for node in tree.body:

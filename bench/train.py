@@ -33,6 +33,7 @@ class Workload:
         return f"{self.model.n_layer} x {self.model.n_embd}, B={self.B}, T={self.T}"
 
 
+# The workloads of each device. On a CPU: a model that trains in reasonable time, and GPT-2 (124M).
 STEP_WORKLOADS = {
     "cpu": [
         Workload(GPTConfig(block_size=256, **SMALL_MODEL), B=4),
@@ -40,6 +41,7 @@ STEP_WORKLOADS = {
     ],
     "cuda": [Workload(GPTConfig(block_size=1024), B) for B in (16, 32, 64)],
 }
+# T is 1024, so that activations and logits dominate.
 MEMORY_WORKLOAD = {
     "cpu": Workload(GPTConfig(block_size=1024, **SMALL_MODEL), B=8),
     "cuda": Workload(GPTConfig(block_size=1024), B=16),
@@ -55,15 +57,19 @@ def train(config, rt: Runtime) -> list[Figure]:
     figures = []
     for workload in STEP_WORKLOADS[rt.device.type]:
         row = f"train {workload}"
+        # All processes live until the last round; the `with` block ends them.
         with ExitStack() as stack:
             candidates = {}
+            # One process per implementation, and one for the roofline.
             for name in peers.names_of_peers(scripts):
                 process = CandidateProcess(make_steps, name, workload, scripts, config.device)
                 candidates |= stack.enter_context(process).candidates
             process = CandidateProcess(make_matrix_products, workload, config.device)
             candidates |= stack.enter_context(process).candidates
             seconds = measure.medians(candidates, config.rounds, row)
+        # This project comes first, and its first candidate is the one as shipped.
         ours_as_shipped = next(iter(candidates))
+        # The machine's best: the faster of the two dtypes, also for candidates in the slower one.
         products = [name for name in seconds if name.startswith(ROOFLINE)]
         roofline = min(products, key=seconds.get, default=None)
         tokens = workload.B * workload.T
@@ -80,6 +86,7 @@ def make_steps(name: str, workload: Workload, scripts: dict[str, Path], device: 
     if peer.shipped_compiled:
         label += ", compiled"
     steps = {label: peer.make_shipped_step(workload.B)}
+    # The best settings, the same for every implementation.
     optimizer = peers.fused_adamw(peer.model)
     for dtype in measure.dtypes_of(rt.device):
         label = f"{name}, best settings: {DTYPE_NAMES[dtype]}, compiled, fused AdamW"
@@ -108,7 +115,7 @@ def linear_layers(config: GPTConfig) -> list[tuple[int, int, int]]:
         (C, 3 * C, config.n_layer),  # attention: queries, keys, values
         (C, C, config.n_layer),  # attention: output projection
         (C, 4 * C, config.n_layer),  # MLP
-        (4 * C, C, config.n_layer),
+        (4 * C, C, config.n_layer),  # MLP: back to the residual stream
         (C, config.padded_vocab_size, 1),  # logits
     ]
 
@@ -121,15 +128,15 @@ class MatrixProduct:
 
     def __init__(self, N: int, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device):
         options = dict(dtype=dtype, device=device)
-        self.x = torch.randn(N, n_in, **options)
-        self.weight = torch.randn(n_out, n_in, **options)
-        self.y = torch.empty(N, n_out, **options)
-        self.x_grad = torch.empty(N, n_in, **options)
-        self.weight_grad = torch.empty(n_out, n_in, **options)
+        self.x = torch.randn(N, n_in, **options)  # (N, n_in)
+        self.weight = torch.randn(n_out, n_in, **options)  # (n_out, n_in)
+        self.y = torch.empty(N, n_out, **options)  # (N, n_out)
+        self.x_grad = torch.empty_like(self.x)
+        self.weight_grad = torch.empty_like(self.weight)
 
     def run(self):
         torch.mm(self.x, self.weight.t(), out=self.y)
-        # y stands for its own gradient.
+        # The backward pass, in which y stands for its own gradient.
         torch.mm(self.y, self.weight, out=self.x_grad)
         torch.mm(self.y.t(), self.x, out=self.weight_grad)
 
@@ -163,6 +170,7 @@ def peak_memory(name: str, workload: Workload, scripts: dict[str, Path], device:
     rt = runtime.start(device)
     peer = peers.make_peer(name, workload.model, scripts, rt)
     step = peer.make_shipped_step(workload.B)
+    # AdamW allocates its state at the end of the first step, so the peak comes later.
     for _ in range(3):
         step()
     return rt.peak_memory()
