@@ -121,15 +121,17 @@ def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    # The first training loss in log.txt means that the first step is done.
-    while process.poll() is None and not has_trained(log_dir):
-        time.sleep(0.01)
-    if process.poll() is not None:
-        # Training does not end that early by itself, so it has failed.
-        _, errors = process.communicate()
-        raise UserError(f"train_gpt2.py ended before its first step: {errors}")
-    process.kill()
-    process.wait()
+    try:
+        # The first training loss in log.txt means that the first step is done.
+        while process.poll() is None and not has_trained(log_dir):
+            time.sleep(0.01)
+        if process.poll() is not None:
+            # Training does not end that early by itself, so it has failed.
+            _, errors = process.communicate()
+            raise UserError(f"train_gpt2.py ended before its first step: {errors}")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def has_trained(log_dir: Path) -> bool:
