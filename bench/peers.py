@@ -1,150 +1,270 @@
-"""GPT-2 by several hands behind one face, for bench: ours, transformers', nanoGPT's and build-nanogpt's.
+"""Implementations of GPT-2 behind one interface: this one, transformers, nanoGPT, build-nanogpt.
 
-The two scripts are read from folders of the user's; what stands between their classes and functions is not run.
+The last two are scripts in folders that the user names. Only their classes and functions are
+loaded; the rest of build-nanogpt's script, which would start to train, does not run.
 """
 
 import ast
+import functools
 import io
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from common.console import UserError
-from common.optim import compile_model, make_optimizer, train_step
+from common.cpu import keep_freed_memory
+from common.optim import make_optimizer, prepare_model, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig
 
-LR, WEIGHT_DECAY, BETAS, EPS = 6e-4, 0.1, (0.9, 0.95), 1e-8
-OURS, TRANSFORMERS, NANOGPT, BUILD_NANOGPT = (
-    "this project",
-    "transformers",
-    "nanoGPT",
-    "build-nanogpt",
-)
+# GPT-3's optimizer settings, for every implementation. They don't influence the time of a step.
+LR = 6e-4
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+GRAD_CLIP = 1.0
 
 
-@dataclass
-class Implementation:
-    model: nn.Module
-    loss: Callable  # loss(model, x, y) with x, y (B, T) int64
-    optimizer: Callable[[], torch.optim.Optimizer]  # as it is shipped
-    shipped: tuple[torch.dtype, bool]  # dtype and whether it is compiled, as it is shipped
+class Peer:
+    """An implementation of GPT-2 with random weights, on a device.
 
+    Subclasses create the model and say how their project trains it ("as shipped"): dtype,
+    torch.compile, optimizer.
+    """
 
-def find_scripts(folders: dict[str, str | None]) -> dict[str, Path]:
-    """The scripts of nanoGPT and build-nanogpt in the folders that are given. Raises ValueError if one is not there."""
-    files = {NANOGPT: "model.py", BUILD_NANOGPT: "train_gpt2.py"}
-    scripts = {name: Path(folder) / files[name] for name, folder in folders.items() if folder}
-    for path in scripts.values():
-        if not path.is_file():
-            raise UserError(f"no file {path}: name the folder that holds it")
-    return scripts
+    name: str
+    shipped_dtype = torch.float32
+    shipped_compiled = False
 
+    def __init__(self, config: GPTConfig, rt: Runtime, script: Path | None = None):
+        """`script` contains the model of nanoGPT or build-nanogpt; the others don't need it."""
+        self.block_size = config.block_size
+        self.rt = rt
+        self.model: Any = self.make_model(config, script).to(rt.device)
 
-def build(name: str, shape: GPTConfig, scripts: dict[str, Path], rt: Runtime) -> Implementation:
-    """One of the four with new weights on the device."""
-    makers = {
-        OURS: ours,
-        TRANSFORMERS: transformers,
-        NANOGPT: nanogpt,
-        BUILD_NANOGPT: build_nanogpt,
-    }
-    with redirect_stdout(io.StringIO()):
-        return makers[name](shape, scripts.get(name), rt)
+    @staticmethod
+    def prepare_process(rt: Runtime):
+        """Settings of the whole process, made before the model."""
 
+    def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        raise NotImplementedError
 
-def ours(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
-    model = GPT(shape).to(rt.device)
-    optimizer = lambda: make_optimizer(model, LR, WEIGHT_DECAY, BETAS, EPS)  # noqa: E731
-    return Implementation(
-        model, lambda model, x, y: model(x, y), optimizer, (rt.dtype, rt.device.type == "cuda")
-    )
+    def shipped_optimizer(self) -> torch.optim.Optimizer:
+        raise NotImplementedError
 
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of tokens x and targets y, both (B, T) int64."""
+        raise NotImplementedError
 
-def transformers(shape: GPTConfig, script: None, rt: Runtime) -> Implementation:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    def compile(self) -> nn.Module:
+        return torch.compile(self.model)
 
-    config = GPT2Config(
-        vocab_size=shape.padded_vocab_size, n_positions=shape.block_size,
-        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).to(rt.device)
-    optimizer = lambda: torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)  # noqa: E731
-    # labels are the inputs: the model itself shifts them
-    return Implementation(
-        model, lambda model, x, y: model(x, labels=x).loss, optimizer, (torch.float32, False)
-    )
-
-
-def nanogpt(shape: GPTConfig, script: Path, rt: Runtime) -> Implementation:
-    names = definitions(script)
-    model = names["GPT"](names["GPTConfig"](dropout=0.0, bias=False, **sizes(shape))).to(rt.device)
-    optimizer = lambda: model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, rt.device.type)  # noqa: E731
-    return Implementation(
-        model, lambda model, x, y: model(x, y)[1], optimizer, (torch.bfloat16, True)
-    )
-
-
-def build_nanogpt(shape: GPTConfig, script: Path, rt: Runtime) -> Implementation:
-    names = definitions(script, master_process=False)
-    model = names["GPT"](names["GPTConfig"](**sizes(shape))).to(rt.device)
-    optimizer = lambda: model.configure_optimizers(WEIGHT_DECAY, LR, rt.device.type)  # noqa: E731
-    return Implementation(
-        model, lambda model, x, y: model(x, y)[1], optimizer, (torch.bfloat16, False)
-    )
-
-
-def sizes(shape: GPTConfig) -> dict:
-    return dict(
-        block_size=shape.block_size, vocab_size=shape.padded_vocab_size,
-        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
-    )  # fmt: skip
-
-
-def definitions(path: Path, **names) -> dict:
-    """The classes and functions of a script, and what it imports where that can be had."""
-    tree = ast.parse(path.read_text("utf-8"))
-    namespace = dict(names, __name__=path.stem)
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef):
-            with suppress(
-                ImportError
-            ):  # build-nanogpt's hellaswag.py, which its model does not need
-                exec(compile(ast.Module([node], []), str(path), "exec"), namespace)
-    return namespace
-
-
-def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The fastest AdamW that PyTorch has, given to all; what decays does not matter for the time."""
-    return torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
-
-
-def training_step(
-    its: Implementation,
-    optimizer: torch.optim.Optimizer,
-    dtype: torch.dtype,
-    compiled: bool,
-    x,
-    y,
-    rt: Runtime,
-) -> Callable[[], None]:
-    """A whole step on one micro-batch: forward, backward, clip, AdamW. Ours is that of train_gpt2.py."""
-    if isinstance(its.model, GPT):
-        model, rt = compile_model(its.model) if compiled else its.model, Runtime(rt.device, dtype)
-        return lambda: train_step(model, optimizer, [(x, y)], LR, 1.0, rt)
-    model = torch.compile(its.model) if compiled else its.model
-
-    def step():
-        with torch.autocast(rt.device.type, dtype) if dtype != torch.float32 else nullcontext():
-            loss = its.loss(model, x, y)
+    def train_step(self, model, optimizer, dtype: torch.dtype, x: torch.Tensor, y: torch.Tensor):
+        """One whole step on one micro-batch: forward, backward, clipping, optimizer."""
+        # Mixed precision: the weights stay float32, autocast chooses the dtype of each product.
+        autocast = nullcontext()
+        if dtype != torch.float32:
+            autocast = torch.autocast(self.rt.device.type, dtype)
+        with autocast:
+            loss = self.loss(model, x, y)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    def make_step(
+        self, optimizer: torch.optim.Optimizer, dtype: torch.dtype, compiled: bool, B: int
+    ) -> Callable[[], None]:
+        """A function that trains for one step on a batch of B rows of random tokens."""
+        x, y = torch.randint(50257, (2, B, self.block_size), device=self.rt.device)  # (B, T) each
+        # The compiled model shares its weights with self.model, which the optimizer updates.
+        model = self.compile() if compiled else self.model
+        return functools.partial(self.train_step, model, optimizer, dtype, x, y)
+
+    def make_shipped_step(self, B: int) -> Callable[[], None]:
+        """The step that the project's own training script would run."""
+        # nanoGPT prints how many tensors decay.
+        with redirect_stdout(io.StringIO()):
+            optimizer = self.shipped_optimizer()
+        return self.make_step(optimizer, self.shipped_dtype, self.shipped_compiled, B)
+
+
+class ThisProject(Peer):
+    name = "this project"
+
+    def __init__(self, config: GPTConfig, rt: Runtime, script: Path | None = None):
+        super().__init__(config, rt, script)
+        self.shipped_dtype = rt.dtype
+        self.shipped_compiled = rt.device.type == "cuda"
+
+    @staticmethod
+    def prepare_process(rt: Runtime):
+        # train_gpt2.py does this too; the other projects leave the allocator alone.
+        keep_freed_memory(rt.device)
+
+    def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        return GPT(config)
+
+    def shipped_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, LR, WEIGHT_DECAY, BETAS, EPS)
+
+    def compile(self) -> nn.Module:
+        train_model, _ = prepare_model(self.model, self.rt, compile="on")
+        return train_model
+
+    def train_step(self, model, optimizer, dtype: torch.dtype, x: torch.Tensor, y: torch.Tensor):
+        """The step of train_gpt2.py."""
+        # One micro-batch, no gradient accumulation.
+        train_step(model, optimizer, [(x, y)], LR, GRAD_CLIP, Runtime(self.rt.device, dtype))
+
+
+class ThisProjectCheckpointed(ThisProject):
+    name = "this project, --activation_checkpointing"
+
+    @staticmethod
+    def prepare_process(rt: Runtime):
+        # With activation checkpointing, train_gpt2.py gives freed memory back to the system.
+        pass
+
+    def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        model = GPT(config)
+        model.activation_checkpointing = True
+        return model
+
+
+class Transformers(Peer):
+    name = "transformers"
+
+    def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        # Imported here, because it takes seconds and only this class needs it.
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        # No dropout, like the others.
+        their_config = GPT2Config(
+            vocab_size=config.padded_vocab_size,
+            n_positions=config.block_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return GPT2LMHeadModel(their_config)
+
+    def shipped_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)
+
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        # The model shifts the labels itself, so its labels are x.
+        return model(x, labels=x).loss
+
+
+class NanoGPT(Peer):
+    name = "nanoGPT"
+    file_name = "model.py"
+    shipped_dtype = torch.bfloat16
+    shipped_compiled = True
+
+    def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        assert script is not None
+        # No dropout and no biases, as in nanoGPT's train.py.
+        defined = load_definitions(script)
+        their_config = defined["GPTConfig"](dropout=0.0, bias=False, **script_config(config))
+        return defined["GPT"](their_config)
+
+    def shipped_optimizer(self) -> torch.optim.Optimizer:
+        return self.model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, self.rt.device.type)
+
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        _, loss = model(x, y)
+        return loss
+
+
+class BuildNanoGPT(Peer):
+    name = "build-nanogpt"
+    file_name = "train_gpt2.py"
+    shipped_dtype = torch.bfloat16
+
+    def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        assert script is not None
+        # configure_optimizers prints if the script's global `master_process` is true.
+        defined = load_definitions(script, master_process=False)
+        return defined["GPT"](defined["GPTConfig"](**script_config(config)))
+
+    def shipped_optimizer(self) -> torch.optim.Optimizer:
+        return self.model.configure_optimizers(WEIGHT_DECAY, LR, self.rt.device.type)
+
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        _, loss = model(x, y)
+        return loss
+
+
+PEERS: dict[str, type[Peer]] = {
+    peer.name: peer
+    for peer in (ThisProject, ThisProjectCheckpointed, Transformers, NanoGPT, BuildNanoGPT)
+}
+
+
+def find_scripts(nanogpt: str | None, build_nanogpt: str | None) -> dict[str, Path]:
+    """The script of each peer that is one, by the peer's name; None leaves a peer out.
+
+    Raises UserError if a folder does not hold its script.
+    """
+    scripts = {}
+    if nanogpt:
+        scripts[NanoGPT.name] = Path(nanogpt) / NanoGPT.file_name
+    if build_nanogpt:
+        scripts[BuildNanoGPT.name] = Path(build_nanogpt) / BuildNanoGPT.file_name
+    for path in scripts.values():
+        if not path.is_file():
+            raise UserError(f"no file {path}: give the folder that contains it")
+    return scripts
+
+
+def names_of_peers(scripts: dict[str, Path]) -> list[str]:
+    """The peers to compare: this project, transformers, and those whose scripts are there."""
+    return [ThisProject.name, Transformers.name, *scripts]
+
+
+def make_peer(name: str, config: GPTConfig, scripts: dict[str, Path], rt: Runtime) -> Peer:
+    """The implementation of that name, ready to train in this process."""
+    peer_class = PEERS[name]
+    peer_class.prepare_process(rt)
+    # nanoGPT prints its number of parameters.
+    with redirect_stdout(io.StringIO()):
+        return peer_class(config, rt, scripts.get(name))
+
+
+def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """PyTorch's fastest AdamW. It decays all tensors, which does not influence the time."""
+    return torch.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
+
+
+def script_config(config: GPTConfig) -> dict:
+    """The fields of GPTConfig that nanoGPT and build-nanogpt share, with their names."""
+    return dict(
+        block_size=config.block_size,
+        vocab_size=config.padded_vocab_size,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+    )
+
+
+def load_definitions(path: Path, **namespace) -> dict:
+    """The classes, functions and imports of a script. `namespace` holds globals that they need."""
+    # Classes take their __module__ from this name, and @dataclass needs one.
+    namespace["__name__"] = path.stem
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef):
+            code = compile(ast.Module([node], []), str(path), "exec")
+            # build-nanogpt imports its hellaswag.py, which the model does not need.
+            with suppress(ImportError):
+                exec(code, namespace)
+    return namespace

@@ -1,4 +1,4 @@
-"""bench in miniature: that it runs what it names, and nothing else; no times are tested."""
+"""The benchmark on tiny models: that every row runs what it names. No times are tested."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,10 +7,19 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench.peers import NANOGPT, definitions
+from bench import commands, measure, train
+from bench.measure import Figure
+from bench.peers import (
+    NanoGPT,
+    ThisProject,
+    ThisProjectCheckpointed,
+    Transformers,
+    load_definitions,
+)
 from common.console import UserError
 from model import GPTConfig
 
+# A script like nanoGPT's model.py, with a line that must not run and an import that must not fail.
 SCRIPT = """
 import math
 from no_such_module import something
@@ -18,11 +27,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-raise SystemExit("a script that trains when it is read")
+raise SystemExit("a script that starts to train")
 
 @dataclass
 class GPTConfig:
-    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int
+    dropout: float; bias: bool
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -34,55 +44,115 @@ class GPT(nn.Module):
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
 """
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with a script that looks like nanoGPT's, and shapes that take no time."""
+    """A folder with a script like nanoGPT's; the workloads are tiny, and nothing is compiled."""
     (tmp_path / "model.py").write_text(SCRIPT)
-    monkeypatch.setitem(bench.SHAPES, "cpu", [((1, 2, 8), (2,), 8)])
+    tiny = train.Workload(GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=8), B=2)
+    monkeypatch.setitem(train.STEP_WORKLOADS, "cpu", [tiny])
+    monkeypatch.setitem(train.MEMORY_WORKLOAD, "cpu", tiny)
+    # Processes that are spawned read the variable, this one has read it already.
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(
-        bench, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers)
-    )
-    monkeypatch.setattr(bench, "shape_of", lambda sizes, T: GPTConfig(T, 50257, 0, *sizes))
     return tmp_path
 
 
-def test_a_script_is_read_and_not_run(folder):
-    names = definitions(folder / "model.py", extra=1)
-    assert names["GPT"](names["GPTConfig"](8, 10, 1, 1, 4, 0.0, False)).wte.weight.shape == (10, 4)
-    assert names["extra"] == 1
-
-
-def test_training_is_measured_for_everyone_in_every_dtype(folder, capsys):
-    pytest.importorskip("transformers")
-    out = folder / "bench.json"
-    bench.main(
-        bench.Config(rows=("train",), nanogpt=str(folder), rounds=1, device="cpu", out=str(out))
-    )
+def measure_rows(folder, *rows) -> dict[str, dict]:
+    """Run the benchmark, and return the figures that it wrote by the names of the candidates."""
+    out = folder / "new" / "bench.json"
+    bench.main(bench.Config(rows=rows, nanogpt=str(folder), rounds=1, device="cpu", out=str(out)))
     result = json.loads(out.read_text())
     assert result["torch"] == torch.__version__
-    figures = {figure["name"]: figure for figure in result["figures"]}
-    for name in (bench.OURS, bench.TRANSFORMERS, NANOGPT):
-        shipped = [
-            figure for label, figure in figures.items() if label.startswith(f"{name}, as shipped")
-        ]
-        best = [figure for label, figure in figures.items() if label.startswith(f"{name}, best")]
+    return {figure["name"]: figure for figure in result["figures"]}
+
+
+def check_training_figures(figures: dict[str, dict]):
+    """Every implementation as shipped and in every dtype, with the right ratios."""
+    for name in (ThisProject.name, Transformers.name, NanoGPT.name):
+        shipped = [label for label in figures if label.startswith(f"{name}, as shipped")]
+        best = [label for label in figures if label.startswith(f"{name}, best settings")]
         assert (len(shipped), len(best)) == (1, 2)
-    ours = next(figure for figure in figures.values() if figure["name"].startswith(bench.OURS))
+    ours = next(iter(figures.values()))
+    assert ours["name"].startswith(f"{ThisProject.name}, as shipped")
     assert ours["ratio"] == 1
-    for figure in figures.values():  # ratios and limits are those of the rates
+    rooflines = [label for label in figures if label.startswith(train.ROOFLINE)]
+    assert len(rooflines) == 2
+    highest = max(figures[label]["value"] for label in rooflines)
+    for figure in figures.values():
         assert figure["ratio"] == pytest.approx(ours["value"] / figure["value"])
-    limit = max(
-        figure["value"] for figure in figures.values() if figure["name"].startswith("limit")
+        assert figure["roofline_share"] == pytest.approx(figure["value"] / highest)
+
+
+def test_training_measures_every_implementation_in_every_dtype(folder, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    # Threads instead of processes, which take seconds to start.
+    monkeypatch.setattr(
+        measure, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers)
     )
-    assert ours["of_limit"] == pytest.approx(ours["value"] / limit)
-    assert "1 x 8, B=2, T=8" in capsys.readouterr().out
+    check_training_figures(measure_rows(folder, "train"))
+    output = capsys.readouterr().out
+    assert "1 x 8, B=2, T=8" in output
+    assert "share of the roofline" in output
 
 
-def test_a_folder_that_does_not_hold_it_is_named(tmp_path):
-    with pytest.raises(UserError, match="no file .*model.py: name the folder that holds it"):
+@pytest.mark.slow
+def test_training_and_memory_in_processes_of_their_own(folder):
+    pytest.importorskip("transformers")
+    figures = measure_rows(folder, "train", "memory")
+    memory = {name: figures.pop(name) for name in list(figures) if figures[name]["unit"] == "MB"}
+    check_training_figures(figures)
+    assert list(memory) == [
+        ThisProject.name,
+        Transformers.name,
+        NanoGPT.name,
+        ThisProjectCheckpointed.name,
+    ]
+    # Bytes, not kilobytes: importing torch alone takes more than 100 MB.
+    assert all(100 < figure["value"] < 10_000 for figure in memory.values())
+    assert memory[ThisProject.name]["ratio"] == 1
+
+
+def test_a_script_is_loaded_without_running_it(folder):
+    defined = load_definitions(folder / "model.py", extra=1)
+    model = defined["GPT"](defined["GPTConfig"](8, 10, 1, 1, 4, 0.0, False))
+    assert model.wte.weight.shape == (10, 4)
+    assert defined["extra"] == 1
+
+
+def test_a_folder_without_the_script_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no file .*model.py: give the folder that contains it"):
         bench.main(bench.Config(nanogpt=str(tmp_path), device="cpu"))
+
+
+def test_an_unknown_row_is_an_error():
+    with pytest.raises(UserError, match="no row 'speed': choose from train, memory"):
+        bench.Config(rows=("speed",))
+
+
+def test_medians_leave_out_warmup_and_candidates_without_memory(capsys):
+    taken = iter([100.0, 1.0, 2.0, 9.0])  # seconds of the warmup and of three rounds
+
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    candidates = {"too large": too_large, "good": lambda: next(taken)}
+    assert measure.medians(candidates, rounds=3, title="row") == {"good": 2.0}
+    assert "row: too large: out of memory" in capsys.readouterr().out
+
+
+def test_rates_without_a_baseline_have_no_ratio():
+    figures = measure.rates("row", {"other": 2.0}, 10, "tokens/s", baseline="ours")
+    assert figures == [Figure("row", "other", 5.0, "tokens/s")]
+
+
+def test_a_run_has_trained_when_its_log_has_a_training_loss(tmp_path):
+    assert not commands.has_trained(tmp_path)
+    log = tmp_path / "log.txt"
+    log.write_text("0 val 10.9\n")
+    assert not commands.has_trained(tmp_path)
+    log.write_text("0 val 10.9\n0 train 10.9\n")
+    assert commands.has_trained(tmp_path)

@@ -1,0 +1,191 @@
+"""The rows about inference with GPT-2 (124M), random weights: HellaSwag and greedy generation."""
+
+import copy
+import tempfile
+
+import tiktoken
+import torch
+from torch.nn import functional as F
+
+import hellaswag as hellaswag_task
+from bench import measure, peers
+from bench.measure import DTYPE_NAMES, Figure, Stopwatch
+from common.console import say
+from common.cpu import can_pack, pack_weights
+from common.huggingface import save_pretrained
+from common.runtime import Runtime
+from common.tokenizer import load_tokenizer
+from model import GPT, GPTConfig
+
+NUM_TOKENS = 256  # tokens generated per text
+PROMPT_TOKENS = 16
+
+
+def with_same_weights(rt: Runtime) -> tuple[GPT, torch.nn.Module]:
+    """GPT-2 (124M) of this project and of transformers, both with the same random weights."""
+    from transformers import GPT2LMHeadModel
+
+    # Trained weights would take as long; random ones need no download.
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig()).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(ours, folder)
+        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    # Random weights may produce the end-of-text token, which would end a text early.
+    theirs.generation_config.eos_token_id = None
+    return ours.to(rt.device), theirs.to(rt.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# HellaSwag
+
+
+def hellaswag(config, rt: Runtime) -> list[Figure]:
+    """Examples scored per second, compared with a plain loop over transformers' model."""
+    row = f"hellaswag, GPT-2 (124M), {config.hellaswag_limit} examples"
+    examples = hellaswag_task.load(config.hellaswag_data, config.hellaswag_limit)
+    enc = load_tokenizer("gpt2")
+    ours, theirs = with_same_weights(rt)
+
+    dtypes = measure.dtypes_of(rt.device)
+    our_watches = {
+        our_name(dtype): Stopwatch(rt, predict, ours, enc, examples, Runtime(rt.device, dtype))
+        for dtype in dtypes
+    }
+    their_watches = {
+        f"plain loop over transformers, {DTYPE_NAMES[dtype]}": Stopwatch(
+            rt, predict_plainly, theirs, enc, examples, Runtime(rt.device, dtype)
+        )
+        for dtype in dtypes
+    }
+    seconds = measure.medians(our_watches | their_watches, config.rounds, row)
+
+    # The comparison is fair only if both compute the same.
+    our_predictions = next(iter(our_watches.values())).result
+    their_predictions = next(iter(their_watches.values())).result
+    equal = sum(a == b for a, b in zip(our_predictions, their_predictions))
+    say(f"{equal} of {len(examples)} predictions equal those of the plain loop")
+    return measure.rates(row, seconds, len(examples), "examples/s", our_name(rt.dtype))
+
+
+def our_name(dtype: torch.dtype) -> str:
+    return f"{peers.ThisProject.name}, {DTYPE_NAMES[dtype]}"
+
+
+def predict(model: GPT, enc: tiktoken.Encoding, examples: list[dict], rt: Runtime) -> list[int]:
+    """The ending that this project chooses for each example."""
+    _, lines = hellaswag_task.evaluate(model, enc, examples, rt, styles=("completion",))
+    return [line["pred_norm"] for line in lines]
+
+
+@torch.no_grad()
+def predict_plainly(
+    model: torch.nn.Module, enc: tiktoken.Encoding, examples: list[dict], rt: Runtime
+) -> list[int]:
+    """The ending with the lowest mean loss per token, by the loop that most people would write: one
+    example at a time, its four texts padded to the longest, the logits of all tokens.
+
+    It renders the examples on its own, so that it also checks this project's rendering.
+    """
+    predictions = []
+    for example in examples:
+        # Each row is the context and an ending, padded on the right. The model reads from left to
+        # right, so the padding changes nothing before it.
+        context = enc.encode_ordinary(example["ctx"])
+        endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+        longest = max(len(ending) for ending in endings)
+        padded = [context + ending + [0] * (longest - len(ending)) for ending in endings]
+        idx = torch.tensor(padded, device=rt.device)  # (4, T)
+        with rt.autocast():
+            logits = model(idx).logits  # (4, T, vocab_size)
+            losses = F.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), idx[:, 1:].flatten(), reduction="none"
+            ).view(4, -1)  # (4, T - 1)
+        # The loss in column t is that of token t + 1.
+        first = len(context) - 1
+        means = [
+            float(row[first : first + len(ending)].mean()) for row, ending in zip(losses, endings)
+        ]
+        predictions.append(means.index(min(means)))
+    return predictions
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate(config, rt: Runtime) -> list[Figure]:
+    """Tokens per second of greedy generation, with one text and with eight texts at a time."""
+    ours, theirs = with_same_weights(rt)
+    # As a user would load it in bf16: the weights themselves are bf16, without autocast.
+    theirs_bf16 = copy.deepcopy(theirs).to(torch.bfloat16)
+    nanogpt = None
+    if config.nanogpt:
+        scripts = peers.find_scripts(config.nanogpt, None)
+        nanogpt = peers.make_peer(peers.NanoGPT.name, GPTConfig(), scripts, rt).model
+    # The reference: how long does it take to read all weights once per token?
+    weights = weights_per_token(ours)
+    vector = torch.ones(weights.shape[1], device=rt.device)
+
+    figures = []
+    for num_texts in (1, 8):
+        row = f"generate, GPT-2 (124M), {num_texts} x {NUM_TOKENS} tokens"
+        prompts = torch.randint(50257, (num_texts, PROMPT_TOKENS), device=rt.device)
+        # The candidates: this project in every dtype, transformers in two, the reference.
+        watches = {}
+        for dtype in measure.dtypes_of(rt.device):
+            watches[our_name(dtype)] = Stopwatch(
+                rt, generate_ours, ours, prompts, Runtime(rt.device, dtype)
+            )
+        name = f"{peers.Transformers.name} with its cache, "
+        watches[name + "float32"] = Stopwatch(rt, generate_theirs, theirs, prompts)
+        watches[name + "bf16"] = Stopwatch(rt, generate_theirs, theirs_bf16, prompts)
+        watches["all weights times one vector per token, float32"] = Stopwatch(
+            rt, multiply_repeatedly, weights, vector
+        )
+        seconds = measure.medians(watches, config.rounds, row)
+        if nanogpt is not None:
+            # Without a cache this takes minutes: one run, and no warmup.
+            watch = Stopwatch(rt, nanogpt.generate, prompts, NUM_TOKENS)
+            seconds[f"{peers.NanoGPT.name}, float32, one run"] = watch()
+
+        # In float32 both must generate the same texts. In bf16 they may differ by rounding.
+        if torch.float32 in measure.dtypes_of(rt.device):
+            our_texts = watches[our_name(torch.float32)].result
+            their_texts = watches[name + "float32"].result
+            equal = sum(a == b for a, b in zip(our_texts, their_texts))
+            say(f"{equal} of {num_texts} greedy texts in float32 equal those of transformers")
+        amount = num_texts * NUM_TOKENS
+        figures += measure.rates(row, seconds, amount, "tokens/s", our_name(rt.dtype))
+    return figures
+
+
+def generate_ours(model: GPT, prompts: torch.Tensor, rt: Runtime) -> list[list[int]]:
+    """As sample.py does it once the model is loaded: on a CPU, packing the weights counts."""
+    if can_pack(rt.device, rt.dtype):
+        packed = pack_weights(model, rt.dtype)
+        return packed.generate(prompts.tolist(), NUM_TOKENS, temperature=0)
+    with rt.autocast():
+        return model.generate(prompts.tolist(), NUM_TOKENS, temperature=0)
+
+
+def generate_theirs(model, prompts: torch.Tensor) -> list[list[int]]:
+    out = model.generate(prompts, do_sample=False, max_new_tokens=NUM_TOKENS, pad_token_id=0)
+    return out[:, PROMPT_TOKENS:].tolist()
+
+
+def weights_per_token(model: GPT) -> torch.Tensor:
+    """A matrix as large as all weights that a token needs: the blocks and the head, not wpe."""
+    count = sum(p.numel() for p in model.h.parameters()) + model.wte.weight.numel()
+    width = model.config.n_embd
+    return torch.ones(count // width, width, device=model.wte.weight.device)
+
+
+def multiply_repeatedly(weights: torch.Tensor, vector: torch.Tensor):
+    """The weights times a vector, once per generated token.
+
+    It reads every weight once per token, as generation does, but it is no upper bound: torch's
+    product does not reach the memory's bandwidth, and bf16 halves what must be read.
+    """
+    for _ in range(NUM_TOKENS):
+        weights @ vector

@@ -1,0 +1,176 @@
+"""The rows about training: time of a step, and peak memory."""
+
+import functools
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import measure, peers
+from bench.measure import DTYPE_NAMES, CandidateProcess, Figure
+from common import runtime
+from common.console import Progress
+from common.runtime import Runtime
+from model import OPENAI_MODELS, GPTConfig
+
+ROOFLINE = "roofline: matrix products only"
+SMALL_MODEL = dict(n_layer=6, n_head=6, n_embd=384)
+
+
+@dataclass
+class Workload:
+    """A model and micro-batches of B rows of block_size tokens."""
+
+    model: GPTConfig
+    B: int
+
+    @property
+    def T(self) -> int:
+        return self.model.block_size
+
+    def __str__(self):
+        return f"{self.model.n_layer} x {self.model.n_embd}, B={self.B}, T={self.T}"
+
+
+# The workloads of each device. On a CPU: a model that trains in reasonable time, and GPT-2 (124M).
+STEP_WORKLOADS = {
+    "cpu": [
+        Workload(GPTConfig(block_size=256, **SMALL_MODEL), B=4),
+        Workload(GPTConfig(block_size=256, **OPENAI_MODELS["gpt2"]), B=4),
+    ],
+    "cuda": [Workload(GPTConfig(block_size=1024), B) for B in (16, 32, 64)],
+}
+# T is 1024, so that activations and logits dominate.
+MEMORY_WORKLOAD = {
+    "cpu": Workload(GPTConfig(block_size=1024, **SMALL_MODEL), B=8),
+    "cuda": Workload(GPTConfig(block_size=1024), B=16),
+}
+
+
+def train(config, rt: Runtime) -> list[Figure]:
+    """Time of a training step.
+
+    Every implementation has a process of its own, as when it is used, but they run in turn.
+    """
+    scripts = peers.find_scripts(config.nanogpt, config.build_nanogpt)
+    figures = []
+    for workload in STEP_WORKLOADS[rt.device.type]:
+        row = f"train {workload}"
+        # All processes live until the last round; the `with` block ends them.
+        with ExitStack() as stack:
+            candidates = {}
+            # One process per implementation, and one for the roofline.
+            for name in peers.names_of_peers(scripts):
+                process = CandidateProcess(make_steps, name, workload, scripts, config.device)
+                candidates |= stack.enter_context(process).candidates
+            process = CandidateProcess(make_matrix_products, workload, config.device)
+            candidates |= stack.enter_context(process).candidates
+            seconds = measure.medians(candidates, config.rounds, row)
+        # This project comes first, and its first candidate is the one as shipped.
+        ours_as_shipped = next(iter(candidates))
+        # The machine's best: the faster of the two dtypes, also for candidates in the slower one.
+        products = [name for name in seconds if name.startswith(ROOFLINE)]
+        roofline = min(products, key=seconds.get, default=None)
+        tokens = workload.B * workload.T
+        figures += measure.rates(row, seconds, tokens, "tokens/s", ours_as_shipped, roofline)
+    return figures
+
+
+def make_steps(name: str, workload: Workload, scripts: dict[str, Path], device: str) -> dict:
+    """Training steps of one implementation: as shipped, and compiled with fused AdamW in every
+    dtype. For a CandidateProcess."""
+    rt = runtime.start(device)
+    peer = peers.make_peer(name, workload.model, scripts, rt)
+    label = f"{name}, as shipped: {DTYPE_NAMES[peer.shipped_dtype]}"
+    if peer.shipped_compiled:
+        label += ", compiled"
+    steps = {label: peer.make_shipped_step(workload.B)}
+    # The best settings, the same for every implementation.
+    optimizer = peers.fused_adamw(peer.model)
+    for dtype in measure.dtypes_of(rt.device):
+        label = f"{name}, best settings: {DTYPE_NAMES[dtype]}, compiled, fused AdamW"
+        steps[label] = peer.make_step(optimizer, dtype, True, workload.B)
+    return steps
+
+
+def make_matrix_products(workload: Workload, device: str) -> dict:
+    """A step's matrix products and nothing else, in every dtype. For a CandidateProcess."""
+    rt = runtime.start(device)
+    steps = {}
+    for dtype in measure.dtypes_of(rt.device):
+        label = f"{ROOFLINE}, {DTYPE_NAMES[dtype]}"
+        products = [
+            (MatrixProduct(workload.B * workload.T, n_in, n_out, dtype, rt.device), count)
+            for n_in, n_out, count in linear_layers(workload.model)
+        ]
+        steps[label] = functools.partial(run_products, products)
+    return steps
+
+
+def linear_layers(config: GPTConfig) -> list[tuple[int, int, int]]:
+    """Input width, output width and number of the model's linear layers of each kind."""
+    C = config.n_embd
+    return [
+        (C, 3 * C, config.n_layer),  # attention: queries, keys, values
+        (C, C, config.n_layer),  # attention: output projection
+        (C, 4 * C, config.n_layer),  # MLP
+        (4 * C, C, config.n_layer),  # MLP: back to the residual stream
+        (C, config.padded_vocab_size, 1),  # logits
+    ]
+
+
+class MatrixProduct:
+    """A linear layer on N tokens: the product of the forward pass and the two of the backward pass.
+
+    All results have buffers, because allocations are no part of the roofline.
+    """
+
+    def __init__(self, N: int, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device):
+        options = dict(dtype=dtype, device=device)
+        self.x = torch.randn(N, n_in, **options)  # (N, n_in)
+        self.weight = torch.randn(n_out, n_in, **options)  # (n_out, n_in)
+        self.y = torch.empty(N, n_out, **options)  # (N, n_out)
+        self.x_grad = torch.empty_like(self.x)
+        self.weight_grad = torch.empty_like(self.weight)
+
+    def run(self):
+        torch.mm(self.x, self.weight.t(), out=self.y)
+        # The backward pass, in which y stands for its own gradient.
+        torch.mm(self.y, self.weight, out=self.x_grad)
+        torch.mm(self.y.t(), self.x, out=self.weight_grad)
+
+
+def run_products(products: list[tuple[MatrixProduct, int]]):
+    for product, count in products:
+        for _ in range(count):
+            product.run()
+
+
+def memory(config, rt: Runtime) -> list[Figure]:
+    """Peak memory of three training steps, each implementation as shipped."""
+    scripts = peers.find_scripts(config.nanogpt, config.build_nanogpt)
+    workload = MEMORY_WORKLOAD[rt.device.type]
+    row = f"memory {workload}"
+    names = [*peers.names_of_peers(scripts), peers.ThisProjectCheckpointed.name]
+    peaks = {}
+    for name in Progress(names, desc=row, unit="process", leave=False):
+        # The peak of a process never falls, so that each candidate needs a new one.
+        peaks[name] = measure.run_in_new_process(
+            peak_memory, name, workload, scripts, config.device
+        )
+    return [
+        Figure(row, name, peak / 1e6, "MB", peak / peaks[peers.ThisProject.name])
+        for name, peak in peaks.items()
+    ]
+
+
+def peak_memory(name: str, workload: Workload, scripts: dict[str, Path], device: str) -> int:
+    """Peak memory of this process in bytes, after three steps."""
+    rt = runtime.start(device)
+    peer = peers.make_peer(name, workload.model, scripts, rt)
+    step = peer.make_shipped_step(workload.B)
+    # AdamW allocates its state at the end of the first step, so the peak comes later.
+    for _ in range(3):
+        step()
+    return rt.peak_memory()
