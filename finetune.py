@@ -492,7 +492,7 @@ def save_epoch(
     state["optimizer"] = optimizer.state_dict()
     state["history"] = history
     checkpoint.save(folder / f"model_{record['step']:05d}.pt", state)
-    checkpoint.remove_rolling(folder, 0, keep=1)
+    checkpoint.remove_rolling(folder, record["step"], checkpoint_every=0, keep=1)
 
 
 def is_over(history: list[dict], config: Config) -> bool:

@@ -169,9 +169,10 @@ def test_wrong_inputs_end_in_one_line(model, capsys, flags, expected):
     assert expected in errors[0]
 
 
-SCRIPTS = """fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data finetune
-sample export plot bench.__main__ experiments.norm_study experiments.head_study experiments.tokenizer_study
-experiments.optimizer_study""".split()
+SCRIPTS = "fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data".split()
+SCRIPTS += "finetune sample export plot".split()
+SCRIPTS += ["bench.__main__"]
+SCRIPTS += [f"experiments.{study}_study" for study in ("norm", "head", "tokenizer", "optimizer")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
