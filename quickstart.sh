@@ -35,7 +35,8 @@ run python train_gpt2.py --data_dir $DATA --log_dir $LOG --resume \
     run python plot.py $LOG
 
 echo
-echo "Final validation loss: $(awk '$2 == "val" {loss = $3} END {print loss}' $LOG/log.txt) nats per token"
+loss=$(awk '$2 == "val" {loss = $3} END {print loss}' $LOG/log.txt)
+echo "Final validation loss: $loss nats per token"
 echo "A sample:"
 sed '/^-----/,$d; s/^/    /' $LOG/samples.txt
 echo "Plots: $LOG/log_plot.png, $LOG/validation_loss.png and others in the same folder"

@@ -10,13 +10,13 @@
 # Every step resumes: after an interruption, run the same command again. For a cluster, see
 # docs/cluster.md.
 #
-# Needs: 20 GB of disk for the shards and about 10 GB for checkpoints. With the default B=64, about
-# 26.5 GB of memory per GPU (computed, not measured; README.md lists smaller values of B). B * 1024 *
-# the number of GPUs must divide 524,288.
+# Needs 20 GB of disk for the shards and about 10 GB for checkpoints. With the default B=64, it needs
+# about 26.5 GB of memory per GPU (computed, not measured; README.md lists smaller values of B).
+# B * 1024 * the number of GPUs must divide 524,288.
 #
 # Expected cost of training: 10.7 hours on one H100 or 1.35 hours on eight, 27 dollars either way at
-# 2.50 dollars per GPU and hour. This is an estimate: it assumes 260,000 tokens/s per GPU and has not
-# been measured. Downloading and tokenizing the text takes hours more, depends on the network and
+# 2.50 dollars per GPU and hour. This is an estimate, not a measurement: it assumes 260,000 tokens/s
+# per GPU (docs/cluster.md). Downloading and tokenizing the text takes hours more, depends on the network and
 # the CPU, and is not included; it needs no GPU, so on a rented machine run fineweb.py elsewhere.
 set -euo pipefail
 # shellcheck source=runs/common.sh

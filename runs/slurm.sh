@@ -24,7 +24,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-MAX_RESTARTS=3  # how often torchrun restarts the processes after a crash, from the newest checkpoint
+MAX_RESTARTS=3  # restarts of the processes after a crash, from the newest checkpoint
 PORT=29500      # rendezvous port on the first node
 SAVE_SECONDS=90 # time to finish a step and write a checkpoint; must be less than --signal's 120
 
@@ -46,7 +46,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$SAVE_SECONDS
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
-say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES x $processes processes on $SLURM_JOB_NODELIST"
+say "start $((${SLURM_RESTART_COUNT:-0} + 1))," \
+    "$SLURM_JOB_NUM_NODES x $processes processes on $SLURM_JOB_NODELIST"
 
 # On the warning, send SIGTERM to the processes of the job step, which write a checkpoint. srun must
 # not get the signal: it would have them killed at once. torchrun forwards SIGTERM, and once the
