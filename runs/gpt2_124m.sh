@@ -16,8 +16,8 @@
 #
 # Expected cost of training: 10.7 hours on one H100 or 1.35 hours on eight, 27 dollars either way at
 # 2.50 dollars per GPU and hour. This is an estimate, not a measurement: it assumes 260,000 tokens/s
-# per GPU (docs/cluster.md). Downloading and tokenizing the text takes hours more, depends on the network and
-# the CPU, and is not included; it needs no GPU, so on a rented machine run fineweb.py elsewhere.
+# per GPU (docs/cluster.md). Downloading and tokenizing the text takes hours more, depending on the
+# network and the CPU. It needs no GPU, so prepare datasets/ before you rent one.
 set -euo pipefail
 # shellcheck source=runs/common.sh
 source "$(dirname "$0")/common.sh"
