@@ -5,7 +5,7 @@
 
 Each kill is a SIGKILL to a worker or to the launcher. Afterwards the weights, the optimizer's
 states and the logs must be those of an undisturbed run, no other files may be left in the run
-folder, and memory must not have grown.
+folder, and memory must not have grown (checked from 20 kills on).
 
 The run would be over long before the last kill, so it is paced: its workers are stopped (SIGSTOP)
 whenever they are ahead of the kills, and continued after the next one.
@@ -151,8 +151,11 @@ def check_results(undisturbed: Path, disturbed: Path, steps: int):
 
 
 def check_memory(values: list[float], process: str):
-    """Compares the first and the last tenth of the measurements."""
-    tenth = max(1, len(values) // 10)
+    """Compare the first and the last tenth of the measurements."""
+    # With few kills, a worker that was killed while it started would decide the comparison.
+    if len(values) < 20:
+        return
+    tenth = len(values) // 10
     first = statistics.median(values[:tenth])
     last = statistics.median(values[-tenth:])
     print(f"resident memory, {process}: {first:.0f} MB at the start, {last:.0f} MB at the end")
