@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Every test that is neither slow nor needs a GPU. Arguments go to pytest: bash test.sh -k dataloader
+# Runs the tests that are neither slow nor need a GPU. Arguments go to pytest, for example:
+#
+#     bash test.sh -k dataloader
 set -euo pipefail
 cd "$(dirname "$0")"
 

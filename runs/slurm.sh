@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Pretraining as a SLURM job on one node or many, for as long as it takes: ahead of the time limit the run writes a
-# checkpoint, and the job goes back into the queue and on from there.
+# Pretraining as a SLURM job on one or more nodes. The job may take longer than its time limit:
+# shortly before the limit, the run writes a checkpoint, and the job requeues itself and resumes.
 #
-#     sbatch runs/slurm.sh                      # one node: all its GPUs, or its CPUs where there are none
-#     sbatch --nodes=4 runs/slurm.sh --B 16     # four; what follows the script are flags of train_gpt2.py
-#     scancel --batch --signal=USR1 JOB    # checkpoint, and into the queue again
-#     scancel JOB                          # checkpoint, if 30 s (SLURM's KillWait) are enough, and the end
+#     sbatch runs/slurm.sh                      # one node: all its GPUs, or its CPUs if it has none
+#     sbatch --nodes=4 runs/slurm.sh --B 16     # four nodes; flags are passed to train_gpt2.py
+#     scancel --batch --signal=USR1 JOB         # write a checkpoint and requeue now
+#     scancel JOB                               # end the job; it writes a checkpoint first if that
+#                                               # takes less than SLURM's KillWait (30 s)
 #
-# Submit it from the repository's folder, which all nodes must share. Flags of sbatch win over these lines; --time must
-# be well above --signal's seconds, or the run gets nowhere.
+# Submit it from the root of the repository, on a file system that all nodes share. Flags of sbatch
+# override the #SBATCH lines below. --time must be much longer than the seconds in --signal,
+# otherwise the run makes no progress.
 #
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=1
@@ -22,41 +24,52 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-MAX_RESTARTS=3  # how often the processes start anew after a crash, from the newest checkpoint
-PORT=29500      # where the nodes meet, on the first of them
-SAVE_SECONDS=90 # for the step under way and the checkpoint, then the processes are killed: less than --signal's 120
+MAX_RESTARTS=3  # restarts of the processes after a crash, from the newest checkpoint
+PORT=29500      # rendezvous port on the first node
+SAVE_SECONDS=90 # time to finish a step and write a checkpoint; must be less than --signal's 120
 
-# SLURM runs a copy of this script from elsewhere, but in the folder where it was submitted.
-[ -f train_gpt2.py ] || { echo "error: no train_gpt2.py in $PWD: submit from the repository's folder" >&2; exit 1; }
+# SLURM runs a copy of this script from its spool folder, but in the folder of submission.
+[ -f train_gpt2.py ] || {
+    echo "error: no train_gpt2.py in $PWD: submit from the root of the repository" >&2
+    exit 1
+}
 PATH="$PWD/.venv/bin:$PATH"
 
-# A process per GPU. Without GPUs one per node, which has all its CPUs.
+# One process per GPU, or a single process with all CPUs on nodes without GPUs.
 gpus=${SLURM_GPUS_ON_NODE:-0}
 processes=$((gpus ? gpus : 1))
 export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$SAVE_SECONDS # torchrun's own is 30
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or restarted processes find the addresses of the dead ones, and hang
+
+# torchrun kills its processes this long after SIGTERM; its default of 30 s may be too short.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$SAVE_SECONDS
+# Without it, restarted processes try to reach the dead ones and hang.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
-say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_JOB_NUM_NODES x $processes processes on $SLURM_JOB_NODELIST"
+say "start $((${SLURM_RESTART_COUNT:-0} + 1))," \
+    "$SLURM_JOB_NUM_NODES x $processes processes on $SLURM_JOB_NODELIST"
 
-# The SIGTERM is for the step's processes: srun itself would have them killed at once. torchrun forwards it, and ends
-# with a traceback when the checkpoint is written.
+# On the warning, send SIGTERM to the processes of the job step, which write a checkpoint. srun must
+# not get the signal: it would have them killed at once. torchrun forwards SIGTERM, and once the
+# checkpoint is written it ends with a traceback, which is harmless.
 stopped=
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID.0" || true' USR1
 
-# In an exclusive job the step has no GPUs unless it asks.
+# In an exclusive job, a step gets GPUs only if it asks for them.
 srun ${SLURM_GPUS_ON_NODE:+--gpus-per-node="$gpus"} \
-    torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" --max-restarts=$MAX_RESTARTS \
-    --rdzv-backend=c10d --rdzv-endpoint="$(hostname):$PORT" --rdzv-id="$SLURM_JOB_ID" \
-    train_gpt2.py --resume "$@" &
-step=$! status=0
+    torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" \
+    --max-restarts=$MAX_RESTARTS --rdzv-backend=c10d --rdzv-endpoint="$(hostname):$PORT" \
+    --rdzv-id="$SLURM_JOB_ID" train_gpt2.py --resume "$@" &
+step=$!
+status=0
 wait $step || status=$?
 
-if [ "$stopped" ]; then # the signal cut the wait short
+# The signal interrupts `wait`, so wait again for the checkpoint.
+if [ "$stopped" ]; then
     say "warned of the time limit: checkpoint, then requeue"
     status=0
     wait $step || status=$?
-    [ $status = 0 ] || scontrol requeue "$SLURM_JOB_ID" # 0: it was at the end anyway
+    # Status 0 means that the run has just finished.
+    [ $status = 0 ] || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

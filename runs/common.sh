@@ -1,0 +1,21 @@
+# shellcheck shell=bash
+# Shared by quickstart.sh and the scripts in this folder, which source it. It changes to the root of
+# the repository, installs the requirements into .venv, puts .venv first in PATH, and defines `run`.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+PATH="$PWD/.venv/bin:$PATH"
+
+# Print a command as one would type it, then run it.
+run() {
+    printf '\n$'
+    for word in "$@"; do
+        [[ $word =~ ^[[:alnum:]_./-]+$ ]] && printf ' %s' "$word" || printf " '%s'" "$word"
+    done
+    echo
+    "$@"
+}

@@ -1,0 +1,92 @@
+"""The names of all flags.
+
+Users have them in their scripts, so adding, renaming or removing a flag is a decision: change it
+here too, and mention it in the pull request.
+"""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+from conftest import ROOT
+
+FLAGS = {
+    "fineweb": """
+        source subset data_files out_dir shard_size tokenizer train_tokenizer train_tokenizer_chars
+        num_workers
+    """,
+    "train_gpt2": """
+        data_dir log_dir
+        B T total_batch_size max_steps num_epochs
+        optimizer warmup_steps max_lr min_lr weight_decay beta1 beta2 eps grad_clip shard_optimizer
+        n_layer n_head n_embd block_size padded_vocab_size norm dropout activation_checkpointing
+        init_from resume seed device dtype compile timeout deterministic
+        val_every val_tokens hellaswag_every hellaswag_data sample_every sample_prompt
+        checkpoint_every rolling_every wandb
+    """,
+    "hellaswag": "model data limit device dtype save_predictions results",
+    "lambada": "model data limit device dtype save_predictions",
+    "cbt": "model data limit device dtype save_predictions",
+    "evaluate": """
+        models benchmarks hellaswag_data lambada_data cbt_data val_data val_tokens limit B out_dir
+        device dtype
+    """,
+    "generate_finetune_data": """
+        num_samples model base_url concurrency out_dir dry_run offline seed min_words max_words
+        timeout max_retries backoff input_price output_price
+    """,
+    "finetune": """
+        init_from data out_dir B T total_batch_size learning_rates search_epochs num_epochs patience
+        warmup weight_decay grad_clip dropout lora_rank resume seed device dtype compile
+        num_samples general_data general_tokens
+    """,
+    "sample": """
+        model prompt prompt_file num_samples max_tokens temperature top_k top_p seed stream out
+        batch_size device dtype
+    """,
+    "export": "model out",
+    "plot": "runs out_dir size",
+    "bench.__main__": """
+        rows nanogpt build_nanogpt rounds hellaswag_data hellaswag_limit data_files device out
+    """,
+    "experiments.norm_study": """
+        data_dir out_dir learning_rates warmups seeds depths gradients_every
+        n_layer n_head n_embd B T total_batch_size max_steps val_tokens
+        device dtype compile num_parallel
+    """,
+    "experiments.head_study": """
+        model data_dir out_dir T B num_sequences shares random_orders val_tokens
+        hellaswag_data hellaswag_limit device dtype
+    """,
+    "experiments.tokenizer_study": """
+        source data_files out_dir vocab_sizes learn_bytes held_out_bytes terms seeds
+        n_layer n_head n_embd context_bytes sequences B max_steps max_lr
+        device dtype compile num_parallel
+    """,
+    "experiments.optimizer_study": """
+        data_dir out_dir learning_rates seeds shares n_layer n_head n_embd B T total_batch_size
+        max_steps warmup_steps val_every val_tokens device dtype compile num_parallel
+    """,
+}
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_flags_keep_their_names(script):
+    fields = dataclasses.fields(importlib.import_module(script).Config)
+    actual = {field.name for field in fields}
+    expected = set(FLAGS[script].split())
+    assert actual == expected, (
+        f"the flags of {script} have changed: new are {sorted(actual - expected)}, gone are "
+        f"{sorted(expected - actual)}; if that is intended, update FLAGS in tests/test_flags.py"
+    )
+
+
+def test_every_script_is_listed():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]
+    scripts = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in paths
+        if re.search(r"^ +cli\(Config,", path.read_text(), re.MULTILINE)
+    }
+    assert scripts == set(FLAGS), "list the flags of each script in FLAGS in tests/test_flags.py"
