@@ -405,7 +405,7 @@ def draw_curves(config: Config, study: StudyFolder):
 
 
 def draw_learning_rates(config: Config, study: StudyFolder):
-    """Final validation loss by learning rate. Learning rates at which a seed diverged are left out."""
+    """Final validation loss by learning rate, without the rates at which a seed diverged."""
     figure = Figure((8, 5), layout="constrained")
     ax = figure.subplots()
     styles = dict(zip(config.warmup_steps_grid, itertools.cycle(("--", "-", "-.", ":"))))
@@ -438,7 +438,7 @@ def draw_learning_rates(config: Config, study: StudyFolder):
 
 
 def draw_gradients(config: Config, study: StudyFolder):
-    """Gradient norms by layer, from light grey at initialization to black at the end of training."""
+    """Gradient norms by layer, from light grey at initialization to black at the end."""
     rows = list(itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid))
     figure, panels = grid_of_panels(config, rows)
     for ((placement, warmup), lr), ax in panels.items():

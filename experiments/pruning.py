@@ -236,16 +236,16 @@ def head_importance(
 def order_by_importance(config: GPTConfig, importance: np.ndarray) -> list[Head]:
     """The least important first; importance (heads,)."""
     heads = all_heads(config)
-    return leave_one(config, [heads[i] for i in np.argsort(importance, kind="stable")])
+    return leave_one([heads[i] for i in np.argsort(importance, kind="stable")])
 
 
 def order_at_random(config: GPTConfig, seed: int) -> list[Head]:
     heads = all_heads(config)
     shuffled = np.random.default_rng(seed).permutation(len(heads))
-    return leave_one(config, [heads[i] for i in shuffled])
+    return leave_one([heads[i] for i in shuffled])
 
 
-def leave_one(config: GPTConfig, order: list[Head]) -> list[Head]:
+def leave_one(order: list[Head]) -> list[Head]:
     """The order without the last head of each layer."""
     last = {layer: (layer, head) for layer, head in order}
     return [head for head in order if head not in last.values()]

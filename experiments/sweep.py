@@ -227,7 +227,7 @@ class StudyFolder:
             self.save()
 
     def acquire_lock(self) -> IO:
-        """An open file with a lock, which is held until this process and all its runs have ended."""
+        """An open file with a lock, held until this process and all its runs have ended."""
         lock = open(self.path / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -383,7 +383,7 @@ class CommandPool:
                 stderr=subprocess.STDOUT,
                 env=os.environ | env,
                 pass_fds=[self.lock.fileno()],
-                # In a session of its own, it does not receive the terminal's Ctrl-C: only we stop it.
+                # In its own session it does not receive the terminal's Ctrl-C: only we stop it.
                 start_new_session=True,
             )
         self.running.add(process)
@@ -435,7 +435,8 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
     last = shards.lengths[0] - T - 1
     if last < 0:
         raise UserError(
-            f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: lower T"
+            f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: "
+            f"lower T"
         )
     starts = np.linspace(0, last, count).astype(int)
     windows = np.stack([shards.read(0, start, start + T + 1) for start in starts])
