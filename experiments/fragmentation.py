@@ -88,13 +88,17 @@ def measure_fragmentation(
     words or terms that are a single token.
     """
 
+    # Words and terms are encoded one by one, as they are after a blank.
     def num_tokens(word: str) -> int:
-        # Almost every word follows a blank, which belongs to its first token.
+        # In byte-level BPE, the blank before a word is part of its first token.
         return len(enc.encode_ordinary(" " + word))
 
+    # The text as a whole
     _, lengths = encode_texts(enc, pa.array(texts))
     num_text_tokens = sum(lengths) - len(texts)  # without the end-of-text token of each text
     num_bytes = sum(len(text.encode()) for text in texts)
+
+    # Its words, each encoded once, and its technical terms
     pieces = {word: num_tokens(word) for word in words}
     whole = sum(count for word, count in words.items() if pieces[word] == 1)
     tokens_per_term, terms_whole = {}, {}

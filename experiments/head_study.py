@@ -129,12 +129,15 @@ def main(config: Config):
     rt = start(config)
     inputs = load_inputs(config, rt)
     model = inputs.model
+
+    # Replace flags that this model does not allow. The settings contain what is really used.
     config.T = min(config.T, model.config.block_size)
     config.prune_fractions = usable_fractions(config, model)
     settings = settings_of(
         config,
         rt,
         may_change=["hellaswag_data", "hellaswag_limit"],
+        # Fingerprints instead of paths: a moved file is the same model, a changed one is not.
         model=checkpoint.fingerprint(config.model),
         data=manifest_checksum(config.data_dir),
         hellaswag=hashlib.sha256(json.dumps(inputs.examples).encode()).hexdigest(),
@@ -154,10 +157,12 @@ def main(config: Config):
     removed_heads = removed_by_name(config, model, orders)
     for name, removed in Progress(removed_heads.items(), desc="pruned models", unit="model"):
         study.once(name, partial(measure_model, config, inputs, removed, rt))
+    # Speed depends on how many heads are removed, and hardly on which: one order is enough.
     study.once("speed", lambda: measure_speeds(config, inputs, orders, rt))
 
     # Save the model with the fewest heads among those that are good enough.
     cheap = {order: largest_cheap_fraction(config, study, orders, order) for order in orders}
+    # The random orders are the control, not candidates.
     best = max(("importance", "redundancy"), key=lambda order: cheap[order])
     if cheap[best]:
         removed = removed_heads[model_name(best, 0, cheap[best])]
@@ -170,11 +175,15 @@ def main(config: Config):
 def load_inputs(config: Config, rt: Runtime) -> Inputs:
     model, enc = checkpoint.load_model(config.model)
     model.to(rt.device).eval().requires_grad_(False)
+
+    # The numbers of tokens mean nothing to a model with another tokenizer.
     val = open_shards(config.data_dir, "val")
     if tokenizer_to_text(shards_tokenizer(config.data_dir)) != tokenizer_to_text(enc):
         raise UserError(
             f"the shards in {config.data_dir} were made with another tokenizer than {config.model}"
         )
+
+    # One token more than val_tokens, because the first one is not predicted.
     tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
     T = min(config.T, model.config.block_size)
     if len(tokens) <= T:
@@ -192,6 +201,7 @@ def load_hellaswag(config: Config) -> list[dict]:
     try:
         return hellaswag.load(config.hellaswag_data, config.hellaswag_limit)
     except OSError as error:
+        # Without a network the study is still useful. A file that was asked for must exist.
         if config.hellaswag_data:
             raise
         say(f"warning: continuing without HellaSwag: {error}")
@@ -209,10 +219,12 @@ def usable_fractions(config: Config, model: GPT) -> tuple[float, ...]:
     Raises UserError if none is left, or if one would leave a layer without a head.
     """
     total = sum(model.config.heads)
+    # From the largest to the smallest, so that the smallest of equal ones is stored last.
     smallest = {}  # number of heads -> the smallest fraction that removes as many
     for fraction in sorted(config.prune_fractions, reverse=True):
         smallest[count_heads(model, fraction)] = fraction
     smallest.pop(0, None)
+
     if not smallest:
         raise UserError(
             f"each of prune_fractions {config.prune_fractions} rounds to zero heads of {total}: "
@@ -237,6 +249,7 @@ def measure_similarity(
 
     It has its own file instead of an entry in results.json: GPT-2 XL has 1,200 x 1,200 pairs.
     """
+    # The file appears last, and only when it is complete: if it exists, so does the plot.
     path = study.path / "similarity.npy"
     if not path.exists():
         texts, _ = read_windows(inputs.val, config.num_sequences, config.T)
@@ -254,6 +267,7 @@ def measure_importance(config: Config, inputs: Inputs, rt: Runtime) -> list[floa
 
 def removed_by_name(config: Config, model: GPT, orders: Orders) -> dict[str, list[Head]]:
     """The models to measure: the name of each, and the heads that are removed from it."""
+    # The control has several models per fraction, the other orders one.
     removed = {"whole model": []}
     for fraction in config.prune_fractions:
         for order, sequences in orders.items():
@@ -277,6 +291,7 @@ def measure_model(config: Config, inputs: Inputs, removed: list[Head], rt: Runti
         loss=loss,
         perplexity=math.exp(loss),
     )
+    # In the "completion" style, the one of the curves in training
     if inputs.examples:
         metrics, _ = hellaswag.evaluate(
             model, inputs.enc, inputs.examples, rt, styles=("completion",)
@@ -301,6 +316,7 @@ def compare_speed(config: Config, inputs: Inputs, removed: list[Head], rt: Runti
     """Tokens/s of forward passes of the complete and the pruned model: medians of several."""
     model, tokens = inputs.model, inputs.tokens
     pruned = prune_heads(model, remaining(model.config, removed)).eval()
+    # A batch of validation tokens; fewer than B sequences if there are no more
     count = min(config.B, (len(tokens) - 1) // config.T) * config.T
     stream = torch.from_numpy(tokens[: count + 1].astype(np.int64)).to(rt.device)
     x = stream[:-1].view(-1, config.T)  # (B, T)
@@ -333,6 +349,7 @@ def values_of(
 
 def largest_cheap_fraction(config: Config, study: StudyFolder, orders: Orders, order: str) -> float:
     """The largest fraction up to which the mean perplexity rises by less than MAX_COST."""
+    # Stop at the first fraction that costs too much: a larger one below the limit would be luck.
     limit = (1 + MAX_COST) * study.results["whole model"]["perplexity"]
     cheap = 0.0
     for fraction in sorted(config.prune_fractions):
@@ -375,6 +392,7 @@ def summarize(
 
 def layers_table(shape: GPTConfig, similarity: np.ndarray) -> str:
     """Similarity within layers (early, middle and late ones), and between different layers."""
+    # Pairs within a layer, by the third of the model that the layer is in
     layers = np.array([layer for layer, _ in all_heads(shape)])  # (heads,)
     pairs = similar_pairs(shape, similarity)
     groups = {}
@@ -383,6 +401,7 @@ def layers_table(shape: GPTConfig, similarity: np.ndarray) -> str:
         cosines = [similarity[i, j] for i, j in pairs if layers[i] in third]
         if cosines:  # a model of fewer than three layers has empty thirds
             groups[f"{name}: {third[0]}-{third[-1]}"] = np.array(cosines)
+    # Pairs of different layers, each counted once
     groups["between layers"] = similarity[layers[:, None] < layers]
 
     rows = []
@@ -410,15 +429,18 @@ def pruning_table(
     config: Config, model: GPT, rt: Runtime, study: StudyFolder, orders: Orders
 ) -> str:
     """A row for each fraction: quality for each order, parameters, KV cache and speed."""
+    # HellaSwag has columns only if it was measured.
     columns = [("perplexity", "perplexity", "{:.2f}")]  # key, title, format
     if "hellaswag" in study.results["whole model"]:
         columns.append(("hellaswag", "HellaSwag", "{:.2%}"))
+    # The complete model was timed next to each pruned one: take the median for its row.
     speeds = study.results["speed"]
     whole_speed = statistics.median(speed["whole"] for speed in speeds.values())
     rows = []
     for fraction in (0.0, *sorted(config.prune_fractions)):
         count = count_heads(model, fraction)
         row = [f"{fraction:.0%} ({count})"]
+        # Quality: one value, or the mean of the random orders with their range
         for key, _, style in columns:
             for order in orders:
                 values = values_of(study, orders, order, fraction, key)
@@ -426,6 +448,7 @@ def pruning_table(
                 if len(values) > 1:
                     cell += f" ({style.format(min(values))} to {style.format(max(values))})"
                 row.append(cell)
+        # Costs, which are the same for all orders
         parameters = values_of(study, orders, "importance", fraction, "parameters")[0]
         # A key and a value of head_dim numbers for each remaining head
         heads_left = sum(model.config.heads) - count
@@ -449,10 +472,12 @@ def draw_patterns(study: StudyFolder, shape: GPTConfig, patterns: np.ndarray):
     """The mean attention (heads, size, size) of every head, one row of squares per layer."""
     size = patterns.shape[-1]
     pitch = size + 2  # a gap of two pixels between the squares
+    # All patterns in one image, because hundreds of subplots would be slow
     canvas = np.full((shape.n_layer * pitch, shape.n_head * pitch), np.nan)
     for (layer, head), pattern in zip(all_heads(shape), patterns):
         top, left = layer * pitch, head * pitch
         visible = np.where(np.tri(size), pattern, np.nan)  # the past only
+        # The square root makes weak attention visible.
         canvas[top : top + size, left : left + size] = np.sqrt(visible)
     figure = Figure((2 + 0.8 * shape.n_head, 1 + 0.8 * shape.n_layer), layout="constrained")
     ax = figure.subplots()
@@ -472,6 +497,7 @@ def draw_layer_similarity(study: StudyFolder, shape: GPTConfig, similarity: np.n
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     ends = np.cumsum((0, *shape.heads))  # layer n has the heads from ends[n] to ends[n + 1]
     for layer, ax in enumerate(axes):
+        # The last row of the grid may have empty places.
         if layer >= shape.n_layer:
             ax.axis("off")
             continue
@@ -490,6 +516,7 @@ def draw_similarity(study: StudyFolder, shape: GPTConfig, similarity: np.ndarray
     ax = figure.subplots()
     image = ax.imshow(similarity, vmin=0, vmax=1)
     figure.colorbar(image, label="cosine between the heads' attention")
+    # The layers are blocks on the diagonal: their numbers at the middle, white lines between them
     ends = np.cumsum((0, *shape.heads))
     middles = (ends[:-1] + ends[1:] - 1) / 2
     ax.set_xticks(middles, range(shape.n_layer))
@@ -507,6 +534,7 @@ def draw_pruning(config: Config, study: StudyFolder, orders: Orders):
     if "hellaswag" in study.results["whole model"]:
         titles["hellaswag"] = "HellaSwag, acc_norm"
     figure = Figure((5.5 * (1 + len(titles)), 4.5), layout="constrained")
+    # Left: perplexity, and HellaSwag if it was measured
     *quality_axes, cost_ax = figure.subplots(1, 1 + len(titles))
     fractions = [0.0, *sorted(config.prune_fractions)]
     for ax, (key, title) in zip(quality_axes, titles.items()):
@@ -515,6 +543,7 @@ def draw_pruning(config: Config, study: StudyFolder, orders: Orders):
     limit = (1 + MAX_COST) * study.results["whole model"]["perplexity"]
     quality_axes[0].axhline(limit, color="grey", ls=":", label=f"{MAX_COST:.0%} more")
 
+    # Right: what is saved
     whole = study.results["whole model"]["parameters"]
     parameters, speeds = [], [1.0]
     for fraction in fractions:
@@ -543,6 +572,7 @@ def draw_quality(ax: Axes, study: StudyFolder, orders: Orders, fractions: list[f
         highs = [max(v) for v in values]
         ax.plot(fractions, means, color=color, marker="o", label=order)
         ax.fill_between(fractions, lows, highs, color=color, alpha=0.2, lw=0)
+        # An order that ruins the model would hide the differences between the others.
         if max(highs) > 5 * means[0]:
             ax.set_yscale("log")
 

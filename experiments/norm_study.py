@@ -104,6 +104,8 @@ class Point(NamedTuple):
 def main(config: Config):
     rt = start(config)
     enc = shards_tokenizer(config.data_dir)
+
+    # All gradients, at initialization and in training, are measured on the same tokens.
     val = open_shards(config.data_dir, "val")
     x, y = read_windows(val, GRADIENT_WINDOWS, config.T)
     x, y = x.to(rt.device), y.to(rt.device)
@@ -115,11 +117,12 @@ def main(config: Config):
     )
     study = StudyFolder(config.out_dir, settings)
 
-    # What needs no training
+    # Measure what needs no training.
     study.once("unigram_loss", lambda: unigram_loss(config, enc.n_vocab))
     shape = config.gpt_config(block_size=config.T, vocab_size=enc.n_vocab)
     study.once("gradients_at_init", lambda: gradients_at_init(config, shape, x, y, rt))
 
+    # Train every combination of the compared values.
     def read(run: Run, diverged: Diverged | None) -> dict:
         return read_run(run.folder, diverged is not None, x, y, rt)
 
@@ -144,6 +147,7 @@ def unigram_loss(config: Config, vocab_size: int) -> float:
     bar = Progress(train.lengths, desc="counting tokens", unit="shard", leave=False)
     for number, length in enumerate(bar):
         counts += np.bincount(train.read(number, 0, length), minlength=vocab_size)
+    # The loss of a token depends on nothing but the token.
     losses = -np.log(counts / counts.sum())  # (vocab_size,)
     return float(losses[val.read(0, 0, min(config.val_tokens, val.lengths[0]))].mean())
 
@@ -155,6 +159,7 @@ def gradients_at_init(
 
     Each is the mean over the seeds, on tokens x with targets y (N, T).
     """
+    # The depth of the runs is included, because their plots begin with these gradients.
     depths = sorted({*config.depths, config.n_layer})
     cases = list(itertools.product(PLACEMENT_COLORS, INIT_STYLES, depths))
     gradients = {}
@@ -163,6 +168,7 @@ def gradients_at_init(
         by_seed = []
         for seed in config.seeds:
             torch.manual_seed(seed)
+            # GPT draws GPT-2's initialization.
             model = GPT(replace(shape, norm=placement, n_layer=depth))
             if init == "xavier":
                 init_xavier(model)
@@ -183,6 +189,7 @@ def layer_gradients(model: GPT, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -
     """Gradient norm of the second MLP matrix of each layer, for the mean loss of x, y (B, T)."""
     with rt.autocast():
         loss = model(x, y)
+    # Only these gradients are computed: backward() would compute and store all of them.
     weights = [block.mlp.c_proj.weight for block in model.h]
     return [float(gradient.norm()) for gradient in torch.autograd.grad(loss, weights)]
 
@@ -198,6 +205,7 @@ def make_run(config: Config, point: Point) -> Run:
         seed=point.seed,
         norm=point.placement,
         warmup_steps=point.warmup_steps,
+        # The validation loss is needed only at the end.
         val_every=config.max_steps,
         val_tokens=config.val_tokens,
         # Gradients are measured on the checkpoints.
@@ -214,6 +222,8 @@ def read_run(folder: Path, diverged: bool, x: torch.Tensor, y: torch.Tensor, rt:
     spikes     sizes of the loss spikes
     gradients  [step, gradient norm of each layer] for each checkpoint, measured on x, y
     """
+    # Oldest first: candidates are sorted from the newest. A run that diverged has only the
+    # checkpoints from before.
     gradients = []
     for path in reversed(checkpoint.candidates(folder)):
         saved = checkpoint.load(path)
@@ -236,9 +246,11 @@ def find_spikes(losses: list[float]) -> list[float]:
     sizes = []
     in_spike = False
     for step in range(SPIKE_WINDOW, len(losses)):
+        # The median and its deviation are hardly affected by a few high losses in the window.
         before = np.array(losses[step - SPIKE_WINDOW : step])
         median = float(np.median(before))
         deviation = 1.4826 * float(np.median(np.abs(before - median)))
+        # The limit in nats matters on smooth curves, where the deviation is almost 0.
         excess = losses[step] - median
         is_high = excess > max(SPIKE_DEVIATIONS * deviation, SPIKE_NATS)
         if is_high and in_spike:
@@ -270,6 +282,7 @@ def summarize(config: Config, study: StudyFolder):
     rows, largest_rates = [], []
     for placement, warmup in itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid):
         label = f"{placement}, warmup {warmup}"
+        # Rates come in increasing order, so the last one that survived is the largest.
         largest = "none"
         for lr in sorted(config.learning_rates):
             results = results_of_seeds(config, study, placement, lr, warmup)
@@ -304,6 +317,7 @@ def summarize(config: Config, study: StudyFolder):
 
 def result_cells(results: list[dict], unigram: float) -> tuple[str, ...]:
     """The cells of a row about the seeds of one setting: loss, diverged, spikes, survived."""
+    # The mean is over the seeds that did not diverge; their number is in the next cell.
     vals = [result["val"] for result in results if result["val"] is not None]
     spikes = [size for result in results for size in result["spikes"]]
     return (
@@ -316,6 +330,7 @@ def result_cells(results: list[dict], unigram: float) -> tuple[str, ...]:
 
 def last_layer(study: StudyFolder, placement: str, init: str) -> tuple[list[int], list[float]]:
     """Depths, and the gradient norm of the last layer at each."""
+    # The keys are "placement init depth", such as "pre xavier 16".
     by_depth = {}
     for case, grad_norms in study.results["gradients_at_init"].items():
         case_placement, case_init, depth = case.split()
@@ -361,9 +376,11 @@ def draw_init(config: Config, study: StudyFolder):
         left.plot(depths, grad_norms, **style)
         layers = study.results["gradients_at_init"][f"{placement} {init} {config.n_layer}"]
         right.plot(range(1, len(layers) + 1), layers, **style)
+        # The paper's prediction, through the first measured point
         if (placement, init) == ("pre", "xavier"):
             predicted = grad_norms[0] * (np.array(depths) / depths[0]) ** -0.5
             left.plot(depths, predicted, color="grey", ls=":", label="1 / sqrt(depth)")
+    # Ticks at the measured depths, rather than at powers of ten
     left.set(xscale="log", title="Last layer, by depth", xlabel="layers")
     left.set_xticks(depths, depths)
     left.minorticks_off()
@@ -379,6 +396,7 @@ def grid_of_panels(config: Config, rows: list) -> tuple[Figure, dict[tuple, Axes
     """A figure with a panel for each (row, learning rate)."""
     columns = sorted(config.learning_rates)
     figure = Figure((3.5 * len(columns), 3 * len(rows)), layout="constrained")
+    # Shared axes, so that panels can be compared at a glance
     axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
     panels = dict(zip(itertools.product(rows, columns), axes.flat))
     return figure, panels
@@ -392,6 +410,7 @@ def draw_curves(config: Config, study: StudyFolder):
         for placement, seed in itertools.product(PLACEMENT_COLORS, config.seeds):
             name = Point(placement, lr, warmup, seed).name
             steps, losses = read_stream(study.path / "runs" / name, "train")
+            # One entry in the legend for all seeds
             label = placement if seed == config.seeds[0] else None
             color = PLACEMENT_COLORS[placement]
             ax.plot(steps, losses, color=color, lw=0.6, alpha=0.7, label=label)
@@ -410,6 +429,7 @@ def draw_learning_rates(config: Config, study: StudyFolder):
     ax = figure.subplots()
     styles = dict(zip(config.warmup_steps_grid, itertools.cycle(("--", "-", "-.", ":"))))
     for placement, warmup in itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid):
+        # Error bars are distances below and above the mean.
         lrs, lows, means, highs = [], [], [], []
         for lr in sorted(config.learning_rates):
             results = results_of_seeds(config, study, placement, lr, warmup)
@@ -450,6 +470,7 @@ def draw_gradients(config: Config, study: StudyFolder):
         layers = range(1, len(at_init) + 1)
         last = max(1, len(by_step) - 1)
         for n, step in enumerate(sorted(by_step)):
+            # matplotlib takes grey levels as strings, from "0" (black) to "1" (white).
             shade = str(0.8 * (1 - n / last))
             mean = np.mean(by_step[step], axis=0)
             ax.plot(layers, mean, color=shade, marker=".", label=f"step {step}")

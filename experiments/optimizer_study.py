@@ -102,9 +102,12 @@ def main(config: Config):
     )
     study = StudyFolder(config.out_dir, settings)
 
+    # Find the best learning rate of each optimizer.
     sweep = itertools.product(COLORS, config.learning_rates, [1.0], config.seeds[:1])
     run_points(config, study, sweep, "sweep")
     best = {optimizer: best_rate(config, study, optimizer) for optimizer in COLORS}
+    # Train AdamW to the end, and Muon for fractions of the steps. The first seed of AdamW is known
+    # from the sweep, and is not trained again.
     target = itertools.product(["adamw"], [best["adamw"]], [1.0], config.seeds)
     fractions = itertools.product(["muon"], [best["muon"]], config.step_fractions, config.seeds)
     run_points(config, study, [*target, *fractions], "fractions")
@@ -126,10 +129,12 @@ def make_run(config: Config, point: Point) -> Run:
         max_lr=point.lr,
         seed=point.seed,
         optimizer=point.optimizer,
+        # A shorter run has the whole schedule: it is warmup and decay that shrink.
         max_steps=round(point.fraction * config.max_steps),
         warmup_steps=round(point.fraction * config.warmup_steps),
         val_every=config.val_every,
         val_tokens=config.val_tokens,
+        # Only logs are read. (A run that is stopped still saves a checkpoint to resume from.)
         checkpoint_every=0,
         rolling_every=0,
     )
@@ -143,10 +148,12 @@ def read_run(run: Run, diverged: Diverged | None) -> dict:
     vals   the validation loss at each
     ms     milliseconds of the median step
     """
+    # metrics.jsonl has an object per training step, and others for evaluations.
     steps, vals = read_stream(run.folder, "val")
     metrics = (run.folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in metrics]
     return dict(
+        # Infinite, so that a rate that diverged is never the best one
         val=float("inf") if diverged else vals[-1],
         steps=steps,
         vals=vals,
@@ -183,11 +190,13 @@ def needed_fraction(fractions: list[float], losses: list[float], target: float) 
 
     Between two measured fractions, the loss is a straight line over the fraction's logarithm.
     """
+    # Find the first fraction whose loss is low enough.
     for n, (fraction, loss) in enumerate(zip(fractions, losses)):
         if loss > target:
             continue
         if n == 0:
             return f"at most {fraction:.2f}"
+        # Between this fraction and the one before, the target is reached.
         before = fractions[n - 1]
         way = (losses[n - 1] - target) / (losses[n - 1] - loss)  # 0 at `before`, 1 at `fraction`
         return f"{before * (fraction / before) ** way:.2f}"
@@ -205,6 +214,7 @@ def tokens_per_second(config: Config, study: StudyFolder, optimizer: str) -> flo
 
 
 def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
+    # The sweep: a row per learning rate
     sweep = {optimizer: sweep_losses(config, study, optimizer) for optimizer in COLORS}
     rates = sorted(config.learning_rates)
     sweep_rows = []
@@ -213,6 +223,7 @@ def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
         sweep_rows.append((f"{lr:g}", *losses))
     at_edge = [optimizer for optimizer in COLORS if best[optimizer] in (rates[0], rates[-1])]
 
+    # The best rates: AdamW's final loss, and Muon's for each fraction
     adamw_losses = final_losses(config, study, "adamw", best["adamw"], 1.0)
     target = float(np.mean(adamw_losses))
     rows = [("adamw", "1.00", mean_and_deviation(adamw_losses, 4))]
@@ -246,6 +257,7 @@ def draw(config: Config, study: StudyFolder, best: dict[str, float], target: flo
     draw_curves(middle, config, study, best)
     draw_fractions(right, config, study, best)
     for ax in (left, middle, right):
+        # Where Muon's curves cross this line, it has reached AdamW.
         ax.axhline(target, color="grey", ls=":", label="AdamW's final loss, mean")
         ax.set_ylabel("validation loss (nats)")
     finish_axes(left, middle, right)

@@ -47,6 +47,8 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
     Raises ValueError if a layer would have no heads left.
     """
     check_keep(model.config, keep)
+
+    # Select the rows and columns of the heads that stay.
     head_dim = model.config.head_dim
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer, heads in enumerate(keep):
@@ -68,6 +70,7 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
 
 
 def check_keep(config: GPTConfig, keep: list[list[int]]):
+    # Each list must be nonempty, without duplicates, and name heads that exist.
     valid = len(keep) == config.n_layer
     for heads, count in zip(keep, config.heads):
         valid = valid and 0 < len(set(heads)) == len(heads) and set(heads) <= set(range(count))
@@ -79,6 +82,7 @@ def check_keep(config: GPTConfig, keep: list[list[int]]):
 
 def remaining(config: GPTConfig, removed: list[Head]) -> list[list[int]]:
     """The heads of each layer that stay."""
+    # A layer of which no head is removed is in `keep` as well.
     keep = [[] for _ in range(config.n_layer)]
     for layer, head in all_heads(config):
         if (layer, head) not in removed:
@@ -174,10 +178,13 @@ def attention_similarity(
         for start in range(0, T, QUERIES):
             rows = torch.arange(start, min(start + QUERIES, T), device=rt.device)
             attention = torch.cat([attend(q, k, rows) for q, k in queries_keys])  # (heads, rows, T)
+            # Add up the corner of the first tokens, which may span several of these blocks.
             if start < shown:
                 patterns[:, start : rows[-1] + 1] += attention[:, : shown - start, :shown].cpu()
+            # Scaled to length 1, the product of two rows is their cosine.
             unit = attention / attention.norm(dim=-1, keepdim=True)
             unit = unit[:, rows > 0].flatten(1)  # (heads, rows * T)
+            # In float64, because it is a long sum
             cosine_sums += (unit @ unit.t()).double().cpu()
     similarity = cosine_sums / (len(texts) * (T - 1))
     return similarity.numpy(), (patterns / len(texts)).numpy()
@@ -187,6 +194,7 @@ def read_queries_keys(model: GPT, idx: torch.Tensor) -> list[tuple[torch.Tensor,
     """Queries and keys of each layer, float32 (n_head, T, head_dim), for one text idx (1, T)."""
     queries_keys = []
 
+    # The fused attention kernel does not return its weights, so they are recomputed from these.
     def keep(_, __, output: torch.Tensor):
         qkv = output[0].float().unflatten(-1, (3, -1, model.config.head_dim))
         q, k, _ = qkv.permute(1, 2, 0, 3)  # each (n_head, T, head_dim)
@@ -224,8 +232,10 @@ def head_importance(
         with masked_heads(model, masks), rt.autocast():
             mean_loss = model(xs.to(rt.device), ys.to(rt.device))
             loss = mean_loss * len(xs)  # the sum of the texts' losses: each has its own gradient
+        # One gradient (B, n_head) per layer
         for total, gradient in zip(totals, torch.autograd.grad(loss, masks)):
             total += gradient.abs().sum(0).float().cpu()
+    # Clamped, because a layer without any effect has only zeros
     return torch.cat([total / total.norm().clamp(min=1e-30) for total in totals]).numpy()
 
 
@@ -247,6 +257,7 @@ def order_at_random(config: GPTConfig, seed: int) -> list[Head]:
 
 def leave_one(order: list[Head]) -> list[Head]:
     """The order without the last head of each layer."""
+    # Later entries of a layer overwrite earlier ones.
     last = {layer: (layer, head) for layer, head in order}
     return [head for head in order if head not in last.values()]
 
@@ -258,12 +269,16 @@ def order_by_redundancy(config: GPTConfig, similarity: np.ndarray) -> list[Head]
     similarity (heads, heads).
     """
     heads = all_heads(config)
+    # Going through the sorted pairs once is enough: without a removed head, the most similar pair
+    # that is left is the next one in the list. It ends with one head per layer, which has no pair.
     removed = {}  # head number -> True, in the order of removal
     for i, j in similar_pairs(config, similarity):
         if i in removed or j in removed:
             continue
         layer = heads[i][0]
         rest = [n for n in range(len(heads)) if heads[n][0] == layer and n not in removed]
+        # Both means contain the pair's own cosine and a 1, so only the others decide. In a tie,
+        # max takes its first argument: the head with the higher number.
         removed[max(j, i, key=lambda n: similarity[n, rest].mean())] = True
     return [heads[n] for n in removed]
 

@@ -38,13 +38,15 @@ from common.runtime import Runtime, num_cores
 from common.shards import Shards
 from model import GPTConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent  # the scripts are here
+
 # Flags that may change when a study is resumed: paths, and what affects only speed and memory.
 MAY_CHANGE = ("data_dir", "out_dir", "B", "device", "compile", "num_parallel")
 
 
 # ---------------------------------------------------------------------------------------------
-# Flags
+# Flags. A study's Config inherits from one of these classes, and overrides defaults where needed.
+# (tyro takes the help of a flag from the comment behind or above its field, also if inherited.)
 
 
 @dataclass
@@ -126,6 +128,7 @@ def check_different(config: StudyConfig, *names: str):
 
 def start(config: StudyConfig) -> Runtime:
     """Set up the device. SIGTERM then stops the study in the same way as Ctrl-C."""
+    # A scheduler sends SIGTERM before it kills a job.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return runtime.start(config.device, config.dtype)
 
@@ -173,32 +176,31 @@ def train_run(
     The learning rate decays to a tenth of max_lr. `flags` are further flags of train_gpt2.py.
     """
     folder = Path(config.out_dir) / "runs" / name.replace(" ", "_")
-    flags = (
-        dict(
-            data_dir=data_dir,
-            log_dir=folder,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            block_size=T,
-            T=T,
-            B=config.B,
-            total_batch_size=total_batch_size,
-            max_steps=config.max_steps,
-            max_lr=max_lr,
-            min_lr=max_lr / 10,
-            seed=seed,
-            sample_every=0,
-            hellaswag_every=0,
-            # Which GPU is decided by CUDA_VISIBLE_DEVICES, so the device is "cuda", not "cuda:1".
-            device=config.device.split(":")[0],
-            dtype=config.dtype,
-            compile=config.compile,
-        )
-        | flags
+    common_flags = dict(
+        data_dir=data_dir,
+        log_dir=folder,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        block_size=T,
+        T=T,
+        B=config.B,
+        total_batch_size=total_batch_size,
+        max_steps=config.max_steps,
+        max_lr=max_lr,
+        min_lr=max_lr / 10,
+        seed=seed,
+        # Samples and benchmarks during training would only take time.
+        sample_every=0,
+        hellaswag_every=0,
+        # Which GPU is decided by CUDA_VISIBLE_DEVICES, so the device is "cuda", not "cuda:1".
+        device=config.device.split(":")[0],
+        dtype=config.dtype,
+        compile=config.compile,
     )
+    # With --resume, a run that was stopped continues, and one that is complete ends at once.
     argv = ["train_gpt2.py", "--resume"]
-    for flag, value in flags.items():
+    for flag, value in (common_flags | flags).items():
         argv += [f"--{flag}", value]
     return Run(name, argv, folder / "output.txt")
 
@@ -228,6 +230,8 @@ class StudyFolder:
 
     def acquire_lock(self) -> IO:
         """An open file with a lock, held until this process and all its runs have ended."""
+        # No `with`: the file stays open. Its descriptor is inherited by the runs (pass_fds), and
+        # the system releases the lock when the last process that has it open is gone.
         lock = open(self.path / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,6 +249,7 @@ class StudyFolder:
             found = dict(self.results["settings"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.file} is damaged ({error}): move it away") from error
+        # Results under different settings must not end up in the same table.
         for key, value in found.items():
             if value != settings.get(key):
                 raise UserError(
@@ -303,6 +308,7 @@ class StudyFolder:
             if run not in missing:
                 remove_checkpoints(run.folder)
 
+        # Results are saved one by one as the runs end, in whatever order that happens.
         bar = Progress(total=len(runs), initial=len(runs) - len(missing), desc=desc, unit="run")
         with bar, CommandPool(device_envs(num_parallel, device), self.lock) as pool:
             futures = {pool.submit(run): run for run in missing}
@@ -310,6 +316,7 @@ class StudyFolder:
                 run = futures[future]
                 diverged = None
                 try:
+                    # Raises the run's error. Any other than Diverged leaves this function.
                     future.result()
                 except Diverged as error:
                     diverged = error
@@ -336,6 +343,7 @@ class CommandPool:
         return self
 
     def __exit__(self, *_):
+        # Runs that wait for a thread never start.
         self.threads.shutdown(wait=False, cancel_futures=True)
         terminated = set()
         # Look again until all are done: a thread may have been just about to start its process.
@@ -356,6 +364,7 @@ class CommandPool:
 
         Raises Diverged if training diverged, and UserError if the command failed otherwise.
         """
+        # There are as many environments as threads, so one is always free.
         env = self.free_envs.get()
         try:
             code, output = self.run_process(run, env)
@@ -363,6 +372,7 @@ class CommandPool:
             self.free_envs.put(env)
         if code == 0:
             return
+        # Every script reports what is wrong in a line "error: ..." (common/console.py).
         errors = [line for line in output.splitlines() if "error: " in line]
         reason = errors[-1].removeprefix("error: ") if errors else f"exit code {code}"
         message = f"{run.argv[0]} failed: {reason}; its output is in {run.log}"
@@ -373,6 +383,8 @@ class CommandPool:
         argv = [sys.executable, str(ROOT / run.argv[0]), *map(str, run.argv[1:])]
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.log, "a") as file:
+            # The command comes first, so that a user can repeat it by hand. Flushed, because the
+            # process writes to the same file.
             file.write(f"$ {' '.join(argv)}\n")
             file.flush()
             output_start = file.tell()
@@ -398,12 +410,15 @@ def device_envs(num_parallel: int, device: str) -> list[dict]:
     With 2 GPUs and num_parallel 3, the third run shares GPU 0 with the first one.
     """
     if device.startswith(("auto", "cuda")) and torch.cuda.is_available():
+        # The study itself may have been given only some of the GPUs. "cuda:1" is the second of
+        # those that it can see.
         all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",")
         if ":" in device:
             gpus = [gpus[int(device.split(":")[1])]]
         count = num_parallel or len(gpus)
         return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(count)]
+    # PyTorch would start as many threads as there are cores in each of the processes.
     count = num_parallel or num_cores()
     return [dict(OMP_NUM_THREADS=str(max(1, num_cores() // count)))] * count
 
@@ -438,6 +453,7 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
             f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: "
             f"lower T"
         )
+    # The windows overlap if the shard is short.
     starts = np.linspace(0, last, count).astype(int)
     windows = np.stack([shards.read(0, start, start + T + 1) for start in starts])
     tokens = torch.from_numpy(windows.astype(np.int64))  # (count, T + 1)
@@ -446,6 +462,7 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
 
 def mean_and_deviation(values: list[float], digits: int = 3) -> str:
     """Mean ± sample standard deviation, which is 0 for a single value."""
+    # ddof=1 for the sample deviation; a single value would then divide by 0
     deviation = np.std(values, ddof=min(1, len(values) - 1))
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 

@@ -128,7 +128,7 @@ def main(config: Config):
     shard(config, study, tokenizers, "sharding")
     encodings = {name: shards_tokenizer(study.path / "shards" / name) for name in vocabularies}
 
-    # Compare how they split the held-out text.
+    # Compare how they split the held-out text. "Rare" words are rare in the text to learn from.
     texts = held_out(config, study.path, list(vocabularies))
     known = count_words(training_texts(config, study.path / "text", "counting words"))
     words, terms = find_terms(texts, known, config.terms)
@@ -137,7 +137,7 @@ def main(config: Config):
         measure = partial(measure_vocabulary, config, study, name, enc, texts, words, terms)
         study.once(f"vocabulary {name}", measure)
 
-    # Compare models.
+    # Train models with each vocabulary, and compare them on the held-out text. None should diverge.
     def read(run: Run, diverged: Diverged | None) -> dict:
         if diverged:
             raise diverged
@@ -155,6 +155,8 @@ def main(config: Config):
 
 def shard_bytes(config: Config, study: StudyFolder):
     """Shard the text as single bytes, which splits it into training and held-out text."""
+    # A vocabulary of the 256 bytes, without merges: the shards are then the text itself, in the
+    # format and with the split into training and validation that all other shards have.
     tokenizer = study.path / "bytes.tiktoken"
     if not tokenizer.exists():
         single_bytes = {bytes([byte]): byte for byte in range(256)}
@@ -179,6 +181,7 @@ def shard(config: Config, study: StudyFolder, tokenizers: dict[str, Path | str],
     def read(run: Run, _) -> dict:
         manifest = read_manifest(study.path / run.name)
         counts = {key: manifest[key] for key in ("tokens", "documents")}
+        # The text is read once for each vocabulary, perhaps from the network.
         if counts["documents"] != study.results.get("text", counts)["documents"]:
             raise UserError(f"{config.source} changed while it was read: choose another --out_dir")
         return counts
@@ -195,11 +198,13 @@ def learn_vocabularies(config: Config, folder: Path) -> dict[str, Path | str]:
     files = {str(size): folder / f"vocab_{size}.tiktoken" for size in sorted(config.vocab_sizes)}
     if not all(file.exists() for file in files.values()):
         texts = training_texts(config, folder / "text", "learning")
+        # Only the largest is learned. The others are its first merges, without new training.
         enc, _ = train_tokenizer(texts, max(config.vocab_sizes))
         ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
         for name, file in files.items():
             size = int(name) - 1  # <|endoftext|> is added as the last token
             write_text(file, tokenizer_to_text(encoding_of(dict(ranks[:size]))))
+    # Its first use downloads a file.
     try:
         load_tokenizer("gpt2")
     except OSError as error:
@@ -216,6 +221,7 @@ def training_texts(config: Config, folder: Path, desc: str) -> Iterator[str]:
     with Progress(total=total, unit="B", unit_scale=True, desc=desc) as bar:
         for number, length in enumerate(train.lengths):
             for document in split_bytes(train.read(number, 0, length)):
+                # A shard may end within a character, hence "replace".
                 yield document.decode("utf-8", "replace")
                 read += len(document)
                 bar.update(min(read, total) - bar.n)
@@ -225,6 +231,7 @@ def training_texts(config: Config, folder: Path, desc: str) -> Iterator[str]:
 
 def split_bytes(tokens: np.ndarray) -> Iterator[bytes]:
     """The documents of a shard of bytes, without the end-of-text token before each."""
+    # What precedes the first end-of-text token is the rest of a document of an earlier shard.
     starts = np.flatnonzero(tokens == BYTE_EOT)
     for document in np.split(tokens, starts):
         text = document[document != BYTE_EOT].astype(np.uint8).tobytes()
@@ -242,9 +249,11 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
         600     |-------------------------|
                  <---- held out ---->
     """
+    # The shortest of the validation shards, counted in bytes, sets the limit.
     limit = config.held_out_bytes
     for part in (folder / "text", *(folder / "shards" / name for name in names)):
         limit = min(limit, validation_bytes(config, part))
+    # The text itself is read from the shards of bytes.
     texts = []
     val = open_shards(folder / "text", "val")
     for document in split_bytes(val.read(0, 0, val.lengths[0])):
@@ -264,6 +273,7 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
 def validation_bytes(config: Config, folder: Path) -> int:
     """How many bytes of text a validation shard holds, counted up to held_out_bytes tokens."""
     enc = shards_tokenizer(folder)
+    # Look up the length of each token, then sum up the lengths of all tokens.
     lengths = [len(enc.decode_single_token_bytes(token)) for token in range(enc.eot_token)]
     bytes_of_token = np.array([*lengths, 0])  # the end-of-text token stands for no text
     val = open_shards(folder, "val")
@@ -294,6 +304,7 @@ def measure_vocabulary(
 
 def costs(config: Config, enc: tiktoken.Encoding, num_tokens: int, num_bytes: int) -> dict:
     """Sequence length, parameters and training compute of a model that reads the whole text."""
+    # As many tokens as context_bytes have on average in this text
     T = max(1, round(config.context_bytes * num_tokens / num_bytes))
     with torch.device("meta"):  # counts only: no memory for weights
         model = GPT(config.gpt_config(block_size=T, vocab_size=enc.n_vocab))
@@ -324,13 +335,16 @@ def make_run(config: Config, study: StudyFolder, name: str, seed: int) -> Run:
         max_lr=config.max_lr,
         seed=seed,
         warmup_steps=config.max_steps // 10,
+        # The held-out text is the same for all vocabularies; the validation shards are not.
         val_every=0,
+        # Not 0, which would also switch off the rolling checkpoints, from which a run resumes
         checkpoint_every=config.max_steps,
     )
 
 
 def read_run(config: Config, folder: Path, texts: list[str], rt: Runtime) -> dict:
     """A trained model's loss on the held-out text."""
+    # All models read context_bytes, so each is measured at its own context length.
     model, enc = checkpoint.load_model(folder / "model_final.pt")
     T = model.config.block_size
     loss, bits = bits_per_byte(model.to(rt.device), enc, texts, config.B, T, rt)
@@ -364,6 +378,7 @@ def summarize(
 ):
     names = list(encodings)
     kinds = [kind for kind in TERM_KINDS if terms[kind]]
+    # The first terms of each kind, as every vocabulary splits them
     examples = []
     for kind in kinds:
         for term in terms[kind][:3]:
@@ -432,6 +447,7 @@ def terms_table(
 
 def show_split(enc: tiktoken.Encoding, term: str) -> str:
     """A term as it is split after a blank, with dots between the tokens."""
+    # A token may hold part of a character, hence "replace".
     tokens = enc.encode_ordinary(" " + term)
     parts = [enc.decode_single_token_bytes(token).decode("utf-8", "replace") for token in tokens]
     return escape("·".join(part.strip() for part in parts).strip("·"))
@@ -454,6 +470,7 @@ def draw(config: Config, study: StudyFolder, names: list[str], kinds: list[str])
     draw_fragmentation(left, results, kinds)
     draw_costs(middle, results)
     draw_bits(right, config, study, results)
+    # Ticks at the sizes themselves, rather than at powers of ten
     sizes = sorted({result["vocab_size"] for result in results.values()})
     for ax in (left, middle, right):
         ax.set(xscale="log", xlabel="tokens in the vocabulary")
@@ -465,6 +482,7 @@ def draw(config: Config, study: StudyFolder, names: list[str], kinds: list[str])
 
 def plot_by_size(ax: Axes, results: dict[str, dict], values: list[float], **style):
     """A line through one value per vocabulary, with a star for GPT-2's vocabulary."""
+    # GPT-2's was learned from another text: it is not part of the line.
     sizes = [result["vocab_size"] for result in results.values()]
     count = len(sizes)
     if "gpt2" in results:  # the last one
@@ -484,6 +502,7 @@ def draw_fragmentation(ax: Axes, results: dict[str, dict], kinds: list[str]):
 
 def draw_costs(ax: Axes, results: dict[str, dict]):
     found = list(results.values())
+    # All three as fractions, for a common axis
     embeddings = [result["embedding_share"] for result in found]
     label = "embeddings, fraction of the parameters"
     plot_by_size(ax, results, embeddings, label=label, color="C0")

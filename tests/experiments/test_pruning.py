@@ -1,4 +1,4 @@
-"""Attention heads: similarity, importance and removal against references; stages on pruned models."""
+"""Attention heads: similarity, importance, removal and orders; stages on pruned models."""
 
 import json
 
