@@ -38,11 +38,12 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
     3 heads, of which 0 and 2 are kept:
 
         c_attn (3 * 3 * head_dim, n_embd)      c_proj (n_embd, 3 * head_dim)
-        q  head 0   keep                        head 0   head 1   head 2
-           head 1                                keep              keep
+        q  head 0   keep                       head 0   head 1   head 2
+           head 1                               keep              keep
            head 2   keep
         k  head 0   keep
            ...
+        v  ...
 
     Raises ValueError if a layer would have no heads left.
     """
@@ -159,13 +160,13 @@ def attention_similarity(
 
     Query 0 attends only to itself, whatever the head: its cosine is always 1, and is left out.
 
-    The sum of the cosines is one matrix product. Each row of `unit` is what one head attends to,
-    scaled to length 1 for each query:
+    One matrix product gives the sum of the cosines for all pairs. A row of `unit` has, for each
+    query, a head's attention to the keys as a vector of length 1. For T = 4:
 
-                      query 1      query 2      query 3
-        unit  head 0  [. . . .]    [. . . .]    [. . . .]     unit @ unit.T: in row i, column j,
-              head 1  [. . . .]    [. . . .]    [. . . .]     the cosines of heads i and j at
-              ...       key 0-3                               queries 1, 2, 3, summed up
+                   query 1        query 2        query 3
+        head 0   [.6 .8  0  0]  [ 0 .6 .8  0]  [ 1  0  0  0]
+        head 1   [.8 .6  0  0]  [ 0 .6 .8  0]  [ 0  0  0  1]
+        cosine       .96      +      1       +      0         = (unit @ unit.T)[0, 1]
     """
     num_heads = sum(model.config.heads)
     T = texts.size(1)
