@@ -89,7 +89,7 @@ Orders = dict[str, list[list[Head]]]
 @dataclass
 class Config(StudyConfig):
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
     out_dir: str = "log/head_study"  # folder for the report, results.json, plots and pruned model
     T: int = 1024  # sequence length in tokens; at most the context length of the model
     B: int = 8  # sequences per forward pass
@@ -99,7 +99,7 @@ class Config(StudyConfig):
     prune_fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
     random_orders: int = 5  # number of random orders, the control
     val_tokens: int = 1_000_000  # tokens of the validation shard for the perplexity
-    # path of hellaswag_val.jsonl; None = download it once to datasets/hellaswag
+    # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
     hellaswag_data: str | None = None
     hellaswag_limit: int | None = None  # number of HellaSwag examples, 0 = none, None = all
 

@@ -55,8 +55,8 @@ class StudyConfig:
 
     out_dir: str = "log/study"  # folder for the report, results.json and plots
     B: int = 32  # micro-batch: sequences per forward pass
-    device: str = "auto"  # cuda, mps or cpu; auto = first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
     dtype: runtime.Dtype = "auto"
 
     def __post_init__(self):
@@ -68,9 +68,9 @@ class TrainingConfig(StudyConfig):
     """The flags of a study that trains models."""
 
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds of the weights and of the data order
-    n_layer: int = 12  # blocks
+    n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width
+    n_embd: int = 768  # width of the residual stream
     max_steps: int = 2000  # optimizer steps per run
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     num_parallel: int = 0  # runs at the same time; 0 = one per GPU, or per CPU core
@@ -94,12 +94,12 @@ class TrainingConfig(StudyConfig):
 class SweepConfig(TrainingConfig):
     """The flags of a study that trains at several learning rates on one folder of shards."""
 
-    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
     # peak learning rates; each decays to a tenth
     learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
     T: int = 1024  # sequence length in tokens, and the context length of the models
     total_batch_size: int = 131072  # tokens per optimizer step
-    val_tokens: int = 1048576  # tokens of the validation shard
+    val_tokens: int = 1048576  # tokens of the validation shard used for the validation loss
 
     def __post_init__(self):
         super().__post_init__()
