@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, command, ok
-from study_helpers import CPU
 from test_model import random_model, random_reference, random_tokens, relative
 from transformers import GPT2LMHeadModel
 
 from common import checkpoint, lora
 from common.huggingface import load_pretrained, save_pretrained
+from common.runtime import Runtime
 from common.shards import shards_tokenizer
 from experiments.pruning import (
     all_heads,
@@ -27,6 +27,7 @@ from experiments.pruning import (
 )
 from model import GPT, GPTConfig
 
+CPU = Runtime(torch.device("cpu"), torch.float32)
 KEEP = [[0, 3], [2], [0, 1, 2, 3]]  # of 3 layers with 4 heads
 
 
