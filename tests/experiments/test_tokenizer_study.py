@@ -59,7 +59,13 @@ def test_bits_per_byte_by_hand(data_dir):
     assert bits == pytest.approx(num_predicted * math.log2(enc.n_vocab) / num_bytes, rel=1e-5)
 
 
-def test_tokenizer_study(tmp_path, capsys):
+def no_network(name):
+    raise OSError("no network")
+
+
+def test_tokenizer_study(tmp_path, capsys, monkeypatch):
+    """Without GPT-2's vocabulary, which is not always available and takes longer."""
+    monkeypatch.setattr(tokenizer_study, "load_tokenizer", no_network)
     text = "\n".join(TEXTS) + "Ünïcödé " * 50
     (tmp_path / "text.txt").write_text(text)
     out = tmp_path / "study"
@@ -67,6 +73,7 @@ def test_tokenizer_study(tmp_path, capsys):
     flags += STUDY_FLAGS
     run_main(tokenizer_study, *flags)
     output = capsys.readouterr().out
+    assert "warning: continuing without GPT-2's vocabulary: no network" in output
     results = json.loads((out / "results.json").read_text())
     size = len(text.encode())
     assert results["text"] == dict(tokens=size + 1, documents=1)
@@ -104,6 +111,24 @@ def test_tokenizer_study(tmp_path, capsys):
     before = {path: path.stat().st_mtime for path in out.rglob("*.npy")}
     run_main(tokenizer_study, *flags)
     assert all(path.stat().st_mtime == mtime for path, mtime in before.items())
+
+
+@pytest.mark.slow
+def test_gpt2s_vocabulary_is_compared_with_the_learned_ones(tmp_path):
+    try:
+        load_tokenizer("gpt2")
+    except OSError:
+        pytest.skip("GPT-2's vocabulary is not available")
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    flags = ["--source", "text", "--data_files", tmp_path / "text.txt", *STUDY_FLAGS]
+    flags += ["--vocab_sizes", 300, "--out_dir", tmp_path / "study"]
+    run_main(tokenizer_study, *flags)
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    small, large = results["vocabulary 300"], results["vocabulary gpt2"]
+    assert large["vocab_size"] == 50257
+    assert large["tokens_per_word"] < small["tokens_per_word"]
+    assert results["gpt2 seed 1"]["bits_per_byte"] > 1
+    assert (tmp_path / "study" / "tradeoff.png").read_bytes()[:4] == PNG
 
 
 def test_wrong_inputs_are_refused(tmp_path):
