@@ -35,7 +35,7 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
 
     Queries, keys and values of all heads are the rows of one matrix, c_attn. Each head is a block
     of head_dim rows in each of the three parts, and the same block of columns in c_proj. Here for
-    3 heads, of which 0 and 2 are kept:
+    3 heads, keeping 0 and 2:
 
         c_attn (3 * 3 * head_dim, n_embd)      c_proj (n_embd, 3 * head_dim)
         q  head 0   keep                       head 0   head 1   head 2
@@ -83,7 +83,7 @@ def check_keep(config: GPTConfig, keep: list[list[int]]):
 
 def remaining(config: GPTConfig, removed: list[Head]) -> list[list[int]]:
     """The heads of each layer that stay."""
-    # A layer of which no head is removed is in `keep` as well.
+    # A layer that loses no heads is in `keep` as well.
     keep = [[] for _ in range(config.n_layer)]
     for layer, head in all_heads(config):
         if (layer, head) not in removed:
