@@ -1,26 +1,34 @@
-"""Redundant attention heads: which heads of a model look at the same tokens, and how many can be removed?
+"""Redundant attention heads: which heads attend to the same tokens, and how many can be removed?
 
-    python -m experiments.head_study --model gpt2  # OpenAI's 124M on FineWeb-Edu's validation shard
-    python -m experiments.head_study  # log/model_final.pt
-    python -m experiments.head_study --model log/quickstart/model_final.pt --data_dir datasets/pydoc --val_tokens 60000 \\
-        --hellaswag_limit 0                                     # in small, on the quickstart's model
+    python -m experiments.head_study --model gpt2  # OpenAI's 124M, on FineWeb-Edu
+    python -m experiments.head_study               # log/model_final.pt
 
-Two heads are alike if they attend to the same tokens: the cosine between their attention distributions, averaged over
-the tokens of validation text (all but a text's first, which sees only itself). Heads are then removed, each layer
-keeping one at least, in three orders:
+    # at small scale, on the quickstart's model
+    python -m experiments.head_study --model log/quickstart/model_final.pt \\
+        --data_dir datasets/pydoc --val_tokens 60000 --hellaswag_limit 0
 
-    redundancy  of the two heads of a layer that are most alike, the one that is more like the others; again and again
-    importance  Michel et al. 2019 ("Are Sixteen Heads Really Better than One?"): the mean over training texts of the
-                loss's absolute gradient in a mask on the head's output, divided by the layer's norm; smallest first
-    random      the control, from several seeds
+Two heads are similar if they attend to the same tokens. The measure is the cosine between their
+attention distributions, averaged over the tokens of validation text (without the first token of
+each text, which can only attend to itself). Heads are then removed in three orders, down to one
+head per layer:
 
-The scores are those of the whole model throughout, and nothing is trained in between. Redundancy is taken on the
-validation text on which perplexity is, importance on training text. How to read it: an order is worth something where
-its perplexity lies below the random one's, and heads that are alike can be spared only if redundancy does, too. The
-report names the largest share that costs less than 5% of perplexity; model_pruned.pt is the best such model, which
-every other stage reads like any other.
+    redundancy  repeatedly take the most similar pair of heads in a layer, and remove the one that
+                is more similar to the other heads of the layer
+    importance  Michel et al. 2019 ("Are Sixteen Heads Really Better than One?"): the least
+                important first. Importance is the absolute gradient of the loss in a mask on the
+                head's output, averaged over training texts, divided by the norm of its layer.
+    random      the control, with several seeds
 
-Run again after a stop, it goes on where it was. Results: report.md, results.json and pictures in log/head_study/.
+All scores are those of the complete model, and nothing is trained after the removal. Similarity is
+measured on validation text, as is perplexity, and importance on training text.
+
+How to read the results: an order is useful where its perplexity is below that of the random orders.
+Similar heads are dispensable only if this holds for the order by redundancy. The report names the
+largest fraction of heads that can be removed at a cost of less than 5% in perplexity. The best such
+model is saved as model_pruned.pt, which every other stage can load.
+
+An interrupted study resumes when the command is repeated. Output: report.md, results.json, plots
+and model_pruned.pt in log/head_study/.
 """
 
 import hashlib
@@ -28,20 +36,22 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import tiktoken
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import hellaswag
-from common import checkpoint, runtime
-from common.console import Progress, UserError, cli, say, table, write_atomically, write_text
+from common import checkpoint
+from common.console import Progress, UserError, cli, say, table, write_atomically
 from common.runtime import Runtime
 from common.scoring import stream_loss
-from common.shards import manifest_checksum, open_shards, shards_tokenizer
+from common.shards import Shards, manifest_checksum, open_shards, shards_tokenizer
 from common.tokenizer import tokenizer_to_text
 from experiments.pruning import (
     Head,
@@ -55,109 +65,134 @@ from experiments.pruning import (
     remaining,
     similar_pairs,
 )
-from experiments.sweep import Results, read_windows
+from experiments.sweep import (
+    StudyConfig,
+    StudyFolder,
+    check_at_least,
+    finish_axes,
+    read_windows,
+    settings_of,
+    start,
+)
 from model import GPT, GPTConfig
 
-ALIKE = 0.85  # cosine above which two heads are listed as a pair
-COST = 0.05  # more perplexity than the whole model's
-SHOWN = 48  # tokens of the patterns in the picture
-ROUNDS = 7  # of the measurement of speed
+SIMILAR = 0.85  # cosine above which two heads are listed as a pair
+MAX_COST = 0.05  # acceptable increase of perplexity, relative to the complete model
+SHOWN_TOKENS = 48  # size of the attention patterns in the plot
+SPEED_ROUNDS = 7
+ORDER_COLORS = {"redundancy": "tab:orange", "importance": "tab:blue", "random": "grey"}
+
+# For each order of removal its sequences of heads: one, or for "random" one per seed.
+Orders = dict[str, list[list[Head]]]
 
 
 @dataclass
-class Config:
+class Config(StudyConfig):
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
-    out_dir: str = "log/head_study"  # report, numbers, pictures and the pruned model
-    T: int = 1024  # sequence length in tokens; at most the model's context
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
+    out_dir: str = "log/head_study"  # folder for the report, results.json, plots and pruned model
+    T: int = 1024  # sequence length in tokens; at most the context length of the model
     B: int = 8  # sequences per forward pass
-    num_sequences: int = 32  # texts of T tokens for the patterns, and as many for the importance
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the heads to remove
-    random_orders: int = 5  # seeds of the control
+    # texts of T tokens from which similarity is measured, and as many for importance
+    num_sequences: int = 32
+    # fractions of the heads to remove
+    prune_fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    random_orders: int = 5  # number of random orders, the control
     val_tokens: int = 1_000_000  # tokens of the validation shard for the perplexity
-    hellaswag_data: str | None = (
-        None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
-    )
-    hellaswag_limit: int | None = None  # only the first so many examples; 0 = no HellaSwag
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
+    # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
+    hellaswag_data: str | None = None
+    hellaswag_limit: int | None = None  # number of HellaSwag examples, 0 = none, None = all
 
     def __post_init__(self):
-        for name, least in (
-            ("T", 2),
-            ("B", 1),
-            ("num_sequences", 1),
-            ("random_orders", 1),
-            ("val_tokens", 2),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        if not self.shares or not all(0 < share < 1 for share in self.shares):
-            raise UserError("shares must hold at least one, each between 0 and 1")
+        super().__post_init__()
+        check_at_least(self, 2, "T", "val_tokens")
+        check_at_least(self, 1, "num_sequences", "random_orders")
+        if not self.prune_fractions or not all(0 < f < 1 for f in self.prune_fractions):
+            raise UserError(
+                f"prune_fractions is {self.prune_fractions}: give one or more between 0 and 1"
+            )
+
+
+@dataclass
+class Inputs:
+    """The model of the study, and its data."""
+
+    model: GPT  # on the device, without gradients
+    enc: tiktoken.Encoding
+    train: Shards
+    val: Shards
+    tokens: np.ndarray  # validation tokens for the perplexity
+    examples: list[dict]  # of HellaSwag; empty if it is left out
 
 
 def main(config: Config):
-    rt = runtime.start(config.device, config.dtype)
+    rt = start(config)
+    inputs = load_inputs(config, rt)
+    model = inputs.model
+
+    # Replace flags that this model does not allow. The settings contain what is really used.
+    config.T = min(config.T, model.config.block_size)
+    config.prune_fractions = usable_fractions(config, model)
+    settings = settings_of(
+        config,
+        rt,
+        may_change=["hellaswag_data", "hellaswag_limit"],
+        # Fingerprints instead of paths: a moved file is the same model, a changed one is not.
+        model=checkpoint.fingerprint(config.model),
+        data=manifest_checksum(config.data_dir),
+        hellaswag=hashlib.sha256(json.dumps(inputs.examples).encode()).hexdigest(),
+    )
+    study = StudyFolder(config.out_dir, settings)
+
+    # Score the heads, and put them in the order of their removal.
+    similarity = measure_similarity(config, study, inputs, rt)  # (heads, heads)
+    importance = study.once("importance", lambda: measure_importance(config, inputs, rt))
+    orders = {
+        "redundancy": [order_by_redundancy(model.config, similarity)],
+        "importance": [order_by_importance(model.config, np.array(importance))],
+        "random": [order_at_random(model.config, seed) for seed in range(config.random_orders)],
+    }
+
+    # Remove heads, and measure the models that remain.
+    removed_heads = removed_by_name(config, model, orders)
+    for name, removed in Progress(removed_heads.items(), desc="pruned models", unit="model"):
+        study.once(name, partial(measure_model, config, inputs, removed, rt))
+    # Speed depends on how many heads are removed, and hardly on which: one order is enough.
+    study.once("speed", lambda: measure_speeds(config, inputs, orders, rt))
+
+    # Save the model with the fewest heads among those that are good enough.
+    cheap = {order: largest_cheap_fraction(config, study, orders, order) for order in orders}
+    # The random orders are the control, not candidates.
+    best = max(("importance", "redundancy"), key=lambda order: cheap[order])
+    if cheap[best]:
+        removed = removed_heads[model_name(best, 0, cheap[best])]
+        pruned = prune_heads(model, remaining(model.config, removed))
+        path = study.path / "model_pruned.pt"
+        checkpoint.save(path, checkpoint.build(pruned, inputs.enc, step=0))
+    summarize(config, inputs, rt, study, similarity, orders, cheap, best)
+
+
+def load_inputs(config: Config, rt: Runtime) -> Inputs:
     model, enc = checkpoint.load_model(config.model)
     model.to(rt.device).eval().requires_grad_(False)
-    config.T = min(config.T, model.config.block_size)
-    train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
+
+    # The numbers of tokens mean nothing to a model with another tokenizer.
+    val = open_shards(config.data_dir, "val")
     if tokenizer_to_text(shards_tokenizer(config.data_dir)) != tokenizer_to_text(enc):
         raise UserError(
             f"the shards in {config.data_dir} were made with another tokenizer than {config.model}"
         )
-    tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
-    if len(tokens) <= config.T:
-        raise UserError(
-            f"{len(tokens)} validation tokens do not fill T = {config.T}: lower T or raise val_tokens"
-        )
-    config.shares = usable_shares(config, model)
-    examples = load_hellaswag(config)
-    settings = asdict(config) | dict(
-        model=checkpoint.fingerprint(config.model), data=manifest_checksum(config.data_dir)
-    )
-    settings |= dict(
-        dtype=str(rt.dtype), hellaswag=hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    )
-    for key in ("data_dir", "out_dir", "B", "device", "hellaswag_data", "hellaswag_limit"):
-        del settings[key]
-    results = Results(config.out_dir, settings)
 
-    if not (results.folder / "similarity.npy").exists():
-        texts, _ = read_windows(val, config.num_sequences, config.T)
-        similarity, patterns = attention_similarity(model, texts, rt, SHOWN)
-        draw_patterns(results, model.config, patterns)
-        with write_atomically(
-            results.folder / "similarity.npy"
-        ) as file:  # 1,200 x 1,200 for GPT-2 XL
-            np.save(file, similarity)
-    similarity = np.load(results.folder / "similarity.npy")
-    if "importance" not in results:
-        texts, targets = read_windows(train, config.num_sequences, config.T)
-        results["importance"] = head_importance(model, texts, targets, config.B, rt).tolist()
-        results.save()
-    orders = {
-        "redundancy": [order_by_redundancy(model.config, similarity)],
-        "importance": [order_by_importance(model.config, np.array(results["importance"]))],
-        "random": [order_at_random(model.config, seed) for seed in range(config.random_orders)],
-    }
-    plan = make_plan(config, model, orders)
-    for name, removed in Progress(plan.items(), desc="pruned models", unit="model"):
-        if name not in results:
-            pruned = prune_heads(model, remaining(model.config, removed))
-            results[name] = measure(pruned, enc, tokens, examples, config, rt)
-            results.save()
-    if "speed" not in results:
-        results["speed"] = {
-            f"{share:g}": compare_speed(
-                model, orders["importance"][0][: count_heads(model, share)], tokens, config, rt
-            )
-            for share in Progress(config.shares, desc="speed", unit="model", leave=False)
-        }
-        results.save()
-    summarize(config, model, enc, rt, results, similarity, orders)
+    # One token more than val_tokens, because the first one is not predicted.
+    tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
+    T = min(config.T, model.config.block_size)
+    if len(tokens) <= T:
+        raise UserError(
+            f"{len(tokens)} validation tokens are fewer than T + 1 = {T + 1}: "
+            f"lower T or raise val_tokens"
+        )
+    train = open_shards(config.data_dir, "train")
+    return Inputs(model, enc, train, val, tokens, load_hellaswag(config))
 
 
 def load_hellaswag(config: Config) -> list[dict]:
@@ -166,323 +201,380 @@ def load_hellaswag(config: Config) -> list[dict]:
     try:
         return hellaswag.load(config.hellaswag_data, config.hellaswag_limit)
     except OSError as error:
+        # Without a network the study is still useful. A file that was asked for must exist.
         if config.hellaswag_data:
             raise
-        say(f"warning: going on without HellaSwag: {error}")
+        say(f"warning: continuing without HellaSwag: {error}")
         return []
 
 
-def usable_shares(config: Config, model: GPT) -> tuple[float, ...]:
-    """The shares that stand for different numbers of heads. Raises ValueError if one leaves a layer without any."""
-    by_count = {count_heads(model, share): share for share in sorted(config.shares, reverse=True)}
-    by_count.pop(0, None)
-    if not by_count:
+def count_heads(model: GPT, fraction: float) -> int:
+    """The number of heads to remove for a fraction of all."""
+    return round(fraction * sum(model.config.heads))
+
+
+def usable_fractions(config: Config, model: GPT) -> tuple[float, ...]:
+    """The fractions without those that remove no head, or as many as a smaller fraction does.
+
+    Raises UserError if none is left, or if one would leave a layer without a head.
+    """
+    total = sum(model.config.heads)
+    # From the largest to the smallest, so that the smallest of equal ones is stored last.
+    smallest = {}  # number of heads -> the smallest fraction that removes as many
+    for fraction in sorted(config.prune_fractions, reverse=True):
+        smallest[count_heads(model, fraction)] = fraction
+    smallest.pop(0, None)
+
+    if not smallest:
         raise UserError(
-            f"the shares {config.shares} of {sum(model.config.heads)} heads are not one: raise shares"
+            f"each of prune_fractions {config.prune_fractions} rounds to zero heads of {total}: "
+            f"give larger ones"
         )
-    if max(by_count) > sum(model.config.heads) - model.config.n_layer:
+    if max(smallest) > total - model.config.n_layer:
         raise UserError(
-            f"a share of {max(config.shares)} leaves layers of {config.model} without a head: lower shares"
+            f"removing {max(config.prune_fractions)} of the heads leaves layers of {config.model} "
+            f"without a head: lower prune_fractions"
         )
-    return tuple(sorted(by_count.values()))
+    return tuple(sorted(smallest.values()))
 
 
-def count_heads(model: GPT, share: float) -> int:
-    """Heads that are removed for a share of all."""
-    return round(share * sum(model.config.heads))
+# ---------------------------------------------------------------------------------------------
+# Measurements
 
 
-def make_plan(
-    config: Config, model: GPT, orders: dict[str, list[list[Head]]]
-) -> dict[str, list[Head]]:
-    """The models to evaluate: name -> the heads that it lacks."""
-    plan = {"whole model": []}
-    for share in config.shares:
-        count = count_heads(model, share)
+def measure_similarity(
+    config: Config, study: StudyFolder, inputs: Inputs, rt: Runtime
+) -> np.ndarray:
+    """The similarity (heads, heads) of all pairs of heads. Also draws the attention patterns.
+
+    It has its own file instead of an entry in results.json: GPT-2 XL has 1,200 x 1,200 pairs.
+    """
+    # The file appears last, and only when it is complete: if it exists, so does the plot.
+    path = study.path / "similarity.npy"
+    if not path.exists():
+        texts, _ = read_windows(inputs.val, config.num_sequences, config.T)
+        similarity, patterns = attention_similarity(inputs.model, texts, rt, SHOWN_TOKENS)
+        draw_patterns(study, inputs.model.config, patterns)
+        with write_atomically(path) as file:
+            np.save(file, similarity)
+    return np.load(path)
+
+
+def measure_importance(config: Config, inputs: Inputs, rt: Runtime) -> list[float]:
+    texts, targets = read_windows(inputs.train, config.num_sequences, config.T)
+    return head_importance(inputs.model, texts, targets, config.B, rt).tolist()
+
+
+def removed_by_name(config: Config, model: GPT, orders: Orders) -> dict[str, list[Head]]:
+    """The models to measure: the name of each, and the heads that are removed from it."""
+    # The control has several models per fraction, the other orders one.
+    removed = {"whole model": []}
+    for fraction in config.prune_fractions:
         for order, sequences in orders.items():
             for number, sequence in enumerate(sequences):
-                plan[model_name(order, number, share)] = sequence[:count]
-    return plan
+                name = model_name(order, number, fraction)
+                removed[name] = sequence[: count_heads(model, fraction)]
+    return removed
 
 
-def model_name(order: str, number: int, share: float) -> str:
-    return f"{order} {number} {share:g}" if order == "random" else f"{order} {share:g}"
+def model_name(order: str, number: int, fraction: float) -> str:
+    return f"{order} {number} {fraction:g}" if order == "random" else f"{order} {fraction:g}"
 
 
-def measure(
-    model: GPT,
-    enc: tiktoken.Encoding,
-    tokens: np.ndarray,
-    examples: list[dict],
-    config: Config,
-    rt: Runtime,
-) -> dict:
-    loss = stream_loss(model, tokens, config.B, config.T, rt)
+def measure_model(config: Config, inputs: Inputs, removed: list[Head], rt: Runtime) -> dict:
+    """Size, loss, perplexity and HellaSwag accuracy (acc_norm) of the model without these heads."""
+    model = prune_heads(inputs.model, remaining(inputs.model.config, removed))
+    loss = stream_loss(model, inputs.tokens, config.B, config.T, rt)
     result = dict(
         heads=list(model.config.heads),
         parameters=model.num_params(),
         loss=loss,
         perplexity=math.exp(loss),
     )
-    if examples:
-        metrics, _ = hellaswag.evaluate(model, enc, examples, rt, styles=("completion",))
-        result["hellaswag"] = metrics[1].value
+    # In the "completion" style, the one of the curves in training
+    if inputs.examples:
+        metrics, _ = hellaswag.evaluate(
+            model, inputs.enc, inputs.examples, rt, styles=("completion",)
+        )
+        by_name = {metric.name: metric.value for metric in metrics}
+        result["hellaswag"] = by_name["completion acc_norm"]
     return result
 
 
+def measure_speeds(config: Config, inputs: Inputs, orders: Orders, rt: Runtime) -> dict[str, dict]:
+    """For each fraction the tokens/s of the complete and of the pruned model."""
+    speeds = {}
+    bar = Progress(config.prune_fractions, desc="speed", unit="model", leave=False)
+    for fraction in bar:
+        removed = orders["importance"][0][: count_heads(inputs.model, fraction)]
+        speeds[f"{fraction:g}"] = compare_speed(config, inputs, removed, rt)
+    return speeds
+
+
 @torch.no_grad()
-def compare_speed(
-    model: GPT, removed: list[Head], tokens: np.ndarray, config: Config, rt: Runtime
-) -> dict:
-    """Forward passes of the whole and the pruned model, one after the other: medians in tokens/s."""
+def compare_speed(config: Config, inputs: Inputs, removed: list[Head], rt: Runtime) -> dict:
+    """Tokens/s of forward passes of the complete and the pruned model: medians of several."""
+    model, tokens = inputs.model, inputs.tokens
     pruned = prune_heads(model, remaining(model.config, removed)).eval()
+    # A batch of validation tokens; fewer than B sequences if there are no more
     count = min(config.B, (len(tokens) - 1) // config.T) * config.T
-    x, y = (
-        torch.from_numpy(tokens[n : n + count].astype(np.int64)).view(-1, config.T).to(rt.device)
-        for n in (0, 1)
-    )
+    stream = torch.from_numpy(tokens[: count + 1].astype(np.int64)).to(rt.device)
+    x = stream[:-1].view(-1, config.T)  # (B, T)
+    y = stream[1:].view(-1, config.T)  # (B, T)
     rates = {"whole": [], "pruned": []}
-    for n in range(ROUNDS + 1):  # the first warms up
+    for round_number in range(SPEED_ROUNDS + 1):
+        # In turn, so that both see the same disturbances by other processes.
         for name, candidate in (("whole", model), ("pruned", pruned)):
             began = time.perf_counter()
             with rt.autocast():
-                candidate(x, y).item()
-            if n:
+                candidate(x, y).item()  # item() waits for the GPU
+            if round_number > 0:  # the first round warms up
                 rates[name].append(count / (time.perf_counter() - began))
     return {name: statistics.median(measured) for name, measured in rates.items()}
 
 
-def summarize(
-    config: Config,
-    model: GPT,
-    enc: tiktoken.Encoding,
-    rt: Runtime,
-    results: Results,
-    similarity: np.ndarray,
-    orders: dict[str, list[list[Head]]],
-):
-    best = {order: cheap_share(config, results, orders, order) for order in orders}
-    text = "\n\n".join(
-        (
-            f"{config.model}: {sum(model.config.heads)} heads in {model.config.n_layer} layers",
-            layers_table(model.config, similarity),
-            f"Pairs above {ALIKE}:\n\n{list_pairs(model.config, similarity)}",
-            pruning_table(config, model, rt, results, orders),
-            f"Random: mean (lowest to highest) of {config.random_orders} orders.",
-            table(
-                ("order", f"largest share that costs less than {COST:.0%} of perplexity"),
-                [(order, f"{share:.0%}") for order, share in best.items()],
-            ),
-        )
-    )
-    order = max(("importance", "redundancy"), key=lambda order: best[order])
-    if best[order]:
-        pruned = prune_heads(
-            model, remaining(model.config, orders[order][0][: count_heads(model, best[order])])
-        )
-        state = dict(
-            model=pruned.state_dict(),
-            config=pruned.config_dict(),
-            tokenizer=tokenizer_to_text(enc),
-            step=0,
-        )
-        checkpoint.save(results.folder / "model_pruned.pt", state)
-        text += f"\n\nmodel_pruned.pt: {best[order]:.0%} of the heads removed by {order}"
-    write_text(results.folder / "report.md", text + "\n")
-    draw_similarity(results, model.config, similarity)
-    draw_pruning(config, results, orders)
-    say(
-        f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them"
-    )
+# ---------------------------------------------------------------------------------------------
+# Report
 
 
-def figures_of(results: Results, orders: dict, order: str, share: float, key: str) -> list[float]:
-    """A figure of the models that an order gives at a share of removed heads: one, or one for each random order."""
-    if not share:
-        return [results["whole model"][key]]
-    return [results[model_name(order, number, share)][key] for number in range(len(orders[order]))]
+def values_of(
+    study: StudyFolder, orders: Orders, order: str, fraction: float, key: str
+) -> list[float]:
+    """A measurement of the models of an order: one value, or for "random" one per seed."""
+    if fraction == 0:
+        return [study.results["whole model"][key]]
+    names = [model_name(order, number, fraction) for number in range(len(orders[order]))]
+    return [study.results[name][key] for name in names]
 
 
-def cheap_share(config: Config, results: Results, orders: dict, order: str) -> float:
-    """The largest share up to which the (mean) perplexity stays below the whole model's and COST."""
+def largest_cheap_fraction(config: Config, study: StudyFolder, orders: Orders, order: str) -> float:
+    """The largest fraction up to which the mean perplexity rises by less than MAX_COST."""
+    # Stop at the first fraction that costs too much: a larger one below the limit would be luck.
+    limit = (1 + MAX_COST) * study.results["whole model"]["perplexity"]
     cheap = 0.0
-    for share in sorted(config.shares):
-        limit = (1 + COST) * results["whole model"]["perplexity"]
-        if np.mean(figures_of(results, orders, order, share, "perplexity")) >= limit:
+    for fraction in sorted(config.prune_fractions):
+        if np.mean(values_of(study, orders, order, fraction, "perplexity")) >= limit:
             break
-        cheap = share
+        cheap = fraction
     return cheap
 
 
-def layers_table(config: GPTConfig, similarity: np.ndarray) -> str:
-    """How alike the heads of a layer are, in the early, middle and late third of the layers, and those of others."""
-    layers, pairs = (
-        np.array([layer for layer, _ in all_heads(config)]),
-        similar_pairs(config, similarity),
-    )
+def summarize(
+    config: Config,
+    inputs: Inputs,
+    rt: Runtime,
+    study: StudyFolder,
+    similarity: np.ndarray,
+    orders: Orders,
+    cheap: dict[str, float],
+    best: str,
+):
+    shape = inputs.model.config
+    paragraphs = [
+        f"{config.model}: {sum(shape.heads)} heads in {shape.n_layer} layers",
+        layers_table(shape, similarity),
+        f"Pairs above {SIMILAR}:",
+        list_pairs(shape, similarity),
+        pruning_table(config, inputs.model, rt, study, orders),
+        f"Random: mean (lowest to highest) of {config.random_orders} orders.",
+        table(
+            ("order", f"largest fraction that costs less than {MAX_COST:.0%} of perplexity"),
+            [(order, f"{fraction:.0%}") for order, fraction in cheap.items()],
+        ),
+    ]
+    if cheap[best]:
+        paragraphs.append(f"model_pruned.pt: {cheap[best]:.0%} of the heads removed by {best}")
+    study.report(*paragraphs)
+    draw_layer_similarity(study, shape, similarity)
+    draw_similarity(study, shape, similarity)
+    draw_pruning(config, study, orders)
+
+
+def layers_table(shape: GPTConfig, similarity: np.ndarray) -> str:
+    """Similarity within layers (early, middle and late ones), and between different layers."""
+    # Pairs within a layer, by the third of the model that the layer is in
+    layers = np.array([layer for layer, _ in all_heads(shape)])  # (heads,)
+    pairs = similar_pairs(shape, similarity)
+    groups = {}
+    thirds = np.array_split(np.arange(shape.n_layer), 3)
+    for third, name in zip(thirds, ("early", "middle", "late")):
+        cosines = [similarity[i, j] for i, j in pairs if layers[i] in third]
+        if cosines:  # a model of fewer than three layers has empty thirds
+            groups[f"{name}: {third[0]}-{third[-1]}"] = np.array(cosines)
+    # Pairs of different layers, each counted once
+    groups["between layers"] = similarity[layers[:, None] < layers]
+
     rows = []
-    for third, name in zip(
-        np.array_split(np.arange(config.n_layer), 3), ("early", "middle", "late")
-    ):
-        cosines = np.array([similarity[i, j] for i, j in pairs if layers[i] in third])
+    for name, cosines in groups.items():
         if len(cosines):
-            numbers = f"{name}: {third[0]}-{third[-1]}"
-            rows.append(
-                (numbers, str(len(cosines)), str((cosines > ALIKE).sum()), f"{cosines.mean():.3f}")
-            )
-    others = similarity[layers[:, None] < layers]
-    if len(others):
-        rows.append(
-            (
-                "between layers",
-                str(len(others)),
-                str((others > ALIKE).sum()),
-                f"{others.mean():.3f}",
-            )
-        )
-    return table(("layers", "pairs of heads", f"above {ALIKE}", "mean cosine"), rows)
+            num_similar = (cosines > SIMILAR).sum()
+            rows.append((name, f"{len(cosines)}", f"{num_similar}", f"{cosines.mean():.3f}"))
+    return table(("layers", "pairs of heads", f"above {SIMILAR}", "mean cosine"), rows)
 
 
-def list_pairs(config: GPTConfig, similarity: np.ndarray) -> str:
-    heads, lines = all_heads(config), {}
-    for i, j in similar_pairs(config, similarity):
-        if similarity[i, j] > ALIKE:
-            lines.setdefault(heads[i][0], []).append(
-                f"{heads[i][1]}-{heads[j][1]} ({similarity[i, j]:.2f})"
-            )
-    return (
-        "\n".join(f"- layer {layer}: {', '.join(lines[layer])}" for layer in sorted(lines))
-        or "none"
-    )
+def list_pairs(shape: GPTConfig, similarity: np.ndarray) -> str:
+    """The similar pairs of each layer, the most similar first."""
+    heads = all_heads(shape)
+    by_layer = {}
+    for i, j in similar_pairs(shape, similarity):
+        if similarity[i, j] > SIMILAR:
+            (layer, first), (_, second) = heads[i], heads[j]
+            pair = f"{first}-{second} ({similarity[i, j]:.2f})"
+            by_layer.setdefault(layer, []).append(pair)
+    lines = [f"- layer {layer}: {', '.join(by_layer[layer])}" for layer in sorted(by_layer)]
+    return "\n".join(lines) or "none"
 
 
-def pruning_table(config: Config, model: GPT, rt: Runtime, results: Results, orders: dict) -> str:
-    figures = {"perplexity": ("perplexity", "{:.2f}"), "HellaSwag": ("hellaswag", "{:.2%}")}
-    if "hellaswag" not in results["whole model"]:
-        del figures["HellaSwag"]
-    head = ["heads removed", *(f"{name}, {order}" for name in figures for order in orders)]
-    rate = statistics.median(speed["whole"] for speed in results["speed"].values())
-    rows, whole_speed = [], dict(whole=rate, pruned=rate)
-    for share in (0.0, *sorted(config.shares)):
-        count = count_heads(model, share)
-        row = [f"{share:.0%} ({count})"]
-        for key, style in figures.values():
+def pruning_table(
+    config: Config, model: GPT, rt: Runtime, study: StudyFolder, orders: Orders
+) -> str:
+    """A row for each fraction: quality for each order, parameters, KV cache and speed."""
+    # HellaSwag has columns only if it was measured.
+    columns = [("perplexity", "perplexity", "{:.2f}")]  # key, title, format
+    if "hellaswag" in study.results["whole model"]:
+        columns.append(("hellaswag", "HellaSwag", "{:.2%}"))
+    # The complete model was timed next to each pruned one: take the median for its row.
+    speeds = study.results["speed"]
+    whole_speed = statistics.median(speed["whole"] for speed in speeds.values())
+    rows = []
+    for fraction in (0.0, *sorted(config.prune_fractions)):
+        count = count_heads(model, fraction)
+        row = [f"{fraction:.0%} ({count})"]
+        # Quality: one value, or the mean of the random orders with their range
+        for key, _, style in columns:
             for order in orders:
-                found = figures_of(results, orders, order, share, key)
-                low, mean, high = (style.format(f(found)) for f in (min, np.mean, max))
-                row.append(mean if len(found) == 1 else f"{mean} ({low} to {high})")
-        speed = results["speed"][f"{share:g}"] if share else whole_speed
-        cache = (
-            2
-            * torch.finfo(rt.dtype).bits
-            // 8
-            * (sum(model.config.heads) - count)
-            * model.config.head_dim
-        )
-        row.append(f"{figures_of(results, orders, 'importance', share, 'parameters')[0]:,}")
-        rows.append(
-            (*row, f"{cache:,}", f"{speed['pruned']:,.0f} ({speed['pruned'] / speed['whole']:.2f})")
-        )
-    return table(
-        (*head, "parameters", "KV cache, bytes a token", "tokens/s (to the whole model's)"), rows
-    )
+                values = values_of(study, orders, order, fraction, key)
+                cell = style.format(np.mean(values))
+                if len(values) > 1:
+                    cell += f" ({style.format(min(values))} to {style.format(max(values))})"
+                row.append(cell)
+        # Costs, which are the same for all orders
+        parameters = values_of(study, orders, "importance", fraction, "parameters")[0]
+        # A key and a value of head_dim numbers for each remaining head
+        heads_left = sum(model.config.heads) - count
+        cache = 2 * heads_left * model.config.head_dim * torch.finfo(rt.dtype).bits // 8
+        speed = dict(whole=whole_speed, pruned=whole_speed)
+        if fraction:
+            speed = speeds[f"{fraction:g}"]
+        relative_speed = speed["pruned"] / speed["whole"]
+        row += [f"{parameters:,}", f"{cache:,}", f"{speed['pruned']:,.0f} ({relative_speed:.2f})"]
+        rows.append(tuple(row))
+    quality = [f"{title}, {order}" for _, title, _ in columns for order in orders]
+    costs = ["parameters", "KV cache, bytes per token", "tokens/s (relative to the whole model)"]
+    return table(("heads removed", *quality, *costs), rows)
 
 
-def draw_patterns(results: Results, config: GPTConfig, patterns: np.ndarray):
-    """The mean attention of every head, a row for each layer."""
+# ---------------------------------------------------------------------------------------------
+# Plots
+
+
+def draw_patterns(study: StudyFolder, shape: GPTConfig, patterns: np.ndarray):
+    """The mean attention (heads, size, size) of every head, one row of squares per layer."""
     size = patterns.shape[-1]
-    canvas = np.full((config.n_layer * (size + 2), config.n_head * (size + 2)), np.nan)
-    for (layer, head), pattern in zip(all_heads(config), patterns):
-        top, left = layer * (size + 2), head * (size + 2)
-        canvas[top : top + size, left : left + size] = (
-            np.where(np.tri(size), pattern, np.nan) ** 0.5
-        )
-    figure = Figure((2 + 0.8 * config.n_head, 1 + 0.8 * config.n_layer), layout="constrained")
+    pitch = size + 2  # a gap of two pixels between the squares
+    # All patterns in one image, because hundreds of subplots would be slow
+    canvas = np.full((shape.n_layer * pitch, shape.n_head * pitch), np.nan)
+    for (layer, head), pattern in zip(all_heads(shape), patterns):
+        top, left = layer * pitch, head * pitch
+        visible = np.where(np.tri(size), pattern, np.nan)  # the past only
+        # The square root makes weak attention visible.
+        canvas[top : top + size, left : left + size] = np.sqrt(visible)
+    figure = Figure((2 + 0.8 * shape.n_head, 1 + 0.8 * shape.n_layer), layout="constrained")
     ax = figure.subplots()
     ax.imshow(canvas, vmin=0, vmax=1)
-    ax.set_xticks(np.arange(config.n_head) * (size + 2) + size / 2, range(config.n_head))
-    ax.set_yticks(np.arange(config.n_layer) * (size + 2) + size / 2, range(config.n_layer))
-    ax.set(
-        xlabel="head",
-        ylabel="layer",
-        title=f"Square root of the mean attention, first {size} tokens",
-    )
-    results.save_picture("patterns.png", figure)
+    ax.set_xticks(np.arange(shape.n_head) * pitch + size / 2, range(shape.n_head))
+    ax.set_yticks(np.arange(shape.n_layer) * pitch + size / 2, range(shape.n_layer))
+    ax.set(xlabel="head", ylabel="layer")
+    ax.set_title(f"Square root of the mean attention, first {size} tokens")
+    study.save_plot("patterns.png", figure)
 
 
-def draw_similarity(results: Results, config: GPTConfig, similarity: np.ndarray):
-    """Heat maps of the cosines: of each layer, and of all heads together."""
-    columns = math.ceil(config.n_layer**0.5)
-    rows = math.ceil(config.n_layer / columns)
+def draw_layer_similarity(study: StudyFolder, shape: GPTConfig, similarity: np.ndarray):
+    """A heat map of the cosines for each layer."""
+    columns = math.ceil(shape.n_layer**0.5)
+    rows = math.ceil(shape.n_layer / columns)
     figure = Figure((3 * columns + 1, 3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    ends = np.cumsum((0, *config.heads))
+    ends = np.cumsum((0, *shape.heads))  # layer n has the heads from ends[n] to ends[n + 1]
     for layer, ax in enumerate(axes):
-        if layer >= config.n_layer:
+        # The last row of the grid may have empty places.
+        if layer >= shape.n_layer:
             ax.axis("off")
             continue
         part = slice(ends[layer], ends[layer + 1])
         image = ax.imshow(similarity[part, part], vmin=0, vmax=1)
-        ax.set(
-            title=f"layer {layer}",
-            xticks=range(config.heads[layer]),
-            yticks=range(config.heads[layer]),
-        )
+        ticks = range(shape.heads[layer])
+        ax.set(title=f"layer {layer}", xticks=ticks, yticks=ticks)
         ax.tick_params(labelsize="x-small")
     figure.colorbar(image, ax=axes, label="cosine between the heads' attention")
-    results.save_picture("similarity_by_layer.png", figure)
+    study.save_plot("similarity_by_layer.png", figure)
 
+
+def draw_similarity(study: StudyFolder, shape: GPTConfig, similarity: np.ndarray):
+    """A heat map of the cosines between all heads."""
     figure = Figure((9, 8), layout="constrained")
     ax = figure.subplots()
-    figure.colorbar(
-        ax.imshow(similarity, vmin=0, vmax=1), label="cosine between the heads' attention"
-    )
-    ax.set_xticks((ends[:-1] + ends[1:] - 1) / 2, range(config.n_layer))
-    ax.set_yticks((ends[:-1] + ends[1:] - 1) / 2, range(config.n_layer))
+    image = ax.imshow(similarity, vmin=0, vmax=1)
+    figure.colorbar(image, label="cosine between the heads' attention")
+    # The layers are blocks on the diagonal: their numbers at the middle, white lines between them
+    ends = np.cumsum((0, *shape.heads))
+    middles = (ends[:-1] + ends[1:] - 1) / 2
+    ax.set_xticks(middles, range(shape.n_layer))
+    ax.set_yticks(middles, range(shape.n_layer))
     for end in ends[1:-1]:
         ax.axhline(end - 0.5, color="white", lw=0.5)
         ax.axvline(end - 0.5, color="white", lw=0.5)
     ax.set(xlabel="layer", ylabel="layer", title="All heads")
-    results.save_picture("similarity.png", figure)
+    study.save_plot("similarity.png", figure)
 
 
-def draw_pruning(config: Config, results: Results, orders: dict):
-    panels = {"perplexity": "perplexity", "hellaswag": "HellaSwag, acc_norm"}
-    panels = {key: title for key, title in panels.items() if key in results["whole model"]}
-    figure = Figure((5.5 * (1 + len(panels)), 4.5), layout="constrained")
-    *axes, right = figure.subplots(1, 1 + len(panels))
-    shares = [0.0, *sorted(config.shares)]
-    for ax, (key, title) in zip(axes, panels.items()):
-        for order, color in zip(orders, ("tab:orange", "tab:blue", "grey")):
-            found = [figures_of(results, orders, order, share, key) for share in shares]
-            ax.plot(shares, [np.mean(v) for v in found], color=color, marker="o", label=order)
-            if max(map(max, found)) > 5 * found[0][0]:
-                ax.set_yscale("log")
-            ax.fill_between(
-                shares, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, lw=0
-            )
-        ax.set(ylabel=title)
-    limit = (1 + COST) * results["whole model"]["perplexity"]
-    axes[0].axhline(limit, color="grey", ls=":", label=f"{COST:.0%} more")
-    parameters = [
-        figures_of(results, orders, "importance", share, "parameters")[0] for share in shares
-    ]
-    speeds = [
-        1.0,
-        *(
-            s["pruned"] / s["whole"]
-            for s in (results["speed"][f"{share:g}"] for share in shares[1:])
-        ),
-    ]
-    right.plot(shares, np.array(parameters) / parameters[0], marker="o", label="parameters")
-    right.plot(shares, speeds, marker="o", label="tokens/s, forward pass")
-    right.set(ylabel="against the whole model")
-    for ax in (*axes, right):
-        ax.set(xlabel="share of heads removed")
+def draw_pruning(config: Config, study: StudyFolder, orders: Orders):
+    """Quality, parameters and speed by the fraction of removed heads."""
+    titles = {"perplexity": "perplexity"}
+    if "hellaswag" in study.results["whole model"]:
+        titles["hellaswag"] = "HellaSwag, acc_norm"
+    figure = Figure((5.5 * (1 + len(titles)), 4.5), layout="constrained")
+    # Left: perplexity, and HellaSwag if it was measured
+    *quality_axes, cost_ax = figure.subplots(1, 1 + len(titles))
+    fractions = [0.0, *sorted(config.prune_fractions)]
+    for ax, (key, title) in zip(quality_axes, titles.items()):
+        draw_quality(ax, study, orders, fractions, key)
+        ax.set_ylabel(title)
+    limit = (1 + MAX_COST) * study.results["whole model"]["perplexity"]
+    quality_axes[0].axhline(limit, color="grey", ls=":", label=f"{MAX_COST:.0%} more")
+
+    # Right: what is saved
+    whole = study.results["whole model"]["parameters"]
+    parameters, speeds = [], [1.0]
+    for fraction in fractions:
+        [count] = values_of(study, orders, "importance", fraction, "parameters")
+        parameters.append(count / whole)
+    for fraction in fractions[1:]:
+        speed = study.results["speed"][f"{fraction:g}"]
+        speeds.append(speed["pruned"] / speed["whole"])
+    cost_ax.plot(fractions, parameters, marker="o", label="parameters")
+    cost_ax.plot(fractions, speeds, marker="o", label="tokens/s, forward pass")
+    cost_ax.set_ylabel("relative to the whole model")
+
+    for ax in (*quality_axes, cost_ax):
+        ax.set_xlabel("fraction of heads removed")
         ax.xaxis.set_major_formatter(PercentFormatter(1))
-        ax.grid(alpha=0.3)
-        ax.legend()
-    results.save_picture("pruning.png", figure)
+    finish_axes(*quality_axes, cost_ax)
+    study.save_plot("pruning.png", figure)
+
+
+def draw_quality(ax: Axes, study: StudyFolder, orders: Orders, fractions: list[float], key: str):
+    """A curve per order; for the random ones their mean, and a band from lowest to highest."""
+    for order, color in ORDER_COLORS.items():
+        values = [values_of(study, orders, order, fraction, key) for fraction in fractions]
+        means = [np.mean(v) for v in values]
+        lows = [min(v) for v in values]
+        highs = [max(v) for v in values]
+        ax.plot(fractions, means, color=color, marker="o", label=order)
+        ax.fill_between(fractions, lows, highs, color=color, alpha=0.2, lw=0)
+        # An order that ruins the model would hide the differences between the others.
+        if max(highs) > 5 * means[0]:
+            ax.set_yscale("log")
 
 
 if __name__ == "__main__":

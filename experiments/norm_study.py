@@ -1,33 +1,42 @@
 """Pre-LN against Post-LN: where does LayerNorm belong, and does Post-LN need warmup?
 
-    python -m experiments.norm_study  # GPT-2 (124M), 48 runs of 262M tokens each, as many at a time as GPUs
-    python -m experiments.norm_study --data_dir datasets/pydoc --n_layer 4 --n_head 4 --n_embd 64 --B 8 --T 64 \\
-        --total_batch_size 512 --max_steps 400 --warmups 0 100 --learning_rates 5e-4 1e-3 2e-3 4e-3 \\
-        --gradients_every 100 --val_tokens 20000  # in small, on the quickstart's data: 48 runs in 8 min on 2 cores
+    # GPT-2 (124M): 48 runs of 262M tokens each, as many at the same time as there are GPUs
+    python -m experiments.norm_study
 
-Both placements are trained (train_gpt2.py, as a command) with the same data, seeds and schedule, at several learning
-rates, with and without warmup. Xiong et al. 2020 ("On Layer Normalization in the Transformer Architecture") expect that
-Post-LN has much larger gradients near the output at initialization, and needs warmup therefore. How to read the answer:
+    # at small scale, on the quickstart's data: 48 runs in 8 min on 2 cores
+    python -m experiments.norm_study --data_dir datasets/pydoc --n_layer 4 --n_head 4 \\
+        --n_embd 64 --B 8 --T 64 --total_batch_size 512 --max_steps 400 \\
+        --warmup_steps_grid 0 100 --learning_rates 5e-4 1e-3 2e-3 4e-3 \\
+        --gradients_every 100 --val_tokens 20000
 
-    gradients    of the second matrix of a layer's MLP, which the paper's theorem 1 is about. At initialization the last
-                 layer's should not depend on the depth L with Post-LN, and fall like 1 / sqrt(L) with Pre-LN. The
-                 theorem assumes Xavier's initialization; GPT-2's is shown beside it, and is what the runs begin with:
-                 with it Post-LN's gradients are the smaller ones, so that what follows is not the paper's reason alone.
-    diverged     a loss or a gradient was not finite: train_gpt2.py stopped
-    survived     no seed diverged, and each ended below the unigram loss, that of a model that knows the tokens'
-                 frequencies and no context: Post-LN typically fails by getting no further
-    spike        steps in a row, after the first 20, with a training loss above the median of the 20 before by more than
-                 6 robust standard deviations (1.4826 times their median deviation) and 0.2 nats; its size is the
-                 largest excess
+train_gpt2.py trains both placements on the same data, with the same seeds and schedule, at several
+learning rates, with and without warmup. Xiong et al. 2020 ("On Layer Normalization in the
+Transformer Architecture") predict that with Post-LN the gradients near the output are much larger
+at initialization, and that this is why it needs warmup. How to read the results:
 
-Run again after a stop, it goes on where it was; with more learning rates or warmups it adds those. Results: report.md,
-results.json and pictures in log/norm_study/. The runs' logs are kept, their checkpoints are not.
+    gradients    norms for the second matrix of each layer's MLP, the subject of the paper's
+                 theorem 1. At initialization, the last layer's should not depend on the depth L
+                 with Post-LN, and fall as 1 / sqrt(L) with Pre-LN. The theorem assumes Xavier's
+                 initialization. The runs start from GPT-2's, where Post-LN has the *smaller*
+                 gradients: a need for warmup then has other reasons than the paper's.
+    diverged     a loss or a gradient was not finite, and train_gpt2.py stopped
+    survived     no seed diverged, and each ended below the unigram loss, which is the loss of a
+                 model that knows the frequency of each token and ignores the context. Post-LN
+                 typically fails by never getting below it.
+    spike        consecutive steps, after the first 20, whose training loss exceeds the median of
+                 the 20 steps before by more than 6 robust standard deviations (1.4826 times the
+                 median absolute deviation) and by more than 0.2 nats. Its size is the largest
+                 excess.
+
+An interrupted study resumes when the command is repeated. More learning rates or warmups add runs.
+Output: report.md, results.json, plots and the logs of the runs in log/norm_study/. The runs'
+checkpoints are removed once their gradients are measured.
 """
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,325 +44,343 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common import checkpoint, runtime
-from common.console import Progress, UserError, cli, say, table, write_text
+from common import checkpoint
+from common.console import Progress, cli, table
+from common.optim import Diverged
 from common.runtime import Runtime
 from common.shards import manifest_checksum, open_shards, shards_tokenizer
 from experiments.sweep import (
-    Results,
+    Run,
+    StudyFolder,
+    SweepConfig,
+    check_at_least,
+    check_different,
+    finish_axes,
     mean_and_deviation,
     read_stream,
     read_windows,
-    stop_like_ctrl_c,
-    train_command,
+    settings_of,
+    start,
+    train_run,
 )
 from model import GPT, GPTConfig
 
-NORMS = {"pre": "tab:blue", "post": "tab:orange"}
-INITS = {"gpt2": "-", "xavier": "--"}
-SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_NATS = 20, 6, 0.2
+PLACEMENT_COLORS = {"pre": "tab:blue", "post": "tab:orange"}
+INIT_STYLES = {"gpt2": "-", "xavier": "--"}
+SPIKE_WINDOW = 20  # steps
+SPIKE_DEVIATIONS = 6
+SPIKE_NATS = 0.2
+GRADIENT_WINDOWS = 8  # sequences of validation tokens that gradients are measured on
 
 
 @dataclass
-class Config:
-    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
-    out_dir: str = "log/norm_study"  # report, numbers, pictures and the runs' logs
-    # what is compared
-    learning_rates: tuple[float, ...] = (
-        3e-4,
-        6e-4,
-        1.2e-3,
-        2.4e-3,
-    )  # highest ones; each falls to a tenth
-    warmups: tuple[int, ...] = (0, 200)  # steps of linear warmup
-    seeds: tuple[int, ...] = (1, 2, 3)  # of weights and data order
-    depths: tuple[int, ...] = (
-        2,
-        4,
-        8,
-        16,
-        32,
-    )  # layers of the models whose gradients are taken at initialization
-    gradients_every: int = 500  # steps between two measurements of the gradients in training
-    # each run
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width
-    B: int = 32  # micro-batch: sequences per process and forward pass
-    T: int = 1024  # sequence length in tokens, and the models' context
-    total_batch_size: int = 131072  # tokens per optimizer step
-    max_steps: int = 2000  # optimizer steps
-    val_tokens: int = 1048576  # tokens of the validation shard
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs
-    num_parallel: int = 0  # runs at a time; 0 = one per GPU, or per CPU core
+class Config(SweepConfig):
+    out_dir: str = "log/norm_study"  # folder for the report, results.json, plots and runs
+    warmup_steps_grid: tuple[int, ...] = (0, 200)  # steps of linear warmup to compare
+    # layers of the untrained models whose gradients are measured
+    depths: tuple[int, ...] = (2, 4, 8, 16, 32)
+    gradients_every: int = 500  # steps between measurements of the gradients in training
 
     def __post_init__(self):
-        for name in ("learning_rates", "warmups", "seeds", "depths"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name} is {values}: give different values")
-        for name in ("gradients_every", "B", "T", "total_batch_size", "max_steps", "val_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if min(self.learning_rates) <= 0 or min(self.depths) <= 0:
-            raise UserError("learning_rates and depths must be above 0")
-        if min(self.warmups) < 0 or min(self.seeds) < 0 or self.num_parallel < 0:
-            raise UserError("warmups, seeds and num_parallel must not be negative")
+        super().__post_init__()
+        check_different(self, "warmup_steps_grid", "depths")
+        check_at_least(self, 1, "depths", "gradients_every")
+        check_at_least(self, 0, "warmup_steps_grid")
+
+
+class Point(NamedTuple):
+    """The settings by which one run differs from the others."""
+
+    placement: str  # of LayerNorm: pre or post
+    lr: float
+    warmup_steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.placement}_lr_{self.lr:g}_warmup_{self.warmup_steps}_seed_{self.seed}"
 
 
 def main(config: Config):
-    stop_like_ctrl_c()
-    rt = runtime.start(config.device, config.dtype)
-    settings = asdict(config) | dict(data=manifest_checksum(config.data_dir), dtype=str(rt.dtype))
-    for key in (
-        "data_dir",
-        "out_dir",
-        "learning_rates",
-        "warmups",
-        "B",
-        "device",
-        "compile",
-        "num_parallel",
-    ):
-        del settings[key]  # a folder moved, a grid made larger, other hardware: what is known holds
+    rt = start(config)
     enc = shards_tokenizer(config.data_dir)
-    shape = GPTConfig(
-        block_size=config.T,
-        vocab_size=enc.n_vocab,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
+
+    # All gradients, at initialization and in training, are measured on the same tokens.
+    val = open_shards(config.data_dir, "val")
+    x, y = read_windows(val, GRADIENT_WINDOWS, config.T)
+    x, y = x.to(rt.device), y.to(rt.device)
+    settings = settings_of(
+        config,
+        rt,
+        may_change=["learning_rates", "warmup_steps_grid"],
+        data=manifest_checksum(config.data_dir),
     )
-    x, y = (
-        part.to(rt.device)
-        for part in read_windows(open_shards(config.data_dir, "val"), 8, config.T)
+    study = StudyFolder(config.out_dir, settings)
+
+    # Measure what needs no training.
+    study.once("unigram_loss", lambda: unigram_loss(config, enc.n_vocab))
+    shape = config.gpt_config(block_size=config.T, vocab_size=enc.n_vocab)
+    study.once("gradients_at_init", lambda: gradients_at_init(config, shape, x, y, rt))
+
+    # Train every combination of the compared values.
+    def read(run: Run, diverged: Diverged | None) -> dict:
+        return read_run(run.folder, diverged is not None, x, y, rt)
+
+    grid = itertools.product(
+        PLACEMENT_COLORS, config.learning_rates, config.warmup_steps_grid, config.seeds
     )
-    results = Results(config.out_dir, settings)
-
-    if "unigram_loss" not in results:
-        results["unigram_loss"] = unigram_loss(config, enc.n_vocab)
-    if "gradients_at_init" not in results:
-        results["gradients_at_init"] = gradients_at_init(config, shape, x, y, rt)
-        results.save()
-    grid = list(itertools.product(NORMS, config.learning_rates, config.warmups, config.seeds))
-    commands = {run_name(*point): run_command(config, results.folder, *point) for point in grid}
-
-    def read(name: str, error: str | None) -> dict:
-        return read_run(results.folder / "runs" / name, error, x, y, rt)
-
-    results.run_all(commands, read, config.device, config.num_parallel, "training")
-    summarize(config, results)
+    runs = [make_run(config, Point(*values)) for values in grid]
+    study.run_all(runs, read, config.device, config.num_parallel, "training")
+    summarize(config, study)
 
 
-def run_name(norm: str, lr: float, warmup: int, seed: int) -> str:
-    return f"{norm}_lr_{lr:g}_warmup_{warmup}_seed_{seed}"
+# ---------------------------------------------------------------------------------------------
+# Measurements
 
 
 def unigram_loss(config: Config, vocab_size: int) -> float:
-    """Mean loss in nats on the validation tokens of a model that predicts the training tokens' frequencies."""
-    train, val = open_shards(config.data_dir, "train"), open_shards(config.data_dir, "val")
+    """Validation loss, in nats, of a model that predicts the frequencies of the training tokens."""
+    train = open_shards(config.data_dir, "train")
+    val = open_shards(config.data_dir, "val")
+    # Start from one of each token, so that no frequency is 0.
     counts = np.ones(vocab_size)
-    for number, length in enumerate(
-        Progress(train.lengths, desc="counting tokens", unit="shard", leave=False)
-    ):
+    bar = Progress(train.lengths, desc="counting tokens", unit="shard", leave=False)
+    for number, length in enumerate(bar):
         counts += np.bincount(train.read(number, 0, length), minlength=vocab_size)
-    return float(
-        -np.log(counts / counts.sum())[
-            val.read(0, 0, min(config.val_tokens, val.lengths[0]))
-        ].mean()
-    )
+    # The loss of a token depends on nothing but the token.
+    losses = -np.log(counts / counts.sum())  # (vocab_size,)
+    return float(losses[val.read(0, 0, min(config.val_tokens, val.lengths[0]))].mean())
 
 
 def gradients_at_init(
     config: Config, shape: GPTConfig, x: torch.Tensor, y: torch.Tensor, rt: Runtime
-) -> dict:
-    """Gradient norms by layer of untrained models: "norm init depth" -> means over the seeds, layer by layer."""
-    cases = list(itertools.product(NORMS, INITS, sorted({*config.depths, config.n_layer})))
+) -> dict[str, list[float]]:
+    """Gradient norms of untrained models, "placement init depth" -> one per layer.
+
+    Each is the mean over the seeds, on tokens x with targets y (N, T).
+    """
+    # The depth of the runs is included, because their plots begin with these gradients.
+    depths = sorted({*config.depths, config.n_layer})
+    cases = list(itertools.product(PLACEMENT_COLORS, INIT_STYLES, depths))
     gradients = {}
-    for norm, init, depth in Progress(
-        cases, desc="gradients at initialization", unit="model", leave=False
-    ):
-        norms = []
+    bar = Progress(cases, desc="gradients at initialization", unit="model", leave=False)
+    for placement, init, depth in bar:
+        by_seed = []
         for seed in config.seeds:
             torch.manual_seed(seed)
-            model = GPT(replace(shape, norm=norm, n_layer=depth))
+            # GPT draws GPT-2's initialization.
+            model = GPT(replace(shape, norm=placement, n_layer=depth))
             if init == "xavier":
                 init_xavier(model)
-            norms.append(layer_gradients(model.to(rt.device), x, y, rt))
-        gradients[f"{norm} {init} {depth}"] = np.mean(norms, 0).tolist()
-    torch.cuda.empty_cache()  # for the runs on the same GPU
+            by_seed.append(layer_gradients(model.to(rt.device), x, y, rt))
+        gradients[f"{placement} {init} {depth}"] = np.mean(by_seed, axis=0).tolist()
+    torch.cuda.empty_cache()  # leave the memory to the runs on the same GPU
     return gradients
 
 
 def init_xavier(model: GPT):
-    """Glorot & Bengio 2010: the matrices of the blocks from N(0, 2 / (inputs + outputs))."""
+    """Draw the blocks' matrices from N(0, 2 / (inputs + outputs)), as Glorot & Bengio 2010 do."""
     for parameter in model.h.parameters():
         if parameter.dim() == 2:
             torch.nn.init.xavier_normal_(parameter)
 
 
 def layer_gradients(model: GPT, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -> list[float]:
-    """For each layer the norm of the gradient of the second matrix of its MLP, for the mean loss of x, y (B, T)."""
+    """Gradient norm of the second MLP matrix of each layer, for the mean loss of x, y (B, T)."""
     with rt.autocast():
         loss = model(x, y)
+    # Only these gradients are computed: backward() would compute and store all of them.
     weights = [block.mlp.c_proj.weight for block in model.h]
     return [float(gradient.norm()) for gradient in torch.autograd.grad(loss, weights)]
 
 
-def run_command(
-    config: Config, folder: Path, norm: str, lr: float, warmup: int, seed: int
-) -> tuple[list, Path]:
-    """The words of one run's command, and the file for its output."""
-    constants = dict(
-        norm=norm, max_lr=lr, min_lr=lr / 10, warmup_steps=warmup, seed=seed, block_size=config.T
-    )
-    for key in (
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "B",
-        "T",
-        "total_batch_size",
-        "max_steps",
-        "val_tokens",
-    ):
-        constants[key] = getattr(config, key)
-    constants |= dict(val_every=config.max_steps, checkpoint_every=config.gradients_every)
-    constants |= dict(rolling_every=0, sample_every=0, hellaswag_every=0)
-    return train_command(
-        config, folder / "runs" / run_name(norm, lr, warmup, seed), config.data_dir, **constants
+def make_run(config: Config, point: Point) -> Run:
+    return train_run(
+        config,
+        point.name,
+        config.data_dir,
+        T=config.T,
+        total_batch_size=config.total_batch_size,
+        max_lr=point.lr,
+        seed=point.seed,
+        norm=point.placement,
+        warmup_steps=point.warmup_steps,
+        # The validation loss is needed only at the end.
+        val_every=config.max_steps,
+        val_tokens=config.val_tokens,
+        # Gradients are measured on the checkpoints.
+        checkpoint_every=config.gradients_every,
+        rolling_every=0,
     )
 
 
-def read_run(
-    folder: Path, error: str | None, x: torch.Tensor, y: torch.Tensor, rt: Runtime
-) -> dict:
-    """What a run shows. Raises ValueError if it failed otherwise than by diverging."""
-    diverged = error is not None and "the run diverged" in error
-    if error and not diverged:
-        raise UserError(error)
+def read_run(folder: Path, diverged: bool, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -> dict:
+    """The result of a run.
+
+    diverged   number of steps before it diverged; None if it did not
+    val        final validation loss; None if it diverged
+    spikes     sizes of the loss spikes
+    gradients  [step, gradient norm of each layer] for each checkpoint, measured on x, y
+    """
+    # Oldest first: candidates are sorted from the newest. A run that diverged has only the
+    # checkpoints from before.
     gradients = []
-    for path in checkpoint.candidates(folder)[::-1]:
+    for path in reversed(checkpoint.candidates(folder)):
         saved = checkpoint.load(path)
         model = checkpoint.build_model(saved, path).to(rt.device)
         gradients.append((saved["step"], layer_gradients(model, x, y, rt)))
-    torch.cuda.empty_cache()  # for the runs on the same GPU
-    losses, vals = read_stream(folder, "train")[1], read_stream(folder, "val")[1]
+    torch.cuda.empty_cache()  # leave the memory to the runs on the same GPU
+
+    _, losses = read_stream(folder, "train")
+    _, vals = read_stream(folder, "val")
     return dict(
-        diverged=len(losses) if diverged else None, val=None if diverged else vals[-1], spikes=find_spikes(losses),
+        diverged=len(losses) if diverged else None,
+        val=None if diverged else vals[-1],
+        spikes=find_spikes(losses),
         gradients=gradients,
-    )  # fmt: skip
+    )
 
 
 def find_spikes(losses: list[float]) -> list[float]:
-    """The sizes in nats of the spikes of a loss curve, as defined above."""
-    sizes, inside = [], False
+    """Sizes in nats of the spikes in a loss curve, as the module's docstring defines them."""
+    sizes = []
+    in_spike = False
     for step in range(SPIKE_WINDOW, len(losses)):
-        before = losses[step - SPIKE_WINDOW : step]
+        # The median and its deviation are hardly affected by a few high losses in the window.
+        before = np.array(losses[step - SPIKE_WINDOW : step])
         median = float(np.median(before))
-        deviation = 1.4826 * float(np.median(np.abs(np.array(before) - median)))
+        deviation = 1.4826 * float(np.median(np.abs(before - median)))
+        # The limit in nats matters on smooth curves, where the deviation is almost 0.
         excess = losses[step] - median
-        if excess > max(SPIKE_DEVIATIONS * deviation, SPIKE_NATS):
-            sizes = [*sizes[:-1], max(sizes[-1], excess)] if inside else [*sizes, excess]
-            inside = True
-        else:
-            inside = False
+        is_high = excess > max(SPIKE_DEVIATIONS * deviation, SPIKE_NATS)
+        if is_high and in_spike:
+            sizes[-1] = max(sizes[-1], excess)
+        elif is_high:
+            sizes.append(excess)
+        in_spike = is_high
     return sizes
 
 
-def survived(runs: list[dict], unigram: float) -> bool:
-    return all(run["val"] is not None and run["val"] < unigram for run in runs)
+# ---------------------------------------------------------------------------------------------
+# Report
 
 
-def summarize(config: Config, results: Results):
-    unigram, rows, survivals = results["unigram_loss"], [], []
-    for norm, warmup in itertools.product(NORMS, config.warmups):
-        largest = None
+def results_of_seeds(
+    config: Config, study: StudyFolder, placement: str, lr: float, warmup_steps: int
+) -> list[dict]:
+    points = [Point(placement, lr, warmup_steps, seed) for seed in config.seeds]
+    return [study.results[point.name] for point in points]
+
+
+def survived(results: list[dict], unigram: float) -> bool:
+    """Whether no seed diverged, and all ended below the unigram loss."""
+    return all(result["val"] is not None and result["val"] < unigram for result in results)
+
+
+def summarize(config: Config, study: StudyFolder):
+    unigram = study.results["unigram_loss"]
+    rows, largest_rates = [], []
+    for placement, warmup in itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid):
+        label = f"{placement}, warmup {warmup}"
+        # Rates come in increasing order, so the last one that survived is the largest.
+        largest = "none"
         for lr in sorted(config.learning_rates):
-            runs = [results[run_name(norm, lr, warmup, seed)] for seed in config.seeds]
-            vals = [run["val"] for run in runs if run["val"] is not None]
-            spikes = [size for run in runs for size in run["spikes"]]
-            alive = survived(runs, unigram)
-            largest = lr if alive else largest
-            rows.append((
-                f"{norm}, warmup {warmup}", f"{lr:g}", mean_and_deviation(vals) if vals else "none finite",
-                f"{len(runs) - len(vals)} of {len(runs)}", f"{len(spikes)}, {max(spikes):.2f}" if spikes else "0",
-                "yes" if alive else "no",
-            ))  # fmt: skip
-        survivals.append(
-            (f"{norm}, warmup {warmup}", "none" if largest is None else f"{largest:g}")
-        )
-    head = (
-        "placement",
-        "learning rate",
-        "validation loss",
-        "diverged",
-        "spikes, largest (nats)",
-        "survived",
+            results = results_of_seeds(config, study, placement, lr, warmup)
+            rows.append((label, f"{lr:g}", *result_cells(results, unigram)))
+            if survived(results, unigram):
+                largest = f"{lr:g}"
+        largest_rates.append((label, largest))
+    study.report(
+        f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of "
+        f"{config.total_batch_size} tokens; mean and standard deviation of {len(config.seeds)} "
+        f"seeds; unigram loss {unigram:.3f}",
+        table(
+            (
+                "placement",
+                "learning rate",
+                "validation loss",
+                "diverged",
+                "spikes, largest (nats)",
+                "survived",
+            ),
+            rows,
+        ),
+        table(("placement", "largest learning rate survived"), largest_rates),
+        "The last layer's gradient at initialization is proportional to the depth to the power:",
+        slopes_table(study),
     )
-    text = "\n\n".join(
-        (
-            f"{config.n_layer} layers of width {config.n_embd}, {config.max_steps} steps of {config.total_batch_size} "
-            f"tokens; mean and standard deviation of {len(config.seeds)} seeds; unigram loss {unigram:.3f}",
-            table(head, rows),
-            table(("placement", "largest learning rate survived"), survivals),
-            f"Gradient of the last layer at initialization, falling as depth to the power:\n\n{slopes(results)}",
-        )
-    )
-    write_text(results.folder / "report.md", text + "\n")
-    draw_init(config, results)
-    draw_curves(config, results)
-    draw_learning_rates(config, results)
-    draw_gradients(config, results)
-    say(
-        f"{text}\n\n{results.folder}/report.md, {results.folder}/results.json and pictures beside them"
+    draw_init(config, study)
+    draw_curves(config, study)
+    draw_learning_rates(config, study)
+    draw_gradients(config, study)
+
+
+def result_cells(results: list[dict], unigram: float) -> tuple[str, ...]:
+    """The cells of a row about the seeds of one setting: loss, diverged, spikes, survived."""
+    # The mean is over the seeds that did not diverge; their number is in the next cell.
+    vals = [result["val"] for result in results if result["val"] is not None]
+    spikes = [size for result in results for size in result["spikes"]]
+    return (
+        mean_and_deviation(vals) if vals else "none finite",
+        f"{len(results) - len(vals)} of {len(results)}",
+        f"{len(spikes)}, {max(spikes):.2f}" if spikes else "0",
+        "yes" if survived(results, unigram) else "no",
     )
 
 
-def last_layer(results: Results, norm: str, init: str) -> tuple[list[int], list[float]]:
+def last_layer(study: StudyFolder, placement: str, init: str) -> tuple[list[int], list[float]]:
     """Depths, and the gradient norm of the last layer at each."""
-    cases = [key.split() for key in results["gradients_at_init"]]
-    depths = sorted(int(depth) for n, i, depth in cases if (n, i) == (norm, init))
-    return depths, [results["gradients_at_init"][f"{norm} {init} {depth}"][-1] for depth in depths]
+    # The keys are "placement init depth", such as "pre xavier 16".
+    by_depth = {}
+    for case, grad_norms in study.results["gradients_at_init"].items():
+        case_placement, case_init, depth = case.split()
+        if (case_placement, case_init) == (placement, init):
+            by_depth[int(depth)] = grad_norms[-1]
+    depths = sorted(by_depth)
+    return depths, [by_depth[depth] for depth in depths]
 
 
-def slopes(results: Results) -> str:
-    """The exponent of the depth in the last layer's gradient, a straight line fitted in logarithms."""
-    rows = [
-        (norm, *(slope(*last_layer(results, norm, init)) for init in INITS), paper)
-        for norm, paper in (("pre", "-0.50"), ("post", "0.00"))
-    ]
+def slopes_table(study: StudyFolder) -> str:
+    rows = []
+    for placement, predicted in (("pre", "-0.50"), ("post", "0.00")):
+        measured = [slope(*last_layer(study, placement, init)) for init in INIT_STYLES]
+        rows.append((placement, *measured, predicted))
     return table(
         ("placement", "GPT-2's initialization", "Xavier's", "Xiong et al., for Xavier's"), rows
     )
 
 
-def slope(depths: list[int], norms: list[float]) -> str:
-    return (
-        f"{np.polyfit(np.log(depths), np.log(norms), 1)[0]:+.2f}"
-        if len(depths) > 1
-        else "one depth only"
-    )
+def slope(depths: list[int], grad_norms: list[float]) -> str:
+    """The exponent of the depth: the slope of a straight line fitted to the logarithms."""
+    if len(depths) < 2:
+        return "one depth only"
+    return f"{np.polyfit(np.log(depths), np.log(grad_norms), 1)[0]:+.2f}"
 
 
-def draw_init(config: Config, results: Results):
+# ---------------------------------------------------------------------------------------------
+# Plots
+
+
+def draw_init(config: Config, study: StudyFolder):
+    """Gradients at initialization: the last layer's by depth, and all layers' of one depth."""
     figure = Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (norm, color), (init, style) in itertools.product(NORMS.items(), INITS.items()):
-        label = f"{norm}, {init}"
-        depths, norms = last_layer(results, norm, init)
-        left.plot(depths, norms, color=color, ls=style, marker="o", label=label)
-        layers = results["gradients_at_init"][f"{norm} {init} {config.n_layer}"]
-        right.plot(
-            range(1, len(layers) + 1), layers, color=color, ls=style, marker="o", label=label
+    for placement, init in itertools.product(PLACEMENT_COLORS, INIT_STYLES):
+        style = dict(
+            color=PLACEMENT_COLORS[placement],
+            ls=INIT_STYLES[init],
+            marker="o",
+            label=f"{placement}, {init}",
         )
-        if (norm, init) == ("pre", "xavier"):
-            law = norms[0] * (np.array(depths) / depths[0]) ** -0.5
-            left.plot(depths, law, color="grey", ls=":", label="1 / sqrt(depth)")
+        depths, grad_norms = last_layer(study, placement, init)
+        left.plot(depths, grad_norms, **style)
+        layers = study.results["gradients_at_init"][f"{placement} {init} {config.n_layer}"]
+        right.plot(range(1, len(layers) + 1), layers, **style)
+        # The paper's prediction, through the first measured point
+        if (placement, init) == ("pre", "xavier"):
+            predicted = grad_norms[0] * (np.array(depths) / depths[0]) ** -0.5
+            left.plot(depths, predicted, color="grey", ls=":", label="1 / sqrt(depth)")
+    # Ticks at the measured depths, rather than at powers of ten
     left.set(xscale="log", title="Last layer, by depth", xlabel="layers")
     left.set_xticks(depths, depths)
     left.minorticks_off()
@@ -361,101 +388,97 @@ def draw_init(config: Config, results: Results):
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in (left, right):
         ax.set(yscale="log", ylabel="gradient norm at initialization")
-        finish(ax)
-    results.save_picture("gradients_at_init.png", figure)
+    finish_axes(left, right)
+    study.save_plot("gradients_at_init.png", figure)
 
 
-def grid_of_panels(config: Config, rows: list) -> tuple[Figure, dict]:
-    """A panel for each row and learning rate."""
+def grid_of_panels(config: Config, rows: list) -> tuple[Figure, dict[tuple, Axes]]:
+    """A figure with a panel for each (row, learning rate)."""
     columns = sorted(config.learning_rates)
     figure = Figure((3.5 * len(columns), 3 * len(rows)), layout="constrained")
+    # Shared axes, so that panels can be compared at a glance
     axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
-    return figure, {
-        (row, lr): axes[i, j] for i, row in enumerate(rows) for j, lr in enumerate(columns)
-    }
+    panels = dict(zip(itertools.product(rows, columns), axes.flat))
+    return figure, panels
 
 
-def draw_curves(config: Config, results: Results):
-    figure, panels = grid_of_panels(config, list(config.warmups))
+def draw_curves(config: Config, study: StudyFolder):
+    """Training loss of every run."""
+    figure, panels = grid_of_panels(config, list(config.warmup_steps_grid))
+    unigram = study.results["unigram_loss"]
     for (warmup, lr), ax in panels.items():
-        for (norm, color), seed in itertools.product(NORMS.items(), config.seeds):
-            steps, losses = read_stream(
-                results.folder / "runs" / run_name(norm, lr, warmup, seed), "train"
-            )
-            ax.plot(
-                steps,
-                losses,
-                color=color,
-                lw=0.6,
-                alpha=0.7,
-                label=norm if seed == config.seeds[0] else None,
-            )
-        ax.axhline(results["unigram_loss"], color="grey", ls=":", label="unigram")
-        ax.set_ylim(
-            top=min(ax.get_ylim()[1], 2 * results["unigram_loss"])
-        )  # a spike must not flatten the rest
-        ax.set(
-            title=f"learning rate {lr:g}, warmup {warmup}",
-            xlabel="step",
-            ylabel="training loss (nats)",
-        )
-        finish(ax)
-    results.save_picture("loss_curves.png", figure)
+        for placement, seed in itertools.product(PLACEMENT_COLORS, config.seeds):
+            name = Point(placement, lr, warmup, seed).name
+            steps, losses = read_stream(study.path / "runs" / name, "train")
+            # One entry in the legend for all seeds
+            label = placement if seed == config.seeds[0] else None
+            color = PLACEMENT_COLORS[placement]
+            ax.plot(steps, losses, color=color, lw=0.6, alpha=0.7, label=label)
+        ax.axhline(unigram, color="grey", ls=":", label="unigram")
+        # Cut off high spikes, which would flatten everything else.
+        ax.set_ylim(top=min(ax.get_ylim()[1], 2 * unigram))
+        ax.set_title(f"learning rate {lr:g}, warmup {warmup}")
+        ax.set(xlabel="step", ylabel="training loss (nats)")
+    finish_axes(*panels.values())
+    study.save_plot("loss_curves.png", figure)
 
 
-def draw_learning_rates(config: Config, results: Results):
+def draw_learning_rates(config: Config, study: StudyFolder):
+    """Final validation loss by learning rate, without the rates at which a seed diverged."""
     figure = Figure((8, 5), layout="constrained")
     ax = figure.subplots()
-    for (norm, color), (style, warmup) in itertools.product(
-        NORMS.items(), zip(itertools.cycle(("--", "-", "-.", ":")), config.warmups)
-    ):
-        points = []
+    styles = dict(zip(config.warmup_steps_grid, itertools.cycle(("--", "-", "-.", ":"))))
+    for placement, warmup in itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid):
+        # Error bars are distances below and above the mean.
+        lrs, lows, means, highs = [], [], [], []
         for lr in sorted(config.learning_rates):
-            vals = [results[run_name(norm, lr, warmup, seed)]["val"] for seed in config.seeds]
+            results = results_of_seeds(config, study, placement, lr, warmup)
+            vals = [result["val"] for result in results]
             if None not in vals:
-                points.append(
-                    (lr, np.mean(vals), np.mean(vals) - min(vals), max(vals) - np.mean(vals))
-                )
-        if points:
-            lrs, means, *spread = zip(*points)
+                lrs.append(lr)
+                lows.append(np.mean(vals) - min(vals))
+                means.append(np.mean(vals))
+                highs.append(max(vals) - np.mean(vals))
+        if lrs:
             ax.errorbar(
                 lrs,
                 means,
-                spread,
-                color=color,
-                ls=style,
+                (lows, highs),
+                color=PLACEMENT_COLORS[placement],
+                ls=styles[warmup],
                 marker="o",
                 capsize=4,
-                label=f"{norm}, {warmup}",
+                label=f"{placement}, {warmup}",
             )
-    ax.axhline(results["unigram_loss"], color="grey", ls=":", label="unigram loss")
-    ax.set(xscale="log", xlabel="highest learning rate", ylabel="validation loss (nats)")
+    ax.axhline(study.results["unigram_loss"], color="grey", ls=":", label="unigram loss")
+    ax.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats)")
     ax.set_title(f"Mean, lowest and highest of {len(config.seeds)} seeds; placement, warmup steps")
-    finish(ax)
-    results.save_picture("learning_rates.png", figure)
+    finish_axes(ax)
+    study.save_plot("learning_rates.png", figure)
 
 
-def draw_gradients(config: Config, results: Results):
-    figure, panels = grid_of_panels(config, list(itertools.product(NORMS, config.warmups)))
-    for ((norm, warmup), lr), ax in panels.items():
-        by_step = {}
-        for seed in config.seeds:
-            for step, norms in results[run_name(norm, lr, warmup, seed)]["gradients"]:
-                by_step.setdefault(step, []).append(norms)
-        start = results["gradients_at_init"][f"{norm} gpt2 {config.n_layer}"]
-        for n, (step, norms) in enumerate([(0, [start]), *sorted(by_step.items())]):
-            ax.plot(range(1, len(start) + 1), np.mean(norms, 0), color=str(0.8 * (1 - n / max(1, len(by_step)))),
-                    marker=".", label=f"step {step}")  # fmt: skip
-        ax.set(title=f"{norm}, learning rate {lr:g}, warmup {warmup}", yscale="log", xlabel="layer")
-        ax.set_ylabel("gradient norm")
+def draw_gradients(config: Config, study: StudyFolder):
+    """Gradient norms by layer, from light grey at initialization to black at the end."""
+    rows = list(itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid))
+    figure, panels = grid_of_panels(config, rows)
+    for ((placement, warmup), lr), ax in panels.items():
+        at_init = study.results["gradients_at_init"][f"{placement} gpt2 {config.n_layer}"]
+        by_step = {0: [at_init]}  # step -> one list of norms per seed
+        for result in results_of_seeds(config, study, placement, lr, warmup):
+            for step, grad_norms in result["gradients"]:
+                by_step.setdefault(step, []).append(grad_norms)
+        layers = range(1, len(at_init) + 1)
+        last = max(1, len(by_step) - 1)
+        for n, step in enumerate(sorted(by_step)):
+            # matplotlib takes grey levels as strings, from "0" (black) to "1" (white).
+            shade = str(0.8 * (1 - n / last))
+            mean = np.mean(by_step[step], axis=0)
+            ax.plot(layers, mean, color=shade, marker=".", label=f"step {step}")
+        ax.set_title(f"{placement}, learning rate {lr:g}, warmup {warmup}")
+        ax.set(yscale="log", xlabel="layer", ylabel="gradient norm")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        finish(ax)
-    results.save_picture("gradients_in_training.png", figure)
-
-
-def finish(ax: Axes):
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
+    finish_axes(*panels.values())
+    study.save_plot("gradients_in_training.png", figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,16 @@
-"""What the studies share: a folder whose results outlive a stop, and stages run in it as a person would run them."""
+"""Code shared by the studies: flags, a folder whose results survive a stop, and runs in parallel.
+
+A study declares its runs, has them run, reads their output files and reports:
+
+    rt = start(config)
+    study = StudyFolder(config.out_dir, settings_of(config, rt, may_change=["learning_rates"]))
+    runs = [train_run(config, f"lr_{lr:g}", ..., max_lr=lr) for lr in config.learning_rates]
+    study.run_all(runs, read_run, config.device, config.num_parallel, "training")
+    study.report("## Final losses", table(...))
+
+Each run is a script of this repository, started as a command, as a user would. A run whose result
+is in results.json is skipped, so an interrupted study resumes when its command is repeated.
+"""
 
 import fcntl
 import json
@@ -8,115 +20,407 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common import checkpoint
+from common import checkpoint, runtime
 from common.console import Progress, UserError, say, write_atomically, write_text
-from common.runtime import num_cores
+from common.optim import Diverged
+from common.runtime import Runtime, num_cores
 from common.shards import Shards
+from model import GPTConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent  # the scripts are here
+
+# Flags that may change when a study is resumed: paths, and what affects only speed and memory.
+MAY_CHANGE = ("data_dir", "out_dir", "B", "device", "compile", "num_parallel")
 
 
-class Results(dict):
-    """What a study knows so far, kept in results.json; `settings` says what it depends on.
+# ---------------------------------------------------------------------------------------------
+# Flags. A study's Config inherits from one of these classes, and overrides defaults where needed.
+# (tyro takes the help of a flag from the comment behind or above its field, also if inherited.)
 
-    Raises ValueError if the folder holds a study with other settings, or one that is still at work.
+
+@dataclass
+class StudyConfig:
+    """The flags of every study."""
+
+    out_dir: str = "log/study"  # folder for the report, results.json and plots
+    B: int = 32  # micro-batch: sequences per forward pass
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    dtype: runtime.Dtype = "auto"
+
+    def __post_init__(self):
+        check_at_least(self, 1, "B")
+
+
+@dataclass
+class TrainingConfig(StudyConfig):
+    """The flags of a study that trains models."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of the weights and of the data order
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # width of the residual stream
+    max_steps: int = 2000  # optimizer steps per run
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
+    num_parallel: int = 0  # runs at the same time; 0 = one per GPU, or per CPU core
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_different(self, "seeds")
+        check_at_least(self, 1, "max_steps")
+        check_at_least(self, 0, "seeds", "num_parallel")
+        self.gpt_config()
+
+    def gpt_config(self, **more) -> GPTConfig:
+        """The architecture that the flags describe. Raises UserError if it is impossible."""
+        try:
+            return GPTConfig(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, **more)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+@dataclass
+class SweepConfig(TrainingConfig):
+    """The flags of a study that trains at several learning rates on one folder of shards."""
+
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
+    # peak learning rates; each decays to a tenth
+    learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+    T: int = 1024  # sequence length in tokens, and the context length of the models
+    total_batch_size: int = 131072  # tokens per optimizer step
+    val_tokens: int = 1048576  # tokens of the validation shard used for the validation loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_different(self, "learning_rates")
+        check_at_least(self, 1, "T", "total_batch_size", "val_tokens")
+        if min(self.learning_rates) <= 0:
+            raise UserError(f"learning_rates is {self.learning_rates}: give values above 0")
+
+
+def check_at_least(config: StudyConfig, least: float, *names: str):
+    """Raise UserError if a flag, or one of its values, is too small."""
+    for name in names:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if min(values) < least:
+            raise UserError(f"{name} is {value}, must be at least {least}")
+
+
+def check_different(config: StudyConfig, *names: str):
+    """Raise UserError if a flag with several values has none, or has one of them twice."""
+    for name in names:
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name} is {values}: give one value or more, all different")
+
+
+def start(config: StudyConfig) -> Runtime:
+    """Set up the device. SIGTERM then stops the study in the same way as Ctrl-C."""
+    # A scheduler sends SIGTERM before it kills a job.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return runtime.start(config.device, config.dtype)
+
+
+def settings_of(config: StudyConfig, rt: Runtime, may_change: Iterable[str] = (), **more) -> dict:
+    """The values that a study's results depend on. A resumed study must have the same ones.
+
+    These are all flags except MAY_CHANGE and the study's own `may_change`: the grids of values
+    that are part of a run's name, so that a larger grid only adds runs.
+    """
+    settings = asdict(config) | dict(dtype=str(rt.dtype)) | more
+    ignored = {*MAY_CHANGE, *may_change}
+    return {key: value for key, value in settings.items() if key not in ignored}
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass
+class Run:
+    """A command of a study."""
+
+    name: str  # the key of its result in results.json
+    argv: list  # a script of this repository and its flags
+    log: Path  # file that its output is appended to
+
+    @property
+    def folder(self) -> Path:
+        return self.log.parent
+
+
+def train_run(
+    config: TrainingConfig,
+    name: str,
+    data_dir: str | Path,
+    T: int,
+    total_batch_size: int,
+    max_lr: float,
+    seed: int,
+    **flags,
+) -> Run:
+    """A run of train_gpt2.py in OUT_DIR/runs/NAME, with the model of the study's flags.
+
+    The learning rate decays to a tenth of max_lr. `flags` are further flags of train_gpt2.py.
+    """
+    folder = Path(config.out_dir) / "runs" / name.replace(" ", "_")
+    common_flags = dict(
+        data_dir=data_dir,
+        log_dir=folder,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        block_size=T,
+        T=T,
+        B=config.B,
+        total_batch_size=total_batch_size,
+        max_steps=config.max_steps,
+        max_lr=max_lr,
+        min_lr=max_lr / 10,
+        seed=seed,
+        # Samples and benchmarks during training would only take time.
+        sample_every=0,
+        hellaswag_every=0,
+        # Which GPU is decided by CUDA_VISIBLE_DEVICES, so the device is "cuda", not "cuda:1".
+        device=config.device.split(":")[0],
+        dtype=config.dtype,
+        compile=config.compile,
+    )
+    # With --resume, a run that was stopped continues, and one that is complete ends at once.
+    argv = ["train_gpt2.py", "--resume"]
+    for flag, value in (common_flags | flags).items():
+        argv += [f"--{flag}", value]
+    return Run(name, argv, folder / "output.txt")
+
+
+class StudyFolder:
+    """The output folder of a study. It keeps the finished results, and locks itself while in use.
+
+    results   dict: name of a run or of another result -> JSON values; stored in results.json
+    settings  the entry of `results` with the values that the others depend on
+
+    Raises UserError if the folder holds a study with other settings, or is in use.
     """
 
     def __init__(self, folder: str | Path, settings: dict):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held as long as this process and its stages live
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder} is in use by a study that still runs, or by a run that it started"
-            ) from error
-        settings = json.loads(json.dumps(settings))  # tuples become lists, as they are when read
-        self.path = self.folder / "results.json"
-        super().__init__(settings=settings)
-        if not self.path.exists():
-            self.save()  # before any other file of the study
+        self.path = Path(folder)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = self.acquire_lock()
+        self.file = self.path / "results.json"
+        # Through JSON and back: tuples become lists, as in a file that has been read.
+        settings = json.loads(json.dumps(settings))
+        self.results: dict[str, Any] = dict(settings=settings)
+        if self.file.exists():
+            self.read_results(settings)
         else:
-            try:
-                self |= json.loads(self.path.read_text())
-                found = self["settings"].items()
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"{self.path} is damaged ({error}): move it away") from error
-            for key, was in found:
-                if was != settings.get(key):
-                    raise UserError(
-                        f"{folder} holds a study with {key}={was}, not {settings.get(key)}: choose another --out_dir"
-                    )
+            # Saved before the study writes any other file, so that no file lacks its settings.
+            self.save()
+
+    def acquire_lock(self) -> IO:
+        """An open file with a lock, held until this process and all its runs have ended."""
+        # No `with`: the file stays open. Its descriptor is inherited by the runs (pass_fds), and
+        # the system releases the lock when the last process that has it open is gone.
+        lock = open(self.path / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                f"{self.path} is in use by a study that is still running, or by one of its runs: "
+                f"wait, stop it, or choose another --out_dir"
+            ) from error
+        return lock
+
+    def read_results(self, settings: dict):
+        try:
+            self.results |= json.loads(self.file.read_text())
+            found = dict(self.results["settings"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.file} is damaged ({error}): move it away") from error
+        # Results under different settings must not end up in the same table.
+        for key, value in found.items():
+            if value != settings.get(key):
+                raise UserError(
+                    f"{self.path} holds a study with {key}={value}, not {settings.get(key)}: "
+                    f"choose another --out_dir"
+                )
 
     def save(self):
-        write_text(self.path, json.dumps(self, indent=1) + "\n")
+        write_text(self.file, json.dumps(self.results, indent=1) + "\n")
 
-    def save_picture(self, name: str, figure: Figure):
-        with write_atomically(self.folder / name) as file:
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of this name, which is computed and saved if it is not known yet."""
+        if name not in self.results:
+            self.results[name] = compute()
+            self.save()
+        return self.results[name]
+
+    def save_plot(self, name: str, figure: Figure):
+        with write_atomically(self.path / name) as file:
             figure.savefig(file, format="png", dpi=150)
+
+    def report(self, *paragraphs: str):
+        """Write the paragraphs to report.md, and print them."""
+        text = "\n\n".join(paragraphs)
+        write_text(self.path / "report.md", text + "\n")
+        say(f"{text}\n\nreport.md, results.json and plots are in {self.path}")
 
     def run_all(
         self,
-        commands: dict[str, tuple[list, Path]],
-        read: Callable[[str, str | None], dict],
+        runs: list[Run],
+        read: Callable[[Run, Diverged | None], dict],
         device: str,
         num_parallel: int,
         desc: str,
     ):
-        """Run those of the commands (words, log file) whose names are no keys yet, several at a time, and keep what
-        `read(name, error)` makes of each; `error` is what the command ended with, None if it went well.
+        """Run the commands that have no result yet, several at a time, and save the results.
 
-        Checkpoints in the log file's folder are removed when what they show is kept. If `read` raises an error, or we
-        are stopped, the commands that still run are stopped, too.
+        Pool threads start the commands. Only the main thread reads output and saves results:
+
+            pool thread 1   | run a, on GPU 0      | run c, on GPU 0 ...
+            pool thread 2   | run b, on GPU 1               | run d, on GPU 1 ...
+            main thread                            | read(a), save, remove a's checkpoints
+                                                            | read(b), save, ...
+
+        `read` turns the output files of a run into its result. Its second argument is the error
+        of a training run that diverged, otherwise None. A run that fails in any other way, an
+        error in `read` and Ctrl-C end the study: the commands that are still running get SIGTERM,
+        on which training saves a checkpoint. The next call resumes them from it.
+
+        The commands inherit the open lock file. If the study is killed, the orphans that are
+        still training keep the folder locked, and a second study can't start the same runs again.
         """
-        slots = choose_slots(num_parallel, device)
-        free, running = queue.Queue(), set()
-        for slot in slots:
-            free.put(slot)
+        missing = [run for run in runs if run.name not in self.results]
+        # A study that was killed between saving and removing left checkpoints of finished runs.
+        for run in runs:
+            if run not in missing:
+                remove_checkpoints(run.folder)
 
-        def run(words: list, log: Path) -> str | None:
-            slot = free.get()
-            try:
-                return run_stage(words, log, slot, running, self.lock.fileno())
-            finally:
-                free.put(slot)
+        # Results are saved one by one as the runs end, in whatever order that happens.
+        bar = Progress(total=len(runs), initial=len(runs) - len(missing), desc=desc, unit="run")
+        with bar, CommandPool(device_envs(num_parallel, device), self.lock) as pool:
+            futures = {pool.submit(run): run for run in missing}
+            for future in as_completed(futures):
+                run = futures[future]
+                diverged = None
+                try:
+                    # Raises the run's error. Any other than Diverged leaves this function.
+                    future.result()
+                except Diverged as error:
+                    diverged = error
+                self.results[run.name] = read(run, diverged)
+                self.save()
+                remove_checkpoints(run.folder)
+                say(f"{run.name}: done")
+                bar.update()
 
-        pool = ThreadPoolExecutor(len(slots))
-        futures = {
-            pool.submit(run, *command): name
-            for name, command in commands.items()
-            if name not in self
-        }
+
+class CommandPool:
+    """Runs commands in parallel, one per entry of `envs`. On exit, stops those still running."""
+
+    def __init__(self, envs: list[dict], lock: IO):
+        self.lock = lock
+        self.running: set[subprocess.Popen] = set()
+        self.futures: list[Future] = []
+        self.threads = ThreadPoolExecutor(len(envs))
+        self.free_envs: queue.Queue[dict] = queue.Queue()
+        for env in envs:
+            self.free_envs.put(env)
+
+    def __enter__(self) -> "CommandPool":
+        return self
+
+    def __exit__(self, *_):
+        # Runs that wait for a thread never start.
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        terminated = set()
+        # Look again until all are done: a thread may have been just about to start its process.
+        while not all(future.done() for future in self.futures):
+            for process in self.running - terminated:
+                process.terminate()
+                terminated.add(process)
+            time.sleep(0.1)
+
+    def submit(self, run: Run) -> Future:
+        """Start the command when a thread is free. The future raises what `execute` raises."""
+        future = self.threads.submit(self.execute, run)
+        self.futures.append(future)
+        return future
+
+    def execute(self, run: Run):
+        """Run the command to its end, in a pool thread.
+
+        Raises Diverged if training diverged, and UserError if the command failed otherwise.
+        """
+        # There are as many environments as threads, so one is always free.
+        env = self.free_envs.get()
         try:
-            with Progress(
-                total=len(commands), initial=len(commands) - len(futures), desc=desc, unit="run"
-            ) as bar:
-                for name in commands.keys() & self.keys():
-                    remove_checkpoints(commands[name][1].parent)
-                for future in as_completed(futures):
-                    name = futures[future]
-                    self[name] = read(name, future.result())
-                    self.save()
-                    remove_checkpoints(commands[name][1].parent)
-                    say(f"{name}: done")
-                    bar.update()
+            code, output = self.run_process(run, env)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            told = set()
-            while not all(future.done() for future in futures):
-                for process in running - told:
-                    process.terminate()  # training writes a checkpoint first
-                    told.add(process)
-                time.sleep(0.1)
+            self.free_envs.put(env)
+        if code == 0:
+            return
+        # Every script reports what is wrong in a line "error: ..." (common/console.py).
+        errors = [line for line in output.splitlines() if "error: " in line]
+        reason = errors[-1].removeprefix("error: ") if errors else f"exit code {code}"
+        message = f"{run.argv[0]} failed: {reason}; its output is in {run.log}"
+        raise Diverged(message) if code == Diverged.exit_code else UserError(message)
+
+    def run_process(self, run: Run, env: dict) -> tuple[int, str]:
+        """Exit code and output of the command. The output is also appended to the log file."""
+        argv = [sys.executable, str(ROOT / run.argv[0]), *map(str, run.argv[1:])]
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(run.log, "a") as file:
+            # The command comes first, so that a user can repeat it by hand. Flushed, because the
+            # process writes to the same file.
+            file.write(f"$ {' '.join(argv)}\n")
+            file.flush()
+            output_start = file.tell()
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | env,
+                pass_fds=[self.lock.fileno()],
+                # In its own session it does not receive the terminal's Ctrl-C: only we stop it.
+                start_new_session=True,
+            )
+        self.running.add(process)
+        code = process.wait()
+        self.running.discard(process)
+        return code, run.log.read_bytes()[output_start:].decode("utf-8", "replace")
+
+
+def device_envs(num_parallel: int, device: str) -> list[dict]:
+    """Environment variables for each of the runs at the same time: a GPU, or a share of the cores.
+
+    With 2 GPUs and num_parallel 3, the third run shares GPU 0 with the first one.
+    """
+    if device.startswith(("auto", "cuda")) and torch.cuda.is_available():
+        # The study itself may have been given only some of the GPUs. "cuda:1" is the second of
+        # those that it can see.
+        all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",")
+        if ":" in device:
+            gpus = [gpus[int(device.split(":")[1])]]
+        count = num_parallel or len(gpus)
+        return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(count)]
+    # PyTorch would start as many threads as there are cores in each of the processes.
+    count = num_parallel or num_cores()
+    return [dict(OMP_NUM_THREADS=str(max(1, num_cores() // count)))] * count
 
 
 def remove_checkpoints(folder: Path):
@@ -124,87 +428,47 @@ def remove_checkpoints(folder: Path):
         path.unlink()
 
 
-def choose_slots(num_parallel: int, device: str) -> list[dict]:
-    """What tells the processes that run at a time from each other: a GPU each, or a share of the CPU's cores."""
-    if device.startswith(("auto", "cuda")) and torch.cuda.is_available():
-        gpus = os.environ.get(
-            "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
-        ).split(",")
-        if ":" in device:
-            gpus = [gpus[int(device.split(":")[1])]]
-        return [
-            dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(num_parallel or len(gpus))
-        ]
-    count = num_parallel or num_cores()
-    return [dict(OMP_NUM_THREADS=str(max(1, num_cores() // count)))] * count
+# ---------------------------------------------------------------------------------------------
+# Reading and reporting
 
 
-def run_stage(words: list, log: Path, slot: dict, running: set, lock: int) -> str | None:
-    """Run `python WORDS...` with a script of this repository, its output added to the file `log`; return the error that
-    it ended with, if it did."""
-    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        file.flush()
-        start = file.tell()
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | slot,
-            pass_fds=[lock], start_new_session=True,
-        )  # fmt: skip
-    running.add(process)
-    code = process.wait()
-    running.discard(process)
-    if not code:
-        return None
-    output = log.read_bytes()[start:].decode("utf-8", "replace")
-    errors = [line for line in output.splitlines() if "error: " in line] or [f"exit code {code}"]
-    return f"{words[0]} failed ({errors[-1].removeprefix('error: ')}): {log} says how"
+def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one stream (train, val or hella) in the log.txt of a run."""
+    path = folder / "log.txt"
+    steps, values = [], []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        fields = line.split()
+        # A run that was killed may have left half a line.
+        if len(fields) == 3 and fields[1] == stream:
+            steps.append(int(fields[0]))
+            values.append(float(fields[2]))
+    return steps, values
 
 
-def stop_like_ctrl_c():
-    """SIGTERM ends a study as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def train_command(config, log_dir: Path, data_dir: str | Path, **constants) -> tuple[list, Path]:
-    """The words of the command that trains a model with these constants and a study's device, dtype and compile, and
-    the file for its output."""
-    constants |= dict(
-        device=config.device.split(":")[0], dtype=config.dtype, compile=config.compile
-    )
-    words = ["train_gpt2.py", "--resume", "--log_dir", log_dir, "--data_dir", data_dir]
-    return [
-        *words,
-        *(word for key, value in constants.items() for word in (f"--{key}", value)),
-    ], log_dir / "output.txt"
+def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs x and targets y, int64 (count, T), from windows spread evenly over the first shard."""
+    last = shards.lengths[0] - T - 1
+    if last < 0:
+        raise UserError(
+            f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: "
+            f"lower T"
+        )
+    # The windows overlap if the shard is short.
+    starts = np.linspace(0, last, count).astype(int)
+    windows = np.stack([shards.read(0, start, start + T + 1) for start in starts])
+    tokens = torch.from_numpy(windows.astype(np.int64))  # (count, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def mean_and_deviation(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation, of the seeds for instance."""
+    """Mean ± sample standard deviation, which is 0 for a single value."""
+    # ddof=1 for the sample deviation; a single value would then divide by 0
     deviation = np.std(values, ddof=min(1, len(values) - 1))
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a stream of a run's log.txt."""
-    path = folder / "log.txt"
-    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    points = [
-        (int(line[0]), float(line[2])) for line in lines if len(line) == 3 and line[1] == stream
-    ]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens x (count, T) int64, evenly spaced over the split's first shard, and y, one token ahead."""
-    last = shards.lengths[0] - T - 1
-    if last < 0:
-        raise UserError(
-            f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: lower T"
-        )
-    starts = np.linspace(0, last, count).astype(int)
-    tokens = torch.from_numpy(
-        np.stack([shards.read(0, n, n + T + 1) for n in starts]).astype(np.int64)
-    )
-    return tokens[:, :-1], tokens[:, 1:]
+def finish_axes(*axes: Axes):
+    """Add a grid and a legend."""
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
