@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from common import tokenizer
 from common.console import UserError
 from common.huggingface import save_tokenizer
-from fineweb import pydoc_texts
+from common.text import pydoc_texts
 
 ODD = (
     "naïve → 日本語 🙂 \u200b\u0000 x\r\n\r\n   \t\t  don't we'll I'VE 123456 ３４ ½ <|endoftext|> "
