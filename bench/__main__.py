@@ -43,7 +43,6 @@ import numpy as np
 import tiktoken
 import torch
 
-import fineweb
 import hellaswag
 from bench.peers import (
     BUILD_NANOGPT,
@@ -61,6 +60,7 @@ from common.cpu import can_pack, keep_freed_memory, pack_weights
 from common.huggingface import save_pretrained
 from common.runtime import Runtime
 from common.shards import SOURCE_START
+from common.text import open_source
 from common.tokenizer import load_tokenizer
 from experiments.sweep import read_stream
 from model import GPT, GPTConfig
@@ -466,7 +466,7 @@ def tokenize(config: Config, rt: Runtime) -> list[Figure]:
     """Both on a process per core; fineweb.py with all that the command does, its start included."""
     cores = runtime.num_cores()
     kind = "parquet" if config.data_files else "pydoc"
-    source = fineweb.Source(fineweb.Config(source=kind, data_files=config.data_files))
+    source = open_source(kind, data_files=config.data_files)
     TEXTS[:] = [text for _, batch in source.batches(SOURCE_START) for text in batch.to_pylist()]
     megabytes = sum(len(text.encode()) for text in TEXTS) / 1e6
     row = f"tokenize {megabytes:,.0f} MB, {cores} processes"
