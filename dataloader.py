@@ -68,8 +68,10 @@ class WindowOrder:
         return rng.permutation(self.counts[shard])
 
     def __getitem__(self, i: int) -> tuple[int, int]:
+        # The epoch, and the number of the window in it.
         epoch, number = divmod(i, self.windows_per_epoch)
         order, ends = self._shard_order(epoch)
+        # The first shard of the epoch whose windows end after this number.
         place = int(np.searchsorted(ends, number, side="right"))
         shard = int(order[place])
         start = ends[place] - self.counts[shard]  # windows of the epoch before this shard's
@@ -104,7 +106,8 @@ class PretrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        per_micro_step = B * T * world_size  # tokens
+        # Tokens that all ranks compute in one micro-step. Batches must consist of whole ones.
+        per_micro_step = B * T * world_size
         if min(B, T, total_batch_size) < 1 or total_batch_size % per_micro_step:
             raise UserError(
                 f"total_batch_size {total_batch_size} is not divisible by B * T * processes "
@@ -117,6 +120,8 @@ class PretrainLoader:
         self.world_size = world_size
         self.accumulation = total_batch_size // per_micro_step  # micro-steps per step
         self.windows_per_batch = total_batch_size // T
+
+        # A batch larger than an epoch would contain every window at least once, some twice.
         self.windows = Windows(shards, T)
         self.order = WindowOrder(self.windows.counts, seed)
         if self.order.windows_per_epoch < self.windows_per_batch:
@@ -132,7 +137,9 @@ class PretrainLoader:
 
     def micro_batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read one micro-batch of this rank: x and y, (B, T) int64, y one token ahead of x."""
+        # Number of the first row's window, as drawn above.
         first = step * self.windows_per_batch + (micro_step * self.world_size + self.rank) * self.B
+        # torch's embedding takes int64 ids, not the uint16 of the shards.
         rows = np.empty((self.B, self.T + 1), dtype=np.int64)
         for row in range(self.B):
             shard, window = self.order[first + row]
@@ -172,12 +179,14 @@ class PretrainLoader:
             except Exception as error:
                 put(error)  # raised by the consumer, below
 
+        # A daemon does not keep the process alive if it is still reading at the end.
         threading.Thread(target=read_ahead, daemon=True).start()
         try:
             for _ in range(start_step, max_steps):
                 batch = ready.get()
                 if isinstance(batch, Exception):
                     raise batch
+                # From pinned memory, the copy to a GPU runs while the previous step is computed.
                 yield [
                     (x.to(device, non_blocking=True), y.to(device, non_blocking=True))
                     for x, y in batch
@@ -220,6 +229,7 @@ class FinetuneLoader:
         rank: int = 0,
         world_size: int = 1,
     ):
+        # Each token but the first is a target once.
         num_targets = len(tokens) - 1
         num_sequences = divide_up(num_targets, T)
         if num_sequences < sequences_per_step:
@@ -228,6 +238,8 @@ class FinetuneLoader:
                 f"{T}), fewer than one batch of {sequences_per_step} sequences: "
                 "lower total_batch_size or T, or add descriptions"
             )
+
+        # After the last token, x may be any id, because y does not count there.
         self.x = np.zeros((num_sequences, T), dtype=np.int64)
         self.y = np.full((num_sequences, T), IGNORE, dtype=np.int64)
         self.x.flat[:num_targets] = tokens[:-1]
@@ -253,6 +265,7 @@ class FinetuneLoader:
         sequences = order[first : first + self.sequences_per_step]
         num_targets = int((self.y[sequences] != IGNORE).sum())
 
+        # This rank's part of them, in micro-batches.
         micro_batches = []
         weights = []
         for micro_step in range(divide_up(len(sequences), self.B * self.world_size)):

@@ -77,6 +77,7 @@ class Config:
             )
         if self.train_tokenizer and self.tokenizer != "gpt2":
             raise UserError("tokenizer and train_tokenizer exclude each other")
+        # sample-10BT of fineweb-edu goes to datasets/edu_fineweb10B.
         if not self.out_dir:
             self.out_dir = f"datasets/{self.source}"
             if self.source in HUB:
@@ -88,10 +89,13 @@ class Config:
 
 
 def main(config: Config):
+    # Where the text comes from, and how it is tokenized.
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     source = open_source(config.source, config.subset, config.data_files)
     enc = choose_tokenizer(config, source, out_dir)
+
+    # The writer verifies the shards of an earlier run, and knows where to continue.
     header = manifest_header(config, source, enc, out_dir)
     writer = ShardWriter(out_dir, source.prefix, config.shard_size, header)
     if writer.manifest["complete"]:
@@ -101,6 +105,9 @@ def main(config: Config):
     start = writer.next_position()
     if writer.num_shards:
         say(f"resuming at document {start['document']:,} after {writer.num_shards} finished shards")
+
+    # Tokenize the documents and write shards. `finish` splits off the validation shard of a
+    # small corpus; otherwise the first shard is it.
     start_tokens = writer.num_tokens
     start_time = time.monotonic()
     with Progress(
@@ -165,6 +172,7 @@ def training_texts(source: Source, max_chars: int) -> Iterator[str]:
     num_chars = 0
     with Progress(total=total, unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
         for _, texts in source.batches(SOURCE_START):
+            # Empty texts are None or "".
             for text in filter(None, texts.to_pylist()):
                 yield text
                 num_chars += len(text)
@@ -239,7 +247,9 @@ def tokenize(
     source.
     """
     with worker_pool(enc, num_workers) as pool:
-        pending = deque()  # (position, future, bytes of text), oldest first
+        # Batches in the pool. The workers may finish them in any order; the oldest is yielded
+        # first.
+        pending = deque()  # (position, future, bytes of text)
         for position, texts in batches:
             pending.append((position, pool.submit(encode_batch, texts), texts.nbytes))
             while (

@@ -96,6 +96,8 @@ def open_shards(folder: str | Path, split: str) -> Shards:
         raise FileNotFoundError(
             f"{folder} contains {found}, none of split {split!r}: make them with fineweb.py"
         )
+
+    # The manifest, if there is one, must agree with the files.
     manifest = read_manifest(folder)
     if manifest:
         check_all_present(folder, manifest)
@@ -121,6 +123,7 @@ def map_shard(path: Path) -> np.ndarray:
     All shards are opened here, so another file format needs a case here and in `find_shards`.
     Raises UserError if the file is not a complete, one-dimensional array of token ids.
     """
+    # np.load fails if the file is shorter than its header says, without reading the tokens.
     try:
         tokens = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:
@@ -218,6 +221,7 @@ class ShardWriter:
         self.manifest = header | counts
         self.buffer = np.empty(shard_size, dtype=header["dtype"])  # the shard being filled
         self.num_buffered = 0
+        # A run that was killed may have left an unfinished file.
         for leftover in folder.glob(f"{prefix}_*.npy.tmp"):
             leftover.unlink()
         self._resume(header)
@@ -235,6 +239,7 @@ class ShardWriter:
                 f"{paths[0]} was not written by fineweb.py (the folder has no {MANIFEST}): "
                 "choose another out_dir"
             )
+        # With another header, the next shards would not fit those that are there.
         for key, value in header.items():
             if earlier.get(key) != value:
                 raise UserError(
@@ -242,6 +247,7 @@ class ShardWriter:
                     f"not {shorten(value)}: choose another out_dir"
                 )
 
+        # The first bad shard and all after it are made again: the source is read in one pass.
         verified = []
         for shard in Progress(earlier["shards"], desc="verifying", unit="shard"):
             path = self.folder / shard["name"]
@@ -286,6 +292,7 @@ class ShardWriter:
                     in an earlier shard already
         lengths     number of tokens of each document
         """
+        # num_taken counts the tokens of the batch that are in the buffer or in a shard.
         num_taken = position["token"]
         while num_taken < len(tokens):
             room = self.shard_size - self.num_buffered
@@ -328,6 +335,7 @@ class ShardWriter:
             raise UserError("the source holds no text: no documents, or only empty ones")
         shards = list(self.manifest["shards"])
         rest = self.buffer[: self.num_buffered]
+        # Both branches leave at least one token for training, unless there is only one at all.
         if self.num_tokens < 2 * self.shard_size:
             shards = self._split_small_corpus(shards, rest)
         elif len(rest):

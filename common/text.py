@@ -92,7 +92,9 @@ class Source:
         """Estimated number of tokens, None if unknown before the text is read."""
         if self.text_bytes is None:
             return None
-        return int(self.text_bytes / (4 if vocab_size > 20_000 else 3))
+        # In English text, GPT-2's tokens have 4 to 5 bytes, those of small vocabularies about 3.
+        bytes_per_token = 4 if vocab_size > 20_000 else 3
+        return int(self.text_bytes / bytes_per_token)
 
     def damaged_place(self) -> str:
         """The place of the first damage, for an error message."""
@@ -109,6 +111,7 @@ class Source:
         has_read = False
         while True:
             try:
+                # `position` is the first document that the caller has not got.
                 for batch_position, texts, next_position in self._read(position):
                     yield batch_position, texts
                     position = next_position
@@ -116,9 +119,11 @@ class Source:
                     has_read = True
                 return
             except Exception as error:
+                # A local file that can't be read is damaged or not permitted: no use in retrying.
                 if not self.is_remote or not is_connection_error(error):
                     raise self._explain(error) from error
                 num_failures += 1
+                # If nothing was read, the network or the token is probably wrong: don't wait.
                 if not has_read or num_failures > MAX_RETRIES:
                     raise OSError(
                         f"{self.kind} can't be reached: check network and HF_TOKEN, "
@@ -128,6 +133,7 @@ class Source:
                     f"connection lost at document {position['document']:,}, retrying "
                     f"({type(error).__name__})"
                 )
+                # 2, 4, 8 ... 60 seconds
                 time.sleep(min(60, 2**num_failures))
 
     def _read(self, position: Position) -> Iterator[tuple[Position, pa.StringArray, Position]]:
@@ -208,6 +214,7 @@ class FileSource(Source):
 
     def damaged_place(self) -> str:
         """The first damaged file, and its line. The libraries' errors do not name them."""
+        # URLs do not exist as paths, and are not downloaded again for this.
         for name in filter(os.path.exists, self.files):
             place = self.find_damage(name)
             if place:
@@ -244,6 +251,7 @@ class ParquetSource(FileSource):
             raise UserError(f"{name} is damaged or not a parquet file: {error}") from error
         if "text" not in metadata.schema.names or not metadata.num_rows:
             raise UserError(f"{name} has no column 'text', or no rows")
+        # Only the text column counts, uncompressed. The footer knows its size in each row group.
         total = 0
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
@@ -381,6 +389,7 @@ def pydoc_texts() -> list[str]:
         if not SKIPPED_FOLDERS & set(relative.parts):
             modules[relative.as_posix()] = path
 
+    # Sorted, because rglob's order depends on the file system.
     texts = []
     for name in sorted([*modules, *topics], key=str.lower):
         text = docstrings(modules[name]) if name in modules else topics[name].strip()
@@ -402,6 +411,7 @@ def help_topics(library: Path) -> dict[str, str]:
 
 def docstrings(path: Path) -> str:
     """The docstrings of a module, its classes and its functions."""
+    # Not every file there is valid Python for this version.
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):

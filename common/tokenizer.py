@@ -71,6 +71,7 @@ def tokenizer_to_text(enc: tiktoken.Encoding) -> str:
     """
     if enc.name == "gpt2":
         return "gpt2"
+    # <|endoftext|> has no line: its id follows from the number of lines.
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
 
@@ -86,6 +87,7 @@ def tokenizer_from_text(text: str) -> tiktoken.Encoding:
         raise UserError(
             "not a vocabulary: each line must be a token in base64 and its rank"
         ) from error
+    # Without a token for each byte, some texts could not be encoded.
     has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
     if not has_all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(
@@ -148,6 +150,7 @@ def encode_texts(
         before_last = f"([{WHITESPACE}])([{WHITESPACE}][^{WHITESPACE}])"
         texts = pc.replace_substring_regex(texts, before_last, rf"\1{CUT}\2")
 
+    # The arrays of all texts are joined once: appending to one array would copy it each time.
     end_of_text = np.array([enc.eot_token], dtype=np.uint32)
     parts = []
     lengths = []
@@ -193,6 +196,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
             f"a vocabulary of {vocab_size} tokens is too small: "
             f"the bytes alone need {MIN_VOCAB_SIZE}"
         )
+
+    # GPT-2's way: the text is split by its pattern, and merges work on the bytes of the pieces.
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
