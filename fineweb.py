@@ -1,44 +1,44 @@
-"""Text -> token shards: FineWeb-Edu by default, streamed, tokenized with GPT-2's BPE, 100M tokens a shard.
+"""Text -> token shards: FineWeb-Edu by default, streamed and tokenized with GPT-2's BPE.
 
-    python fineweb.py                                                # FineWeb-Edu sample-10BT, 20 GB of shards
+    python fineweb.py                                        # FineWeb-Edu sample-10BT: 20 GB
     python fineweb.py --source fineweb --subset sample-100BT
     python fineweb.py --source text --data_files tiny-shakespeare.txt --out_dir datasets/shakespeare
     python fineweb.py --source parquet --data_files "corpus/*.parquet"
-    python fineweb.py --source pydoc --train_tokenizer 4096          # Python's own documentation, no network
+    python fineweb.py --source pydoc --train_tokenizer 4096  # Python's documentation, no network
 
-Every document is preceded by the end-of-text token and runs on into the next shard where one is full. The first shard
-is for validation; of a text that does not fill two shards, its first tenth is. Stopped at any moment and run again, it
-goes on where the first unfinished shard begins; run on a finished folder, it verifies the checksums.
+It opens the source, loads or learns the tokenizer, tokenizes the documents in worker processes,
+and writes shards of 100M tokens. <|endoftext|> precedes every document, and a document continues
+in the next shard where one is full. The first shard is for validation; if the text does not fill
+two shards, its first tenth is.
+
+Killed at any moment and run again, it resumes where the first unfinished shard begins. Run on a
+finished folder, it verifies the checksums.
 """
 
-import ast
-import glob
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tiktoken
 
 from common.console import Progress, UserError, cli, say, write_text
-from common.shards import SOURCE_START, ShardWriter
+from common.shards import SOURCE_START, Position, ShardWriter
+from common.text import HUB, Source, open_source
 from common.tokenizer import (
     encode_texts,
     encoding_of,
@@ -47,139 +47,153 @@ from common.tokenizer import (
     train_tokenizer,
 )
 
-HUB = {
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),
-    "fineweb": ("HuggingFaceFW/fineweb", "fineweb", "fineweb"),
-}  # source -> repository, folder, prefix of the shards
-HUB_TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
-BATCH_DOCUMENTS = 64  # that a worker gets at a time
-PENDING_BYTES = 2**28  # of text that waits for the workers, about
-MAX_RETRIES = 8  # of a dropped connection, in a row
+PENDING_BYTES = 2**28  # upper bound on the text that waits for the workers
+VOCABULARY = "vocab.tiktoken"  # in the folder of the shards, unless the tokenizer is GPT-2's
 
 
 @dataclass
 class Config:
-    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = (
-        "fineweb-edu"  # of the text
-    )
-    subset: str = "sample-10BT"  # of fineweb-edu or fineweb
-    data_files: tuple[
-        str, ...
-    ] = ()  # files, globs or URLs: parquet, json (a "text" per line), text (a document each)
-    out_dir: str = ""  # folder of the shards; empty = datasets/edu_fineweb10B and its like, by source and subset
+    # where the text comes from
+    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "fineweb-edu"
+    # subset of fineweb-edu or fineweb
+    subset: str = "sample-10BT"
+    # files, globs or URLs: parquet with a column "text", json with a field "text" per line, or text
+    # files, a document each
+    data_files: tuple[str, ...] = ()
+    # folder of the shards; empty = named by source and subset, like datasets/edu_fineweb10B
+    out_dir: str = ""
     shard_size: int = 100_000_000  # tokens per shard
     tokenizer: str = "gpt2"  # gpt2, or a vocab.tiktoken file
-    train_tokenizer: int = (
-        0  # learn a vocabulary of this size from the source and use it instead; 0 = do not
-    )
-    train_tokenizer_chars: int = 1_000_000_000  # of the source's text to learn it from, at most
+    # learn a vocabulary of this size from the source and use it instead; 0 = off
+    train_tokenizer: int = 0
+    # maximum number of characters to learn the vocabulary from
+    train_tokenizer_chars: int = 1_000_000_000
     num_workers: int = 0  # tokenizer processes; 0 = one per CPU core
 
     def __post_init__(self):
-        if not self.out_dir:
-            size = self.subset.removeprefix("sample-").removesuffix("T")
-            self.out_dir = (
-                f"datasets/{HUB[self.source][1]}{size}"
-                if self.source in HUB
-                else f"datasets/{self.source}"
+        if not 2 <= self.shard_size <= 2**30 or self.num_workers < 0:
+            raise UserError(
+                "shard_size must be between 2 and 2**30, and num_workers must not be negative"
             )
-        self.num_workers = self.num_workers or getattr(os, "process_cpu_count", os.cpu_count)() or 1
+        if self.train_tokenizer and self.tokenizer != "gpt2":
+            raise UserError("tokenizer and train_tokenizer exclude each other")
+        # sample-10BT of fineweb-edu goes to datasets/edu_fineweb10B.
+        if not self.out_dir:
+            self.out_dir = f"datasets/{self.source}"
+            if self.source in HUB:
+                size = self.subset.removeprefix("sample-").removesuffix("T")
+                self.out_dir = f"datasets/{HUB[self.source].folder}{size}"
+        if not self.num_workers:
+            # process_cpu_count, from Python 3.13 on, counts only the cores that we may use.
+            self.num_workers = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
 def main(config: Config):
-    if not 2 <= config.shard_size <= 2**30 or config.num_workers < 1:
-        raise UserError("shard_size must be between 2 and 2**30, num_workers at least 1")
-    if config.train_tokenizer and config.tokenizer != "gpt2":
-        raise UserError("tokenizer and train_tokenizer exclude each other")
+    # Where the text comes from, and how it is tokenized.
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    source = Source(config)
+    source = open_source(config.source, config.subset, config.data_files)
     enc = choose_tokenizer(config, source, out_dir)
-    writer = ShardWriter(
-        out_dir, source.prefix, config.shard_size, manifest_header(config, source, enc, out_dir)
-    )
+
+    # The writer verifies the shards of an earlier run, and knows where to continue.
+    header = manifest_header(config, source, enc, out_dir)
+    writer = ShardWriter(out_dir, source.prefix, config.shard_size, header)
     if writer.manifest["complete"]:
         return summarize(writer)
     check_disk(source, writer)
-    start = writer.next_position()
-    if writer.manifest["shards"]:
-        say(
-            f"going on at document {start['document']:,} after {len(writer.manifest['shards'])} finished shards"
-        )
 
-    began, first = time.monotonic(), writer.num_tokens
-    total = source.estimate_tokens(enc.n_vocab)
+    start = writer.next_position()
+    if writer.num_shards:
+        say(f"resuming at document {start['document']:,} after {writer.num_shards} finished shards")
+
+    # Tokenize the documents and write shards. `finish` splits off the validation shard of a
+    # small corpus; otherwise the first shard is it.
+    start_tokens = writer.num_tokens
+    start_time = time.monotonic()
     with Progress(
-        total=total, initial=first, unit="tok", unit_scale=True, desc="tokenizing"
+        total=source.estimate_tokens(enc.n_vocab),
+        initial=start_tokens,
+        unit="tok",
+        unit_scale=True,
+        desc="tokenizing",
     ) as bar:
-        for position, tokens, lengths in encode(source.batches(start), enc, config.num_workers):
+        batches = source.batches(start)
+        for position, tokens, lengths in tokenize(batches, enc, config.num_workers):
             writer.add(position, tokens, lengths)
-            bar.set_description(f"shard {len(writer.manifest['shards'])}", refresh=False)
+            bar.set_description(f"shard {writer.num_shards}", refresh=False)
             bar.update(len(tokens))
         writer.finish()
-        bar.total = bar.n = writer.num_tokens
-    summarize(writer, f", {(writer.num_tokens - first) / (time.monotonic() - began):,.0f} tokens/s")
+        # The total was an estimate.
+        bar.total = writer.num_tokens
+        bar.n = writer.num_tokens
+    seconds = time.monotonic() - start_time
+    summarize(writer, f", {(writer.num_tokens - start_tokens) / seconds:,.0f} tokens/s")
 
 
 def summarize(writer: ShardWriter, speed: str = ""):
-    manifest, tokens, shards = writer.manifest, writer.num_tokens, len(writer.manifest["shards"])
-    empty = f" ({n:,} empty ones left out)" if (n := manifest["empty_documents"]) else ""
+    manifest = writer.manifest
+    empty = ""
+    if manifest["empty_documents"]:
+        empty = f" ({manifest['empty_documents']:,} empty ones left out)"
     say(
-        f"{writer.folder}: {tokens:,} tokens of {manifest['documents']:,} documents{empty} in {shards} shards{speed}"
+        f"{writer.folder}: {writer.num_tokens:,} tokens of {manifest['documents']:,} documents"
+        f"{empty} in {writer.num_shards} shards{speed}"
     )
 
 
-def choose_tokenizer(config: Config, source: "Source", out_dir: Path) -> tiktoken.Encoding:
-    """The tokenizer to shard with: a named one, or one learned from the source and kept as out_dir/vocab.tiktoken."""
+# ---------------------------------------------------------------------------------------------
+# Before the shards: tokenizer, manifest, disk
+
+
+def choose_tokenizer(config: Config, source: Source, out_dir: Path) -> tiktoken.Encoding:
+    """Load the tokenizer, or learn it from the source and save it as out_dir/vocab.tiktoken."""
     if not config.train_tokenizer:
         return load_tokenizer(config.tokenizer)
-    path = out_dir / "vocab.tiktoken"
-    if path.exists():
-        enc = load_tokenizer(path)
-        if enc.n_vocab == config.train_tokenizer:
-            say(f"using {path}, learned before")
-            return enc
+    path = out_dir / VOCABULARY
+    if not path.exists():
+        texts = training_texts(source, config.train_tokenizer_chars)
+        enc, _ = train_tokenizer(texts, config.train_tokenizer)
+        write_text(path, tokenizer_to_text(enc))
+        say(f"learned {enc.n_vocab} tokens: {path}")
+        return enc
+    # Learned by an earlier run, which this one resumes.
+    enc = load_tokenizer(path)
+    if enc.n_vocab != config.train_tokenizer:
         raise UserError(
             f"{path} has {enc.n_vocab} tokens, not {config.train_tokenizer}: choose another out_dir"
         )
-
-    def texts() -> Iterator[str]:
-        chars = 0
-        total = min(source.text_bytes or config.train_tokenizer_chars, config.train_tokenizer_chars)
-        with Progress(
-            total=total, unit="char", unit_scale=True, desc="learning the tokenizer"
-        ) as bar:
-            for _, texts in source.batches(SOURCE_START):
-                for text in filter(None, texts.to_pylist()):
-                    yield text
-                    chars += len(text)
-                bar.update(chars - bar.n)
-                if chars >= config.train_tokenizer_chars:
-                    return
-
-    enc, _ = train_tokenizer(texts(), config.train_tokenizer)
-    write_text(path, tokenizer_to_text(enc))
-    say(f"learned {enc.n_vocab} tokens: {path}")
+    say(f"using {path} from an earlier run")
     return enc
 
 
-def manifest_header(
-    config: Config, source: "Source", enc: tiktoken.Encoding, out_dir: Path
-) -> dict:
-    """What determines the bytes of the shards; two runs that differ in it can't share a folder."""
-    text = tokenizer_to_text(enc)
-    name = "gpt2" if text == "gpt2" else "vocab.tiktoken"
-    if name != "gpt2" and not (out_dir / name).exists():
-        write_text(out_dir / name, text)  # so that the folder can be read by itself
-    if name != "gpt2" and (out_dir / name).read_text() != text:
-        raise UserError(f"{out_dir / name} is another vocabulary: choose another out_dir")
+def training_texts(source: Source, max_chars: int) -> Iterator[str]:
+    """The first documents of the source, about max_chars characters, with a progress bar."""
+    total = min(source.text_bytes or max_chars, max_chars)
+    num_chars = 0
+    with Progress(total=total, unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
+        for _, texts in source.batches(SOURCE_START):
+            # Empty texts are None or "".
+            for text in filter(None, texts.to_pylist()):
+                yield text
+                num_chars += len(text)
+            bar.update(num_chars - bar.n)
+            if num_chars >= max_chars:
+                return
+
+
+def manifest_header(config: Config, source: Source, enc: tiktoken.Encoding, out_dir: Path) -> dict:
+    """The manifest's fields that determine the bytes of the shards.
+
+    Two runs that differ in one of them can't share a folder.
+    """
     return dict(
         source=config.source,
         subset=config.subset if config.source in HUB else None,
+        # Local files without their folder, so that the corpus can be moved.
         data_files=[Path(f).name if os.path.exists(f) else f for f in source.files],
-        data_bytes=None if source.remote else sum(map(os.path.getsize, source.files)),
-        tokenizer=name,
-        tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        data_bytes=None if source.is_remote else sum(map(os.path.getsize, source.files)),
+        tokenizer=store_tokenizer(enc, out_dir),
+        tokenizer_sha256=hashlib.sha256(tokenizer_to_text(enc).encode()).hexdigest(),
         vocab_size=enc.n_vocab,
         end_of_text=enc.eot_token,
         dtype="uint16" if enc.n_vocab <= 65536 else "uint32",
@@ -187,299 +201,114 @@ def manifest_header(
     )
 
 
-class Source:
-    """The documents, in order, as a `datasets` stream that can be entered at any position."""
+def store_tokenizer(enc: tiktoken.Encoding, out_dir: Path) -> str:
+    """Save a tokenizer other than GPT-2's next to the shards, so that the folder is complete.
 
-    def __init__(self, config: Config):
-        self.kind, self.subset = config.source, config.subset
-        self.prefix = HUB[self.kind][2] if self.kind in HUB else self.kind
-        self.files = [name for pattern in config.data_files for name in expand(pattern)]
-        self.remote = self.kind in HUB or any("://" in name for name in self.files)
-        if bool(self.files) != (self.kind in ("parquet", "json", "text")):
-            raise UserError(
-                "the sources parquet, json and text, and only they, need --data_files GLOB"
-            )
-
-    def open(self):
-        import datasets  # late: it takes a second, and worker processes import this file too
-        from huggingface_hub.utils import logging
-
-        logging.set_verbosity_error()
-        datasets.logging.set_verbosity(
-            datasets.logging.CRITICAL
-        )  # what goes wrong is said once, by us
-        datasets.disable_progress_bars()
-        datasets.config.TORCH_AVAILABLE = False  # or it would import torch, for nothing
-        if self.kind == "pydoc":
-            return datasets.IterableDataset.from_generator(
-                lambda: ({"text": text} for text in pydoc_texts())
-            )
-        if self.kind in HUB:
-            path, options = HUB[self.kind][0], dict(name=self.subset)
-        else:
-            path, options = (
-                self.kind,
-                dict(data_files=[f if "://" in f else glob.escape(f) for f in self.files]),
-            )
-        if self.kind == "text":
-            options |= dict(sample_by="document", keep_linebreaks=True)
-        elif self.kind == "json":
-            path = "text"  # by line: the loader of json wants the fields that we leave out alike in all of them
-        else:
-            options["columns"] = [
-                "text"
-            ]  # the others are not decoded; the download skips only large ones
-        return datasets.load_dataset(path, split="train", streaming=True, **options)
-
-    def batches(self, start: dict) -> Iterator[tuple[dict, pa.StringArray]]:
-        """Arrays of consecutive texts, each with its position. A dropped connection is tried again, from the last
-        position, unless nothing could be read at all."""
-        position, failures, began = start, 0, False
-        while True:
-            try:
-                for here, texts, following in self._read(position):
-                    yield here, texts
-                    position, failures, began = following, 0, True
-                return
-            except Exception as error:
-                if not is_connection_error(error) or not self.remote:
-                    raise self.readable(error) from error
-                failures += 1
-                if not began or failures > MAX_RETRIES:
-                    raise OSError(
-                        f"{self.kind} can't be reached: check network and HF_TOKEN, then run again to go on: {error}"
-                    ) from error
-                say(
-                    f"connection lost at document {position['document']:,}, trying again ({type(error).__name__})"
-                )
-                time.sleep(min(60, 2**failures))
-
-    def _read(self, position: dict) -> Iterator[tuple[dict, pa.StringArray, dict]]:
-        dataset = self.open().with_format("arrow")
-        if position["state"] is not None:
-            dataset.load_state_dict(position["state"])
-        for table in dataset.iter(
-            batch_size=1 if self.kind == "text" else BATCH_DOCUMENTS
-        ):  # a text may be a library
-            if str(table["text"].type) not in ("string", "large_string", "string_view", "null"):
-                raise UserError(f"the field 'text' holds {table['text'].type}, not only strings")
-            texts = table["text"].combine_chunks()[position["skip"] :].cast(pa.string())
-            if self.kind == "json":
-                texts = pa.array(map(json_text, texts.to_pylist()), pa.string())
-            texts.validate(full=True)  # that it is UTF-8
-            following = dict(
-                document=position["document"] + len(texts),
-                token=0,
-                state=dataset.state_dict(),
-                skip=0,
-            )
-            yield position, texts, following
-            position = following
-
-    def estimate_tokens(self, vocab_size: int) -> int | None:
-        """About how many tokens there are, None if there is no telling before they are read."""
-        if self.kind in HUB:
-            return int(HUB_TOKENS[self.subset]) if self.subset in HUB_TOKENS else None
-        return self.text_bytes and int(self.text_bytes / (4 if vocab_size > 20_000 else 3))
-
-    @cached_property
-    def text_bytes(self) -> int | None:
-        """About how many bytes of text there are, None if they are not on this machine."""
-        if self.remote:
-            return None
-        if self.kind == "pydoc":
-            return sum(map(len, pydoc_texts()))
-        if self.kind != "parquet":
-            return sum(map(os.path.getsize, self.files))
-        total = 0
-        for name in self.files:
-            try:
-                metadata = pq.read_metadata(name)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{name} is damaged or no parquet file: {error}") from error
-            if "text" not in metadata.schema.names or not metadata.num_rows:
-                raise UserError(f"{name} has no column 'text', or no rows")
-            for group in map(metadata.row_group, range(metadata.num_row_groups)):
-                columns = map(group.column, range(group.num_columns))
-                total += sum(
-                    c.total_uncompressed_size for c in columns if c.path_in_schema == "text"
-                )
-        return total
-
-    def readable(self, error: Exception) -> Exception:
-        """A library's error about the text as one that says where to look."""
-        known = isinstance(
-            error, (ValueError, OSError, ImportError)
-        )  # ImportError: a URL of a kind not installed
-        if known or type(error).__module__.startswith(("datasets", "pyarrow")):
-            return ValueError(
-                f"{self.damaged_place()} can't be read as {self.kind}: {error.__cause__ or error}"
-            )
-        return error
-
-    def damaged_place(self) -> str:
-        """The first local file, or the first line of it, that holds no text; the libraries do not name it."""
-        for name in filter(os.path.exists, self.files):
-            number = 0
-            try:
-                if self.kind == "parquet":
-                    for batch in pq.ParquetFile(name).iter_batches(columns=["text"]):
-                        batch.validate(full=True)
-                    continue
-                with open(name, encoding="utf-8") as file:
-                    for number, line in enumerate(file, 1):
-                        if self.kind == "json":
-                            (json_text(line) or "").encode()
-            except UnicodeDecodeError:
-                return f"{name} (not UTF-8)"
-            except (UserError, ValueError, OSError):
-                return f"{name}, line {number}," if number else name
-        return "the source"
+    Returns the name for the manifest. Raises UserError if the folder has another tokenizer.
+    """
+    text = tokenizer_to_text(enc)
+    if text == "gpt2":
+        return "gpt2"
+    path = out_dir / VOCABULARY
+    if not path.exists():
+        write_text(path, text)
+    if path.read_text() != text:
+        raise UserError(f"{path} is another vocabulary: choose another out_dir")
+    return VOCABULARY
 
 
-def expand(pattern: str) -> list[str]:
-    """The files that a glob stands for, sorted; a URL stands for itself."""
-    if "://" in pattern:
-        return [pattern]
-    found = (
-        [pattern]
-        if os.path.isfile(pattern)
-        else glob.glob(os.path.expanduser(pattern), recursive=True)
-    )
-    if names := sorted(os.path.abspath(name) for name in found if os.path.isfile(name)):
-        return names
-    raise FileNotFoundError(f"no file matches {pattern}")
+def check_disk(source: Source, writer: ShardWriter):
+    """Print how much disk space the shards need. Raises OSError if there is less."""
+    tokens = source.estimate_tokens(writer.manifest["vocab_size"])
+    free = shutil.disk_usage(writer.folder).free
+    if tokens is None:
+        say(f"disk needed: 2 bytes per token, their number is unknown; free: {free / 1e9:.1f} GB")
+        return
+    bytes_per_token = np.dtype(writer.manifest["dtype"]).itemsize
+    needed = max(0, tokens - writer.num_tokens) * bytes_per_token
+    say(f"disk needed: about {needed / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
+    if needed > free:
+        raise OSError(
+            f"{writer.folder} has {free / 1e6:,.0f} MB free, "
+            f"the shards need {needed / 1e6:,.0f} MB: make room"
+        )
 
 
-def json_text(line: str) -> str | None:
-    """What the field "text" of a line of jsonl holds."""
-    if not line.strip():
-        return None
-    match json.loads(line):
-        case {"text": str() | None as text}:
-            return text
-    raise UserError("there is no field 'text' with a string")
+# ---------------------------------------------------------------------------------------------
+# Tokenizing in worker processes
 
 
-def is_connection_error(error: BaseException) -> bool:
-    """Whether the network is to blame; the HTTP libraries under `datasets` do not share a base class."""
-    chain = [error, error.__cause__, error.__context__]
-    library = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
-    return any(isinstance(e, OSError) or type(e).__module__.split(".")[0] in library for e in chain)
+def tokenize(
+    batches: Iterator[tuple[Position, pa.StringArray]], enc: tiktoken.Encoding, num_workers: int
+) -> Iterator[tuple[Position, np.ndarray, list[int]]]:
+    """Tokenize batches of texts. Yields (position, tokens, lengths) in the order of the batches.
 
-
-def init_worker(enc: tiktoken.Encoding):
-    global encoding
-    encoding = enc
-    # A parent that was killed can't end its workers: each waits for that by itself.
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()
-
-
-def encode_batch(texts: pa.StringArray) -> tuple[np.ndarray, list[int]]:
-    return encode_texts(encoding, texts)
-
-
-def encode(
-    batches, enc: tiktoken.Encoding, num_workers: int
-) -> Iterator[tuple[dict, np.ndarray, list[int]]]:
-    """Tokenize batches in worker processes, in order, a few batches ahead: memory does not grow with the source."""
-    context = multiprocessing.get_context("spawn")
-    by_value = encoding_of(
-        enc._mergeable_ranks
-    )  # GPT-2's is pickled as a name: each worker would read its files again
-    pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
-    pending = deque()
-    try:
-        stops = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, stops
-        )  # the workers inherit it: they end when we do
-        for _ in range(num_workers):
-            pool.submit(int)  # they start while the source is being opened
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+    It reads a few batches ahead, bounded in number and in bytes: memory does not grow with the
+    source.
+    """
+    with worker_pool(enc, num_workers) as pool:
+        # Batches in the pool. The workers may finish them in any order; the oldest is yielded
+        # first.
+        pending = deque()  # (position, future, bytes of text)
         for position, texts in batches:
             pending.append((position, pool.submit(encode_batch, texts), texts.nbytes))
             while (
                 len(pending) > 3 * num_workers or sum(size for *_, size in pending) > PENDING_BYTES
             ):
-                position, future, _ = pending.popleft()
-                yield position, *future.result()
+                oldest_position, future, _ = pending.popleft()
+                yield oldest_position, *future.result()
         while pending:
-            position, future, _ = pending.popleft()
-            yield position, *future.result()
+            oldest_position, future, _ = pending.popleft()
+            yield oldest_position, *future.result()
+
+
+@contextmanager
+def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that run `encode_batch`."""
+    # The processes are spawned, not forked: the libraries that read the source have threads.
+    context = multiprocessing.get_context("spawn")
+    # tiktoken pickles GPT-2's tokenizer as its name, and each worker would load its files again.
+    # One of our own is pickled with its tokens.
+    by_value = encoding_of(enc._mergeable_ranks)
+    pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
+    try:
+        # Workers inherit the blocked signals. Ctrl-C then stops only this process, and the
+        # workers end with it.
+        stop_signals = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+        for _ in range(num_workers):
+            pool.submit(int)  # a task that does nothing: they start while the source is opened
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
+        yield pool
     except BrokenProcessPool as error:
         raise OSError(
-            "a tokenizer process was killed (out of memory?): run again to go on"
+            "a tokenizer process was killed (out of memory?): run the same command again to resume"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def check_disk(source: Source, writer: ShardWriter):
-    """Say how much disk the shards will need, and refuse if it is not there."""
-    tokens = source.estimate_tokens(writer.manifest["vocab_size"])
-    free = shutil.disk_usage(writer.folder).free
-    if tokens is None:
-        return say(
-            f"disk needed: 2 bytes per token, how many is not known beforehand; free: {free / 1e9:.1f} GB"
-        )
-    need = max(0, tokens - writer.num_tokens) * np.dtype(writer.manifest["dtype"]).itemsize
-    say(f"disk needed: about {need / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
-    if need > free:
-        raise OSError(
-            f"{writer.folder} has {free / 1e6:,.0f} MB free, the shards need {need / 1e6:,.0f} MB: make room"
-        )
+def init_worker(enc: tiktoken.Encoding):
+    global worker_encoding
+    worker_encoding = enc
+    # A parent that is killed can't stop its workers, so each waits for the parent's end.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-@lru_cache
-def pydoc_texts() -> list[str]:
-    """The documentation inside every Python: the help topics, and each standard module's docstrings, by name.
-
-    Modules are parsed, never imported. About 2 MB.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    topics = {}
-    if (path := library / "pydoc_data" / "topics.py").exists():
-        assignment = next(
-            n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.Assign)
-        )
-        topics = ast.literal_eval(assignment.value)
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "lib2to3",
-        "pydoc_data",
-        "__pycache__",
-    }
-    modules = [p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts)]
-    names = [(str(p.relative_to(library).as_posix()), p) for p in modules] + [
-        (topic, None) for topic in topics
-    ]
-    names = sorted(names, key=lambda item: item[0].lower())
-    return list(
-        filter(None, (docstrings(path) if path else topics[name].strip() for name, path in names))
-    )
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def docstrings(path: Path) -> str:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return ""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return "\n\n".join(filter(None, found))
+def encode_batch(texts: pa.StringArray) -> tuple[np.ndarray, list[int]]:
+    return encode_texts(worker_encoding, texts)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     try:
         cli(Config, main, __doc__)
-    except SystemExit as stop:  # a normal exit hangs or aborts amid a read (apache/arrow#45214)
+    except SystemExit as stop:
+        # A normal exit in the middle of a read hangs or aborts (apache/arrow#45214).
         sys.stdout.flush()
         os._exit(stop.code or 0)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-import fineweb
 from bench import measure, peers
 from bench.measure import Figure, Stopwatch
 from common import runtime
 from common.console import UserError
 from common.runtime import Runtime
 from common.shards import SOURCE_START
+from common.text import open_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
 
 
 def read_texts(kind: str, data_files: tuple[str, ...]) -> list[str]:
-    source = fineweb.Source(fineweb.Config(source=kind, data_files=data_files))
+    source = open_source(kind, data_files=data_files)
     return [text for _, batch in source.batches(SOURCE_START) for text in batch.to_pylist()]
 
 

@@ -1,14 +1,17 @@
-"""Token shards on disk: a folder of .npy files and the manifest that says what they are.
+"""Token shards on disk: a folder of .npy files and the manifest that describes them.
 
-A shard is a one-dimensional array of uint16 (uint32 above 65,536 tokens) with `train` or `val` in its name. The
-manifest names the tokenizer and, for each shard, its number of tokens, its checksum and where in the source the next
-one begins. Shards of other projects load without a manifest.
+A shard is a one-dimensional array of uint16 (uint32 if the vocabulary has more than 65,536 tokens)
+with `train` or `val` in its file name. The manifest names the tokenizer and lists the shards, each
+with its number of tokens, its checksum and the position in the source at which the next one
+begins. docs/formats.md lists all fields. Folders of .npy shards from other projects need no
+manifest; their tokenizer is then taken to be GPT-2's.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
+from reprlib import repr as shorten
+from typing import TypedDict
 
 import numpy as np
 import tiktoken
@@ -17,51 +20,138 @@ from common.console import Progress, UserError, checksum, say, write_atomically,
 from common.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
-# A position in the source: the document and the token in it, the state of the stream some documents before, and how
-# many documents to pass over from there.
-SOURCE_START = dict(document=0, token=0, state=None, skip=0)
+GPT2_VOCAB_SIZE = 50257
+
+
+class Position(TypedDict):
+    """A place in the source. The manifest stores one for each shard: where the next shard begins.
+
+    A stream can be entered only where its state was recorded, which is once per batch of documents.
+    So a position is that state, the documents of the batch to skip, and the tokens of the next
+    document to skip, because they are in the previous shard already.
+
+        batch read from state S    | document 100 | document 101 | document 102 |
+        tokens in the full shard    xxxxxxxxxxxxxx xxxxx
+        tokens in the next shard                        ........ ..............
+
+        next position: document=101, token=5, state=S, skip=1
+    """
+
+    document: int  # number of the document, counted from the start of the source
+    token: int  # tokens of this document that are in earlier shards
+    state: dict | None  # state of the stream before the batch; None = at the start of the source
+    skip: int  # documents between that state and this document
+
+
+SOURCE_START = Position(document=0, token=0, state=None, skip=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
 
 
 @dataclass
 class Shards:
-    """The shards of one split, in the order of their names. Only their headers have been read."""
+    """The shards of one split, sorted by name. Opening them has read only their headers."""
 
     split: str
     paths: list[Path]
-    lengths: list[int]  # tokens in each
-    vocab_size: int  # ids must be below this
+    lengths: list[int]  # number of tokens in each shard
+    vocab_size: int  # all ids must be below this
 
     def __post_init__(self):
-        self._open = (None, None)  # number of the shard in use and its memory map
+        self._mapped_shard = None
+        self._mapped_tokens = None
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a shard. Raises ValueError if an id is outside the vocabulary."""
-        if (
-            self._open[0] != shard
-        ):  # one map at a time: resident memory does not grow with the dataset
-            self._open = (shard, np.load(self.paths[shard], mmap_mode="r"))
-        tokens = self._open[1][start:stop]
+        """Tokens [start, stop) of a shard. Raises UserError if an id is outside the vocabulary."""
+        # Only one shard is mapped at a time, so that memory does not grow with the dataset.
+        if self._mapped_shard != shard:
+            self._mapped_shard = shard
+            self._mapped_tokens = map_shard(self.paths[shard])
+        tokens = self._mapped_tokens[start:stop]
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UserError(
-                f"{self.paths[shard]} holds the id {tokens.max()}, outside the vocabulary of {self.vocab_size}: "
-                "it was made with another tokenizer, or is damaged"
+                f"{self.paths[shard]} contains the id {tokens.max()}, outside the vocabulary of "
+                f"{self.vocab_size}: it was made with another tokenizer, or is damaged"
             )
         return tokens
 
 
+def open_shards(folder: str | Path, split: str) -> Shards:
+    """The shards of split `train` or `val` in a folder: the files with the split in their names.
+
+    Raises FileNotFoundError if there are none, UserError if one is damaged or contradicts the
+    manifest.
+    """
+    folder = Path(folder)
+    all_paths = find_shards(folder)
+    paths = [path for path in all_paths if split in path.name]
+    if not paths:
+        found = "only other shards" if all_paths else "no shards"
+        raise FileNotFoundError(
+            f"{folder} contains {found}, none of split {split!r}: make them with fineweb.py"
+        )
+
+    # The manifest, if there is one, must agree with the files.
+    manifest = read_manifest(folder)
+    if manifest:
+        check_all_present(folder, manifest)
+
+    lengths = []
+    for path in paths:
+        tokens = map_shard(path)
+        if manifest:
+            check_against_manifest(path, tokens, manifest)
+        lengths.append(len(tokens))
+    vocab_size = manifest["vocab_size"] if manifest else GPT2_VOCAB_SIZE
+    return Shards(split, paths, lengths, vocab_size)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The shard files of a folder, of all splits, sorted by name."""
+    return sorted(folder.glob("*.npy"))
+
+
+def map_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard file: its tokens, (number of tokens,) uint16 or uint32.
+
+    All shards are opened here, so another file format needs a case here and in `find_shards`.
+    Raises UserError if the file is not a complete, one-dimensional array of token ids.
+    """
+    # np.load fails if the file is shorter than its header says, without reading the tokens.
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or not a .npy file ({error}): make it again with fineweb.py"
+        ) from error
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        raise UserError(
+            f"{path} is {tokens.ndim}-dimensional {tokens.dtype}; "
+            "a shard is one-dimensional, uint16 or uint32"
+        )
+    return tokens
+
+
 def read_manifest(folder: str | Path) -> dict | None:
-    """What `fineweb.py` noted about the shards in a folder; None for shards of other projects."""
+    """The manifest of the shards in a folder, None if there is none (shards of other projects).
+
+    Raises UserError if it is damaged.
+    """
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
     try:
         manifest = json.loads(path.read_text())
-        manifest["vocab_size"], manifest["tokenizer"], manifest["dtype"]
-        {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+        for key in ("vocab_size", "tokenizer", "dtype"):
+            manifest[key]
+        for shard in manifest["shards"]:
+            shard["name"], shard["tokens"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}): make the shards again with fineweb.py"
@@ -69,193 +159,216 @@ def read_manifest(folder: str | Path) -> dict | None:
     return manifest
 
 
+def check_all_present(folder: Path, manifest: dict):
+    """Raise if the shards of a manifest are unfinished (UserError) or missing (OSError)."""
+    if not manifest.get("complete", True):
+        raise UserError(f"{folder} is unfinished: run the same fineweb.py command again to resume")
+    for shard in manifest["shards"]:
+        if not (folder / shard["name"]).exists():
+            raise FileNotFoundError(
+                f"{folder / shard['name']} is missing: run the same fineweb.py command again"
+            )
+
+
+def check_against_manifest(path: Path, tokens: np.ndarray, manifest: dict):
+    """Raise UserError if the length or dtype of a shard is not the one in the manifest.
+
+    Checksums are not compared: that would read all shards before training can start.
+    """
+    expected = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+    if expected.get(path.name) != len(tokens):
+        raise UserError(
+            f"{path} has {len(tokens)} tokens, "
+            f"its manifest says {expected.get(path.name, 'nothing')}"
+        )
+    if str(tokens.dtype) != manifest["dtype"]:
+        raise UserError(f"{path} has dtype {tokens.dtype}, its manifest says {manifest['dtype']}")
+
+
 def shards_tokenizer(folder: str | Path) -> tiktoken.Encoding:
-    """The tokenizer that shards were made with; GPT-2's where no manifest says otherwise."""
+    """The tokenizer that the shards of a folder were made with; without a manifest, GPT-2's."""
     manifest = read_manifest(folder)
     name = manifest["tokenizer"] if manifest else "gpt2"
     return load_tokenizer(name if name == "gpt2" else Path(folder) / name)
 
 
 def manifest_checksum(folder: str | Path) -> str | None:
-    """sha256 of the manifest, which holds that of every shard: the identity of a dataset."""
+    """sha256 of the manifest, which contains those of all shards: it identifies the dataset."""
     path = Path(folder) / MANIFEST
     return checksum(path) if path.exists() else None
 
 
-def open_shards(folder: str | Path, split: str, vocab_size: int | None = None) -> Shards:
-    """The shards of split `train` or `val` in a folder: .npy files with the split in their names.
-
-    Raises FileNotFoundError if there are none, ValueError if one is damaged or disagrees with the manifest.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    paths = sorted(path for path in folder.glob("*.npy") if split in path.name)
-    if not paths:
-        found = "only other shards" if any(folder.glob("*.npy")) else "no shards"
-        raise FileNotFoundError(
-            f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py"
-        )
-    noted = None
-    if manifest:
-        vocab_size = manifest["vocab_size"]
-        if not manifest.get("complete", True):
-            raise UserError(
-                f"{folder} is unfinished: run the same fineweb.py command again and it will go on"
-            )
-        noted = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-        absent = [name for name in noted if not (folder / name).exists()]
-        if absent:
-            raise FileNotFoundError(
-                f"{folder / absent[0]} is missing: run the same fineweb.py command again"
-            )
-    lengths = []
-    for path in paths:
-        length, dtype = read_header(path)
-        if noted is not None and noted.get(path.name) != length:
-            raise UserError(
-                f"{path} holds {length} tokens, its manifest says {noted.get(path.name, 'nothing')}"
-            )
-        if manifest and dtype != manifest["dtype"]:
-            raise UserError(f"{path} is of dtype {dtype}, its manifest says {manifest['dtype']}")
-        lengths.append(length)
-    return Shards(split, paths, lengths, vocab_size or 50257)
-
-
-def read_header(path: Path) -> tuple[int, str]:
-    """Number of tokens and dtype of a shard. Raises ValueError if it is no whole, flat array of token ids."""
-    try:
-        tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(
-            f"{path} is truncated or no .npy file ({error}): make it again with fineweb.py"
-        ) from error
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise UserError(
-            f"{path} is {tokens.ndim}-dimensional {tokens.dtype}; a shard is one-dimensional, uint16 or uint32"
-        )
-    return len(tokens), str(tokens.dtype)
+# ---------------------------------------------------------------------------------------------
+# Writing
 
 
 class ShardWriter:
-    """Cuts the token stream into shards. Each is written whole, then entered in the manifest with its checksum and
-    the position where the next one begins."""
+    """Cuts a stream of tokens into shards of `shard_size` tokens and writes them to a folder.
+
+    A full shard is written atomically, then entered in the manifest with its checksum and the
+    position at which the next one begins. A writer for a folder with an unfinished manifest
+    verifies the shards and continues after the last good one; `next_position` tells where.
+
+    `header` holds the manifest's fields that determine the bytes of the shards. Raises UserError
+    if the folder contains shards without a manifest, or with another header.
+    """
 
     def __init__(self, folder: Path, prefix: str, shard_size: int, header: dict):
-        self.folder, self.prefix, self.shard_size = folder, prefix, shard_size
-        self.manifest = header | dict(
-            complete=False, documents=0, empty_documents=0, tokens=0, shards=[]
-        )
-        self.buffer = np.empty(shard_size, dtype=header["dtype"])
-        self.fill = 0
+        self.folder = folder
+        self.prefix = prefix
+        self.shard_size = shard_size
+        counts = dict(complete=False, documents=0, empty_documents=0, tokens=0, shards=[])
+        self.manifest = header | counts
+        self.buffer = np.empty(shard_size, dtype=header["dtype"])  # the shard being filled
+        self.num_buffered = 0
+        # A run that was killed may have left an unfinished file.
         for leftover in folder.glob(f"{prefix}_*.npy.tmp"):
             leftover.unlink()
         self._resume(header)
 
     def _resume(self, header: dict):
-        found, shard = read_manifest(self.folder), next(self.folder.glob("*.npy"), None)
-        if not shard:
-            return self._commit(
-                []
-            )  # before the first shard, which is known as ours then if we are killed in between
-        if found is None:
+        """Take over the shards of an earlier run with the same header."""
+        earlier = read_manifest(self.folder)
+        paths = find_shards(self.folder)
+        if not paths:
+            # The manifest comes before the first shard. A run that is killed between the two
+            # would otherwise leave a shard that looks foreign.
+            return self._write_manifest([])
+        if earlier is None:
             raise UserError(
-                f"{shard} is not from here (there is no {MANIFEST} beside it): choose another out_dir"
+                f"{paths[0]} was not written by fineweb.py (the folder has no {MANIFEST}): "
+                "choose another out_dir"
             )
+        # With another header, the next shards would not fit those that are there.
         for key, value in header.items():
-            if found.get(key) != value:
+            if earlier.get(key) != value:
                 raise UserError(
-                    f"{self.folder} holds shards made with {key}={short(found.get(key))}, not {short(value)}: "
-                    "choose another out_dir"
+                    f"{self.folder} contains shards made with {key}={shorten(earlier.get(key))}, "
+                    f"not {shorten(value)}: choose another out_dir"
                 )
-        good = []
-        for shard in Progress(found["shards"], desc="verifying", unit="shard"):
+
+        # The first bad shard and all after it are made again: the source is read in one pass.
+        verified = []
+        for shard in Progress(earlier["shards"], desc="verifying", unit="shard"):
             path = self.folder / shard["name"]
             if not path.exists() or checksum(path) != shard["sha256"]:
-                say(f"{path} is missing or damaged, and made again")
+                say(f"{path} is missing or damaged, making it again")
                 break
-            good.append(shard)
-        if found["complete"] and len(good) == len(found["shards"]):
-            self.manifest = found
-        elif good and all(
-            shard["next"] for shard in good
-        ):  # a split text has no place to go on from: it starts afresh
-            counts = {key: good[-1]["next"][key] for key in ("documents", "empty_documents")}
+            verified.append(shard)
+
+        if earlier["complete"] and len(verified) == len(earlier["shards"]):
+            self.manifest = earlier
+        elif verified and all(shard["next"] for shard in verified):
+            # Shards of a corpus that was split at the end have no next position: if one of those
+            # is damaged, all are made again.
+            last = verified[-1]["next"]
             self.manifest |= dict(
-                shards=good, tokens=sum(shard["tokens"] for shard in good), **counts
+                shards=verified,
+                tokens=sum(shard["tokens"] for shard in verified),
+                documents=last["documents"],
+                empty_documents=last["empty_documents"],
             )
 
     @property
     def num_tokens(self) -> int:
-        return self.manifest["tokens"] + self.fill
+        """Number of tokens so far, in finished shards and in the buffer."""
+        return self.manifest["tokens"] + self.num_buffered
 
-    def next_position(self) -> dict:
-        """Where the first unfinished shard begins."""
-        shards = self.manifest["shards"]
-        return shards[-1]["next"]["position"] if shards else SOURCE_START
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest["shards"])
 
-    def add(self, position: dict, tokens: np.ndarray, lengths: list[int]):
-        """Append a batch's tokens, which begin at `position`, writing each shard that becomes full."""
-        ends = np.cumsum(lengths)
-        taken = position["token"]
-        while taken < len(tokens):
-            part = tokens[taken : taken + self.shard_size - self.fill]
-            self.buffer[self.fill : self.fill + len(part)] = part
-            self.fill += len(part)
-            taken += len(part)
-            if self.fill == self.shard_size:
-                whole = int(
-                    np.searchsorted(ends, taken, side="right")
-                )  # documents of the batch that end by here
-                inside = int(taken - (ends[whole - 1] if whole else 0))
-                following = position | dict(
-                    document=position["document"] + whole,
-                    skip=position["skip"] + whole,
-                    token=inside,
-                )
-                counts = dict(
-                    documents=self.manifest["documents"] + int(np.count_nonzero(lengths[:whole])),
-                    empty_documents=self.manifest["empty_documents"] + lengths[:whole].count(0),
-                )
-                split = "train" if self.manifest["shards"] else "val"
-                shard = self._write(split, len(self.manifest["shards"]), self.buffer)
-                self._commit(
-                    [
-                        *self.manifest["shards"],
-                        shard | dict(next=dict(position=following, **counts)),
-                    ]
-                )
-                self.fill = 0
+    def next_position(self) -> Position:
+        """The position in the source at which the first unfinished shard begins."""
+        if not self.manifest["shards"]:
+            return SOURCE_START
+        return self.manifest["shards"][-1]["next"]["position"]
+
+    def add(self, position: Position, tokens: np.ndarray, lengths: list[int]):
+        """Append the tokens of a batch of documents and write each shard that becomes full.
+
+        position    of the first document of the batch
+        tokens      of all documents, one after the other; the first position["token"] of them are
+                    in an earlier shard already
+        lengths     number of tokens of each document
+        """
+        # num_taken counts the tokens of the batch that are in the buffer or in a shard.
+        num_taken = position["token"]
+        while num_taken < len(tokens):
+            room = self.shard_size - self.num_buffered
+            part = tokens[num_taken : num_taken + room]
+            self.buffer[self.num_buffered : self.num_buffered + len(part)] = part
+            self.num_buffered += len(part)
+            num_taken += len(part)
+            if self.num_buffered == self.shard_size:
+                self._finish_shard(position, lengths, num_taken)
         self.manifest["documents"] += int(np.count_nonzero(lengths))
         self.manifest["empty_documents"] += lengths.count(0)
 
+    def _finish_shard(self, position: Position, lengths: list[int], num_taken: int):
+        """Write the full buffer. `num_taken` tokens of the batch are in this or earlier shards."""
+        # The next shard begins in the first document that does not end by here. Empty documents
+        # (length 0) at this place belong to the finished shard, hence side="right".
+        ends = np.cumsum(lengths)
+        num_done = int(np.searchsorted(ends, num_taken, side="right"))
+        done_tokens = int(ends[num_done - 1]) if num_done else 0
+        next_position = Position(
+            document=position["document"] + num_done,
+            token=num_taken - done_tokens,
+            state=position["state"],
+            skip=position["skip"] + num_done,
+        )
+        # self.manifest counts only complete batches, so the documents of this one are added here.
+        after = dict(
+            position=next_position,
+            documents=self.manifest["documents"] + int(np.count_nonzero(lengths[:num_done])),
+            empty_documents=self.manifest["empty_documents"] + lengths[:num_done].count(0),
+        )
+        split = "train" if self.manifest["shards"] else "val"
+        shard = self._write_shard(split, self.num_shards, self.buffer, after)
+        self.num_buffered = 0
+        self._write_manifest([*self.manifest["shards"], shard])
+
     def finish(self):
-        """Write what is left. A text that does not fill two shards is split into a tenth and the rest instead."""
-        shards = list(self.manifest["shards"])
-        rest = self.buffer[: self.fill]
+        """Write what is left in the buffer, and mark the manifest as complete."""
         if self.num_tokens == 0:
             raise UserError("the source holds no text: no documents, or only empty ones")
+        shards = list(self.manifest["shards"])
+        rest = self.buffer[: self.num_buffered]
+        # Both branches leave at least one token for training, unless there is only one at all.
         if self.num_tokens < 2 * self.shard_size:
-            if shards:
-                rest = np.concatenate([np.load(self.folder / shards[0]["name"]), rest])
-            val, train = np.split(rest, [max(1, len(rest) // 10)])
-            shards = [
-                self._write("train", n + 1, train[first : first + self.shard_size])
-                | dict(next=None)
-                for n, first in enumerate(range(0, len(train), self.shard_size))
-            ]
-            shards.insert(0, self._write("val", 0, val) | dict(next=None))
-        elif self.fill:
-            shards.append(self._write("train", len(shards), rest) | dict(next=None))
-        self.fill = 0
-        self._commit(shards, complete=True)
+            shards = self._split_small_corpus(shards, rest)
+        elif len(rest):
+            shards.append(self._write_shard("train", len(shards), rest, after=None))
+        self.num_buffered = 0
+        self._write_manifest(shards, complete=True)
 
-    def _write(self, split: str, number: int, tokens: np.ndarray) -> dict:
+    def _split_small_corpus(self, shards: list[dict], rest: np.ndarray) -> list[dict]:
+        """Split a corpus that does not fill two shards: the first tenth for validation.
+
+        A whole shard for validation would leave less than that for training.
+        """
+        tokens = rest
+        if shards:
+            tokens = np.concatenate([map_shard(self.folder / shards[0]["name"]), rest])
+        num_val = max(1, len(tokens) // 10)
+        train = tokens[num_val:]
+        # The validation shard is overwritten last. Until then, a run that was killed here can
+        # resume after the full one.
+        train_shards = []
+        for number, first in enumerate(range(0, len(train), self.shard_size), 1):
+            part = train[first : first + self.shard_size]
+            train_shards.append(self._write_shard("train", number, part, after=None))
+        return [self._write_shard("val", 0, tokens[:num_val], after=None), *train_shards]
+
+    def _write_shard(self, split: str, number: int, tokens: np.ndarray, after: dict | None) -> dict:
+        """Write a shard file. Returns its entry in the manifest, in which `after` is `next`."""
         path = self.folder / f"{self.prefix}_{split}_{number:06d}.npy"
         with write_atomically(path) as file:
             np.save(file, tokens)
-        return dict(name=path.name, tokens=len(tokens), sha256=checksum(path))
+        return dict(name=path.name, tokens=len(tokens), sha256=checksum(path), next=after)
 
-    def _commit(self, shards: list[dict], complete: bool = False):
+    def _write_manifest(self, shards: list[dict], complete: bool = False):
         self.manifest |= dict(
             shards=shards, complete=complete, tokens=sum(shard["tokens"] for shard in shards)
         )

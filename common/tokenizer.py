@@ -1,10 +1,11 @@
-"""Tokenizers: GPT-2's own byte-level BPE, or one of any size that we train in the same manner.
+"""Tokenizers: GPT-2's byte-level BPE, or one of any size trained here by the same method.
 
-    enc = load_tokenizer("gpt2")                        # tiktoken's, 50,257 tokens
-    enc = load_tokenizer("datasets/pydoc/vocab.tiktoken")  # one of ours
+    enc = load_tokenizer("gpt2")                            # tiktoken's, 50,257 tokens
+    enc = load_tokenizer("datasets/pydoc/vocab.tiktoken")   # trained by fineweb.py
     enc.encode_ordinary("Hello"), enc.decode([15496]), enc.eot_token, enc.n_vocab
 
-Either is a tiktoken.Encoding. Ours use GPT-2's splitting pattern, and <|endoftext|> is their last token.
+Both are a tiktoken.Encoding. Tokenizers trained here use GPT-2's splitting pattern, and their last
+token is <|endoftext|>.
 """
 
 import base64
@@ -27,15 +28,22 @@ if TYPE_CHECKING:
     import pyarrow
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # every byte, and <|endoftext|>
-CUT = "\0cut\0"  # marks the places where encode_texts cuts a text
-BLANK = r"\s\v\x{85}\pZ"  # what \s is in GPT-2's pattern, in the words of Arrow's regex
+MIN_VOCAB_SIZE = 257  # all bytes, and <|endoftext|>
+CUT = "\0cut\0"  # special token at which encode_texts cuts a text
+WHITESPACE = r"\s\v\x{85}\pZ"  # the characters of \s in GPT-2's pattern, as Arrow spells them
+
+# GPT-2's pattern without its look-ahead, for texts that are cut; see encode_texts.
+CUT_TEXT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading and saving
 
 
 def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
-    """The tokenizer `gpt2`, or the one in a vocab.tiktoken file that `fineweb.py --train_tokenizer` wrote.
+    """The tokenizer `gpt2`, or the one in a vocab.tiktoken file.
 
-    Raises OSError if it can't be had, ValueError if the file is no vocabulary.
+    Raises OSError if it is not available, UserError if the file is not a vocabulary.
     """
     if str(name_or_path) != "gpt2":
         try:
@@ -48,26 +56,28 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
             raise UserError(f"{name_or_path} is not a vocab.tiktoken file") from error
     try:
         return tiktoken.get_encoding("gpt2")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+    except (OSError, ValueError) as error:
+        # The errors of `requests` are OSErrors; a wrong checksum is a ValueError.
         raise OSError(
-            "GPT-2's vocabulary can't be downloaded: check the network, or set TIKTOKEN_CACHE_DIR to a folder "
-            "that holds tiktoken's copy of it"
+            "GPT-2's vocabulary can't be downloaded: check the network, or set "
+            "TIKTOKEN_CACHE_DIR to a folder with tiktoken's copy of it"
         ) from error
 
 
 def tokenizer_to_text(enc: tiktoken.Encoding) -> str:
-    """What a checkpoint keeps of a tokenizer: `gpt2`, or the text of its vocab.tiktoken ("base64 rank" a line)."""
+    """A tokenizer as checkpoints store it: `gpt2`, or the text of its vocab.tiktoken file.
+
+    A line of that file is a token in base64 and its rank, which is also its id.
+    """
     if enc.name == "gpt2":
         return "gpt2"
+    # <|endoftext|> has no line: its id follows from the number of lines.
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
 
 
 def tokenizer_from_text(text: str) -> tiktoken.Encoding:
-    """The inverse of tokenizer_to_text. Raises ValueError if the text is no vocabulary."""
+    """The inverse of tokenizer_to_text. Raises UserError if the text is not a vocabulary."""
     if text.strip() == "gpt2":
         return load_tokenizer("gpt2")
     try:
@@ -75,18 +85,20 @@ def tokenizer_from_text(text: str) -> tiktoken.Encoding:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
         raise UserError(
-            "not a vocabulary: each line must hold a token in base64 and its rank"
+            "not a vocabulary: each line must be a token in base64 and its rank"
         ) from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(
-        bytes([b]) not in ranks for b in range(256)
-    ):
+    # Without a token for each byte, some texts could not be encoded.
+    has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if not has_all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(
-            "not a byte-level vocabulary: ranks must run from 0 without a gap and include every byte"
+            "not a byte-level vocabulary: it must contain all bytes, and its ranks must be "
+            "0, 1, 2 ... without a gap"
         )
     return encoding_of(ranks)
 
 
 def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """The tokenizer with these tokens and <|endoftext|> after them."""
     return tiktoken.Encoding(
         f"bpe{len(ranks) + 1}",
         pat_str=r50k_pat_str,
@@ -95,64 +107,102 @@ def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     )
 
 
+# ---------------------------------------------------------------------------------------------
+# Encoding many texts
+
+
 def encode_texts(
     enc: tiktoken.Encoding, texts: "pyarrow.StringArray"
 ) -> tuple[np.ndarray, list[int]]:
-    """Ids of the texts, <|endoftext|> before each, and the number for each; an empty text has none.
+    r"""Encode documents for the shards: <|endoftext|> before each, empty ones left out.
 
-    They are those of enc.encode_ordinary, in two thirds of its time. Of several blanks before a word, GPT-2's pattern
-    leaves the last one to the word, by a look-ahead that bars the regex engine from its fast automaton. Here the texts
-    are cut at these places first, and a pattern without look-ahead finds the same pieces in between.
+    Returns the ids of all texts, uint16 or uint32, and the number of ids of each text. They are
+    those of enc.encode_ordinary, in two thirds of the time.
+
+    GPT-2's pattern splits a text into pieces, in which BPE then works. Of several whitespace
+    characters before a word, the last one is a piece by itself or begins the word's piece. The
+    pattern finds it by a look-ahead, `\s+(?!\S)`, which makes the regex engine backtrack. Here the
+    texts are cut at these places first, and a pattern without look-ahead splits the rest:
+
+        text                               "a   b"
+        pieces by GPT-2's pattern          "a", "  ", " b"
+        text after cutting                 "a  " CUT " b"
+        pieces without the look-ahead      "a", "  ", CUT, " b"
+
+    Why the pieces, and therefore the ids, are the same: each run of two or more whitespace
+    characters that a word follows has one cut, before its last character, and `\s+` can't reach
+    across it. All other runs (single characters, and those at the end of a text) are one piece
+    in both patterns, or begin the word's piece in both.
+
+    CUT is a special token with the id n_vocab, filtered out at the end. A text with a null
+    character could contain CUT itself, so its whole batch is split by GPT-2's pattern.
     """
-    import pyarrow.compute as pc  # late: only the sharding needs it
+    import pyarrow.compute as pc  # imported here: only sharding needs it
 
-    quick, cuts = quick_encoding(enc), {CUT}
-    if any("\0" in text for text in filter(None, texts.to_pylist())):
-        quick, cuts = enc, set()
+    has_null_character = any("\0" in text for text in texts.to_pylist() if text)
+    if has_null_character:
+        splitter = enc
+        special_tokens = set()
     else:
-        texts = pc.replace_substring_regex(
-            texts, f"([{BLANK}])([{BLANK}][^{BLANK}])", rf"\1{CUT}\2"
-        )
+        splitter = cut_text_encoding(enc)
+        special_tokens = {CUT}
+        # Matches end with a character that is not whitespace, so they never overlap.
+        before_last = f"([{WHITESPACE}])([{WHITESPACE}][^{WHITESPACE}])"
+        texts = pc.replace_substring_regex(texts, before_last, rf"\1{CUT}\2")
+
+    # The arrays of all texts are joined once: appending to one array would copy it each time.
     end_of_text = np.array([enc.eot_token], dtype=np.uint32)
-    parts, lengths = [], []
+    parts = []
+    lengths = []
     for text in texts.to_pylist():
-        lengths.append(0)
-        if text:
-            ids = quick.encode_to_numpy(
-                text, allowed_special=cuts, disallowed_special=()
-            )  # <|endoftext|> is text here
-            parts += [end_of_text, ids]
-            lengths[-1] = 1 + np.count_nonzero(ids != enc.n_vocab)
+        if not text:
+            lengths.append(0)
+            continue
+        # disallowed_special=(): <|endoftext|> inside a document is ordinary text.
+        ids = splitter.encode_to_numpy(
+            text, allowed_special=special_tokens, disallowed_special=()
+        )  # (tokens and cuts,) uint32
+        parts += [end_of_text, ids]
+        lengths.append(1 + np.count_nonzero(ids != enc.n_vocab))
     ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
-    return ids[ids != enc.n_vocab].astype(np.uint16 if enc.n_vocab <= 65536 else np.uint32), lengths
+    dtype = np.uint16 if enc.n_vocab <= 65536 else np.uint32
+    return ids[ids != enc.n_vocab].astype(dtype), lengths
 
 
 @lru_cache
-def quick_encoding(enc: tiktoken.Encoding) -> tiktoken.Encoding:
-    """The same vocabulary under the pattern without look-ahead, for texts that are cut; a cut has the id n_vocab."""
+def cut_text_encoding(enc: tiktoken.Encoding) -> tiktoken.Encoding:
+    """The tokenizer for texts that are cut: same tokens, no look-ahead, CUT has the id n_vocab."""
     return tiktoken.Encoding(
         f"{enc.name} for texts that are cut",
-        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+",
+        pat_str=CUT_TEXT_PATTERN,
         mergeable_ranks=enc._mergeable_ranks,
         special_tokens={CUT: enc.n_vocab},
     )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Encoding, Tokenizer]:
-    """Learn a byte-level BPE of vocab_size tokens, <|endoftext|> among them, with Hugging Face `tokenizers`.
+# ---------------------------------------------------------------------------------------------
+# Training
 
-    Returns it as a tiktoken.Encoding and as the library's own object; both give the same ids.
-    Raises ValueError if the size is below 257 or the texts are too few for that many tokens.
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Encoding, Tokenizer]:
+    """Learn a byte-level BPE of vocab_size tokens, including <|endoftext|>, from texts.
+
+    Hugging Face's `tokenizers` does the training. Returns the result as a tiktoken.Encoding and as
+    the library's own object; both give the same ids. Raises UserError if vocab_size is below 257
+    or the texts are too short for that many tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"a vocabulary of {vocab_size} tokens is too small: the bytes alone need {MIN_VOCAB_SIZE}"
+            f"a vocabulary of {vocab_size} tokens is too small: "
+            f"the bytes alone need {MIN_VOCAB_SIZE}"
         )
+
+    # GPT-2's way: the text is split by its pattern, and merges work on the bytes of the pieces.
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # <|endoftext|> comes last
+        vocab_size=vocab_size - 1,  # <|endoftext|> is added last
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
@@ -160,38 +210,54 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
     library.add_special_tokens([END_OF_TEXT])
     if library.get_vocab_size() < vocab_size:
         raise UserError(
-            f"the texts give only {library.get_vocab_size()} tokens, not {vocab_size}: lower the size"
+            f"the texts give only {library.get_vocab_size()} tokens, not {vocab_size}: "
+            "lower the size"
         )
+
+    # The library spells each byte as a printable character; tiktoken wants the bytes.
     to_byte = {char: byte for byte, char in byte_to_char().items()}
     vocab = library.get_vocab(with_added_tokens=False)
     ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
     return encoding_of(ranks), library
 
 
+# ---------------------------------------------------------------------------------------------
+# Hugging Face's files
+
+
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that a BPE's tokens were merged from, in order: each token's own parts under the ranks below its."""
+    """The merges of a BPE, in the order in which they were learned.
+
+    Hugging Face's files list merges, ours only the tokens with their ranks. The last merge of a
+    token joins two parts; encoding the token with the tokens of lower rank gives these parts.
+    """
     merges = []
-    for token, rank in tqdm(
-        sorted(ranks.items(), key=lambda item: item[1]), "merges", leave=False, delay=2
-    ):
-        parts = [bytes([b]) for b in token]
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    for token, rank in tqdm(by_rank, "merges", leave=False, delay=2):
+        parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            lowest = min(range(len(pairs)), key=pairs.__getitem__)
-            if pairs[lowest] >= rank:
+            # Merge the pair with the lowest rank, as BPE does when it encodes.
+            pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            first = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+            if pair_ranks[first] >= rank:
                 break
-            parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        # Single bytes are one part: they are in the vocabulary without a merge.
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
 
 
 def byte_to_char() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, with which Hugging Face's files spell tokens."""
+    """The printable character by which GPT-2, and so Hugging Face's files, write each byte.
+
+    Printable bytes are themselves. The others become characters from 256 on: a space is "Ġ".
+    """
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    not_printable = [byte for byte in range(256) if byte not in printable]
+    chars = {byte: chr(byte) for byte in printable}
+    return chars | {byte: chr(256 + n) for n, byte in enumerate(not_printable)}

@@ -11,7 +11,7 @@ import torch
 
 from common.console import UserError
 from common.shards import open_shards
-from dataloader import PretrainLoader
+from dataloader import FinetuneLoader, PretrainLoader
 
 T = 8
 LENGTHS = [400, 253, 97]  # tokens of the training shards: 49 + 31 + 12 windows of 8
@@ -20,7 +20,7 @@ WINDOWS = 92
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every token of every shard is different, so that a window tells where it is from."""
+    """No token occurs twice in the shards, so a window shows where it was read."""
     folder = tmp_path_factory.mktemp("shards")
     first = 0
     for n, length in enumerate(LENGTHS):
@@ -55,13 +55,13 @@ def test_each_window_of_each_shard_once_per_epoch(folder):
     for start, length in zip(np.cumsum([0, *LENGTHS]), LENGTHS):
         expected += [start + T * n for n in range((length - 1) // T)]
     assert len(expected) == WINDOWS
-    batches = 92 * 32 // 32  # 32 epochs, whole number of batches
+    batches = 92 * 32 // 32  # 32 epochs, a whole number of batches
     order = first_tokens(folder, range(batches))
     for epoch in range(32):
         assert sorted(order[epoch * WINDOWS : (epoch + 1) * WINDOWS]) == sorted(expected)
 
 
-def test_each_epoch_has_another_order_and_the_same_seed_the_same(folder):
+def test_the_order_depends_on_epoch_and_seed_only(folder):
     order = first_tokens(folder, range(12))
     assert order[:WINDOWS] != order[WINDOWS : 2 * WINDOWS]
     assert order == first_tokens(folder, range(12))
@@ -77,6 +77,31 @@ def test_global_batch_is_the_same_for_any_world_size_and_micro_batch(folder, wor
     )
 
 
+def test_micro_batches_are_the_windows_drawn_in_the_docstring(folder):
+    """W = 16, two ranks, B = 4."""
+    order = first_tokens(folder, range(3), batch=16 * T)
+    for rank in range(2):
+        each = loader(folder, batch=16 * T, rank=rank, world_size=2)
+        for step in range(3):
+            for micro_step in range(2):
+                first = 16 * step + 8 * micro_step + 4 * rank
+                x, _ = each.micro_batch(step, micro_step)
+                assert x[:, 0].tolist() == order[first : first + 4]
+
+
+def test_weights_of_a_short_batch_are_those_in_the_docstring():
+    """Three sequences, the last of them with two targets: T = 4, B = 1, two ranks."""
+    tokens = np.arange(11)
+    weights = []
+    for rank in range(2):
+        each = FinetuneLoader(tokens, 1, 4, 3, 0, rank, world_size=2)
+        batch, rank_weights, num_targets = each.batch(0, torch.device("cpu"))
+        assert num_targets == 10
+        assert [x.shape for x, _ in batch] == [(1, 4), (1, 4)]
+        weights += rank_weights
+    assert sorted(weights) == pytest.approx([0, 0.4, 0.8, 0.8])
+
+
 def test_ranks_are_disjoint(folder):
     seen = Counter()
     for rank in range(4):
@@ -87,8 +112,8 @@ def test_ranks_are_disjoint(folder):
     assert set(seen.values()) == {1}
 
 
-def test_iterating_from_a_step_is_what_an_uninterrupted_run_sees(folder):
-    """Across the borders of shards and epochs: 92 windows are no multiple of the batch of 32."""
+def test_iterating_from_a_step_gives_the_batches_of_an_uninterrupted_run(folder):
+    """Also across shards and epochs: 92 windows are not a multiple of the batch of 32."""
     whole = list(loader(folder).iterate(0, 9, torch.device("cpu")))
     for start in (1, 2, 3, 5, 8):
         resumed = list(loader(folder).iterate(start, 9, torch.device("cpu")))
@@ -99,12 +124,12 @@ def test_iterating_from_a_step_is_what_an_uninterrupted_run_sees(folder):
                 assert torch.equal(ya, yb)
 
 
-def test_epochs_count_whole_batches(folder):
+def test_epochs_count_complete_batches(folder):
     assert loader(folder).steps_in(1) == 2  # 92 windows, 32 a batch
     assert loader(folder).steps_in(8) == 23
 
 
-def test_the_next_batches_are_read_before_they_are_asked_for(folder):
+def test_the_next_batches_are_read_ahead(folder):
     each = loader(folder)
     read = []
     original = each.micro_batch
@@ -118,7 +143,7 @@ def test_the_next_batches_are_read_before_they_are_asked_for(folder):
 
 
 def test_resident_memory_does_not_grow_with_the_shards(tmp_path):
-    """30 shards of 20 MB, read whole: what stays in memory is less than two of them."""
+    """After reading 30 shards of 20 MB, less than two of them are in memory."""
     for n in range(30):
         np.save(tmp_path / f"x_train_{n:06d}.npy", np.zeros(10_000_000, dtype=np.uint16))
     each = PretrainLoader(open_shards(tmp_path, "train"), 64, 1024, 64 * 1024, seed=1)
@@ -134,7 +159,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):
+def test_an_id_outside_the_vocabulary_is_rejected_when_it_is_read(tmp_path):
     np.save(tmp_path / "x_train_000000.npy", np.full(1000, 50257, dtype=np.uint16))
     with pytest.raises(UserError, match="50257, outside the vocabulary"):
         next(loader(tmp_path).iterate(0, 2, torch.device("cpu")))
@@ -143,12 +168,12 @@ def test_an_id_outside_the_vocabulary_is_refused_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     "kwargs", [dict(batch=33 * T), dict(B=3), dict(B=4, world_size=3), dict(B=0)]
 )
-def test_sizes_that_do_not_divide_are_refused(folder, kwargs):
+def test_sizes_that_do_not_divide_are_rejected(folder, kwargs):
     with pytest.raises(UserError, match="not divisible"):
         loader(folder, **kwargs)
 
 
-def test_fewer_tokens_than_one_batch_are_refused(folder):
+def test_fewer_tokens_than_one_batch_are_rejected(folder):
     with pytest.raises(UserError, match="fewer than one batch"):
         loader(folder, batch=128 * T)
 
