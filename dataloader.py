@@ -8,7 +8,7 @@ the same for any number of ranks and any micro-batch size.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -150,7 +150,7 @@ class PretrainLoader:
 
     def iterate(
         self, start_step: int, max_steps: int, device: torch.device
-    ) -> Iterator[list[tuple]]:
+    ) -> Generator[list[tuple]]:
         """Yield, for each step from start_step on, the list of its micro-batches on the device.
 
         A thread keeps the next two steps in (pinned) memory.

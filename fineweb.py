@@ -288,6 +288,9 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
         pool.shutdown(cancel_futures=True)
 
 
+worker_encoding: tiktoken.Encoding  # in the worker processes
+
+
 def init_worker(enc: tiktoken.Encoding):
     global worker_encoding
     worker_encoding = enc
@@ -296,7 +299,9 @@ def init_worker(enc: tiktoken.Encoding):
 
 
 def exit_with_parent():
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
     os._exit(1)
 
 
@@ -311,4 +316,4 @@ if __name__ == "__main__":
     except SystemExit as stop:
         # A normal exit in the middle of a read hangs or aborts (apache/arrow#45214).
         sys.stdout.flush()
-        os._exit(stop.code or 0)
+        os._exit(int(stop.code or 0))

@@ -453,7 +453,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             probs = torch.softmax(logits, -1, out=logits)
             lse = highest - probs.amax(-1, keepdim=True).log()
             loss += ((lse - target_logits) * part_share).sum()
-            if not needs_grad:
+            if grad_w is None:
                 continue
 
             # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.

@@ -233,6 +233,7 @@ def train(run: Run, stop: StopSignal) -> int:
     config = run.config
     batches = run.loader.iterate(run.start_step, run.max_steps, run.rt.device)
     stop_asked = False
+    assert config.min_lr is not None  # set by Config.__post_init__
     bar = Progress(total=run.max_steps, initial=run.start_step, desc="pretraining", unit="step")
     with bar, closing(batches), run.saver:
         for step in range(run.start_step, run.max_steps + 1):
@@ -446,7 +447,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     loaded, loaded_from = None, None
     if resume:
         loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
-    if loaded:
+    if loaded and loaded_from:
         check_agreement(config, loaded, loaded_from)
     torch.manual_seed(config.seed)
     model = make_model(config, enc, loaded, loaded_from).to(rt.device)
@@ -523,9 +524,11 @@ def check_agreement(config: Config, loaded: dict, path: Path):
             )
 
 
-def make_model(config: Config, enc: tiktoken.Encoding, loaded: dict | None, path: Path) -> GPT:
+def make_model(
+    config: Config, enc: tiktoken.Encoding, loaded: dict | None, path: Path | None
+) -> GPT:
     """The model of the loaded checkpoint, else that of init_from, else a new one."""
-    if loaded:
+    if loaded and path:
         model = checkpoint.build_model(loaded, path, config.dropout)
         check_tokenizer(config, enc, tokenizer_from_text(loaded["tokenizer"]), path)
     elif config.init_from:
@@ -593,7 +596,7 @@ def write_config(run: Run):
     device = platform.processor() or "cpu"
     if run.rt.device.type == "cuda":
         device = torch.cuda.get_device_name()
-    record = dict(
+    record: dict = dict(
         constants=asdict(config) | dict(max_steps=run.max_steps),
         start_step=run.start_step,
         command=[sys.executable, *sys.argv],

@@ -4,6 +4,7 @@ Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, 
 """
 
 import codecs
+import dataclasses
 import difflib
 import hashlib
 import io
@@ -14,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -76,7 +77,7 @@ def parse(config_class: type, doc: str | None) -> Any:
     def report(event: _errors.ParseErrorEvent):
         if isinstance(event, _errors.UnrecognizedArgs):
             wrong = f"unrecognized options: {' '.join(event.tokens)}"
-            flags = [f"--{name}" for name in config_class.__dataclass_fields__]
+            flags = [f"--{field.name}" for field in dataclasses.fields(config_class)]
             similar = difflib.get_close_matches(event.tokens[0], flags, n=1)
             if similar:
                 wrong += f" (perhaps {similar[0]}?)"
@@ -186,7 +187,7 @@ def discard_broken_output():
             os.close(nowhere)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table whose columns are aligned, so that it also reads well as plain text."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     lines = [head, tuple("-" * width for width in widths), *rows]

@@ -61,7 +61,7 @@ def pack_weights(model: GPT, dtype: torch.dtype) -> GPT:
     packed = copy.deepcopy(model, memo)
     # Replace the method `head`, which would multiply by the unpacked embedding.
     head = PackedLinear(model.wte.weight[: model.config.vocab_size], None, dtype)
-    packed.head = head.forward
+    packed.head = head.forward  # type: ignore[method-assign]
     return packed
 
 

@@ -1,6 +1,7 @@
 """Optimization: torch.compile and DDP, AdamW and Muon, the schedule, one training step."""
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,7 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-Optimizer = torch.optim.Optimizer | Optimizers
+Optimizer: TypeAlias = torch.optim.Optimizer | Optimizers
 
 
 def make_optimizer(
@@ -135,7 +136,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **options)
 
 
-def load_optimizer_state(optimizer: Optimizer, state: dict | list):
+def load_optimizer_state(optimizer: Optimizer, state: Any):
     """Restore moments and step counts. Weight decay, betas and the like stay those of this run."""
     settings = []
     for group in optimizer.param_groups:

@@ -60,8 +60,8 @@ class Shards:
     vocab_size: int  # all ids must be below this
 
     def __post_init__(self):
-        self._mapped_shard = None
-        self._mapped_tokens = None
+        self._mapped_shard = -1  # none yet
+        self._mapped_tokens = np.empty(0, np.uint16)
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Muon and AdamW together: which of them has which parameters, how large their updates are, and runs that go on."""
+"""Muon and AdamW together: their parameters, the size of their updates, resumed runs."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
 
 
 def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
-    """The gradient's U V^T by a float64 decomposition, and 0.2 of the learning rate by root mean square."""
+    """It is U V^T of the gradient (float64 SVD), with a root mean square of 0.2 * learning rate."""
     model = small_model()
     optimizer = make_optimizer(model, 1e-3, 0.0, (0.9, 0.95), 1e-8, muon=True)
     idx = torch.randint(100, (16, 17), generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_two_processes_draw_muons_curve(data_dir, tmp_path, reference):
     process = launch(arguments(data_dir, tmp_path / "log", "--optimizer", "muon"), TORCHRUN)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
-    # bf16 inside of Muon: sums taken in another order are rounded to other updates, a little more with each step
+    # Muon computes in bf16: sums in another order round to other updates, more with each step.
     assert losses(tmp_path / "log")[:10] == pytest.approx(losses(reference)[:10], abs=1e-3)
 
 

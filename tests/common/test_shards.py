@@ -120,9 +120,8 @@ def test_an_unfinished_folder_is_rejected(tmp_path):
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError, match="make room"):
-        with write_atomically(tmp_path / "file") as file:
-            file.write(b"new")
-            raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="make room"), write_atomically(tmp_path / "file") as file:
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
