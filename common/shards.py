@@ -94,7 +94,7 @@ def open_shards(folder: str | Path, split: str) -> Shards:
     if not paths:
         found = "only other shards" if all_paths else "no shards"
         raise FileNotFoundError(
-            f"{folder} contains {found}, none of split {split!r}: make them with fineweb.py"
+            f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py"
         )
 
     # The manifest, if there is one, must agree with the files.
