@@ -79,6 +79,7 @@ def load(path: str | None = None, limit: int | None = None) -> list[Question]:
     Raises OSError or UserError.
     """
     questions = []
+    # The hub has one subset per kind of word, and a local copy one file.
     if path is None:
         for kind in KINDS:
             questions += from_hub(kind, limit)
@@ -90,7 +91,7 @@ def load(path: str | None = None, limit: int | None = None) -> list[Question]:
 
 def data_fingerprint(path: str | None) -> str:
     if path is None:
-        return HUB
+        return HUB  # its name: the files would have to be downloaded for a checksum
     return " ".join(map(checksum, find_files(path)))
 
 
@@ -152,6 +153,7 @@ def from_file(path: Path) -> list[Question]:
                         f"the question ends after {len(sentences)} sentences, without a query"
                     )
                 continue
+            # Sentences are numbered. A wrong number means that a line is missing or damaged.
             line_number, _, text = line.partition(" ")
             expected = str(len(sentences) + 1)
             if line_number != expected:
@@ -175,7 +177,7 @@ def from_file(path: Path) -> list[Question]:
 def parse_query(kind: str, sentences: list[str], text: str) -> Question:
     """The question whose 21st line, without its number, is `text`."""
     fields = text.split("\t")
-    if len(fields) < 3:  # no candidates: make_question reports it
+    if len(fields) < 3:  # without candidates, which make_question reports
         fields = [text, "", ""]
     query, answer, *_, candidates = fields
     return make_question(kind, sentences, query, answer, candidates.split("|"))
@@ -202,11 +204,13 @@ def detokenize(text: str) -> str:
     brackets = {"-LRB-": "(", "-RRB-": ")", "-LCB-": "{", "-RCB-": "}", "-LSB-": "[", "-RSB-": "]"}
     for mark, bracket in brackets.items():
         text = text.replace(mark, bracket)
+    # Quotes: ``, '' and `. A ' may be an apostrophe and stays.
     text = re.sub(r"`` ?", '"', text)
     text = re.sub(r" ?''", '"', text)
     text = re.sub(r"(?<!\S)` ?", "'", text)
-    # do n't, it 's, the boys ' coats
+    # Contractions and possessives: do n't, it 's, the boys ' coats.
     text = re.sub(r" (n't|'(?:s|S|m|re|ve|ll|d)?)(?!\S)", r"\1", text)
+    # No blank before closing punctuation, and none after opening brackets.
     text = re.sub(r" ([,.;:!?)\]}%])", r"\1", text)
     return re.sub(r"([(\[{$£]) ", r"\1", text)
 
@@ -223,6 +227,8 @@ def sequence_request(enc: tiktoken.Encoding, question: Question, block_size: int
     If the longest of these texts exceeds block_size, all lose the same number of tokens from their
     beginning.
     """
+    # The context ends before the blank. Move all but its first token to the continuations: they are
+    # predicted, too. The engine computes what the continuations share only once.
     whole = query_request(enc, question, str)
     longest = len(whole.context) + max(map(len, whole.continuations))
     context = whole.context[max(0, longest - block_size) :]
@@ -262,11 +268,14 @@ def evaluate(
         lines.append(
             dict(ind=n, kind=question.kind, answer=question.answer, candidates=question.candidates)
         )
+
     for protocol in protocols:
+        # Among equal scores, the first candidate is the answer.
         candidate_scores = score_candidates(model, enc, examples, rt, protocol)
         for line, scores in zip(lines, candidate_scores):
             line[f"{protocol}_pred"] = line["candidates"][scores.index(max(scores))]
             line[f"{protocol}_scores"] = scores
+        # One metric per kind of word in the data, and one over all.
         for kind in (*KINDS, "all"):
             of_kind = [line for line in lines if kind in ("all", line["kind"])]
             hits = [line[f"{protocol}_pred"] == line["answer"] for line in of_kind]
@@ -286,6 +295,9 @@ def score_candidates(
         block_size = model.config.block_size
         requests = [sequence_request(enc, question, block_size) for question in examples]
     scores = score(model, requests, rt, desc=f"CBT, {protocol}")
+
+    # All candidates have the same context, so the sums compare the texts' probabilities. The means
+    # divide by different numbers of tokens.
     result = []
     for request, candidate_scores in zip(requests, scores):
         values = [s.logprob for s in candidate_scores]

@@ -5,7 +5,7 @@
     python evaluate.py --models exported gpt2 --benchmarks hellaswag lambada --limit 500
     torchrun --standalone --nproc_per_node=8 evaluate.py --models gpt2-xl
 
-The benchmarks are those in BENCHMARKS below, and val: the loss on the validation shard in nats per
+--benchmarks lists the benchmarks. One of them is val: the loss on the validation shard in nats per
 token, and in bits per byte of its text, which also compares models of different vocabularies.
 
 The table is printed and written to out_dir as evaluation.md, the results as evaluation.json. A
@@ -73,7 +73,10 @@ def main(config: Config):
     stored = read_results(out_dir / "evaluation.json")
     benchmarks = {benchmark.name: benchmark for benchmark in BENCHMARKS}
     benchmarks["val"] = validation_benchmark(config)
+    # Rank 0 may only write the file when all ranks have read it.
     rt.barrier()
+
+    # Write after each model, so that an interrupted evaluation loses little.
     results = []
     for name in config.models:
         results += evaluate_model(name, benchmarks, config, stored, rt)
@@ -101,12 +104,14 @@ def evaluate_model(
     for title in config.benchmarks:
         benchmark = benchmarks[title]
         try:
+            # Look for a stored result. This does not need the model, only its checksum.
             key = result_key(name, benchmark, config, rt)
             result = find_result(stored, key)
             if result:
                 rt.print(f"{name} on {title}: computed before")
                 results.append(result | dict(model=name))
                 continue
+
             if model is None:
                 model, enc = checkpoint.load_model(name)
                 model.to(rt.device)
@@ -114,9 +119,12 @@ def evaluate_model(
             examples = load_on_all_ranks(partial(benchmark.load, data, limit), rt)
             metrics, _ = benchmark.evaluate(model, enc, examples, rt)
         except (OSError, UserError) as error:
+            # One missing file should not cost the other results.
             rt.print(f"{name} on {title}: {error}")
             results.append(dict(model=name, benchmark=title, error=str(error)))
             continue
+
+        # The key is part of the stored result, so that it can be found again.
         result = dict(model=name) | key
         result["size"] = closest_openai_model(name, model)
         result["metrics"] = [asdict(metric) for metric in metrics]
@@ -256,6 +264,7 @@ def evaluate_validation(
     for document in documents:
         texts.append(text.enc.decode_bytes(document[document != eot_token].tolist()))
 
+    # With the tokenizer of the shards, the model reads the tokens as they are.
     tokens = text.tokens
     if tokenizer_to_text(enc) != tokenizer_to_text(text.enc):
         # The last document may end within a character, hence "replace".
@@ -266,6 +275,7 @@ def evaluate_validation(
         tokens = np.array(ids)
         texts = [string.encode() for string in strings]
 
+    # Bits per byte: the loss of all predicted tokens in bits, divided by the size of the text.
     loss = stream_loss(model, tokens, B, model.config.block_size, rt)
     bits = loss * (len(tokens) - 1) / math.log(2)
     metrics = [

@@ -54,7 +54,7 @@ class Config:
 
 def main(config: Config):
     metrics = tasks.run(config, BENCHMARK)
-    if metrics:
+    if metrics:  # only on rank 0
         line = dict(model=config.model) | result_line(metrics)
         Path(config.results).parent.mkdir(parents=True, exist_ok=True)
         with open(config.results, "a") as file:
@@ -101,12 +101,14 @@ class Rendering:
     lengths: list[int]  # of the four endings
 
 
+# The ending is tokenized by itself, and its length is its number of tokens.
 def completion(enc: tiktoken.Encoding, example: dict) -> Rendering:
     context = enc.encode_ordinary(example["ctx"])
     endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
     return Rendering(Request(context or [enc.eot_token], endings), list(map(len, endings)))
 
 
+# The whole text is tokenized, and the length of an ending is its number of characters.
 def harness(enc: tiktoken.Encoding, example: dict) -> Rendering:
     context = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
     endings = [clean(ending) for ending in example["endings"]]
@@ -120,6 +122,7 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+# A new rendering is added here. Its metrics are named after it.
 RENDERINGS = {"completion": completion, "harness": harness}
 
 
@@ -146,6 +149,7 @@ def evaluate(
         requests = [rendering.request for rendering in renderings]
         scores = score(model, requests, rt, desc=f"HellaSwag, {style}")
 
+        # The model's answers: by the sums, and by the sums divided by the lengths.
         prefix = key_prefix(style)
         for line, rendering, ending_scores in zip(lines, renderings, scores):
             sums = np.array([s.logprob for s in ending_scores])  # (4,)

@@ -36,6 +36,7 @@ from model import GPT
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
 PATH = "datasets/lambada/lambada_test.jsonl"
+# NLTK's English stop words.
 STOP_WORDS = """
 i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her
 hers herself it its itself they them their theirs themselves what which who whom this that these
@@ -91,6 +92,7 @@ def evaluate(
     model: GPT, enc: tiktoken.Encoding, examples: list[tuple[str, str]], rt: Runtime
 ) -> tuple[list[Metric], list[dict]]:
     """The three metrics; for each passage its last word, log-probability, and what was right."""
+    # One continuation per request: the last word, with the blank before it.
     requests = [encode_request(enc, context, [word]) for context, word in examples]
     choose = exclude_first_tokens(stop_tokens(enc), rt.device)
     scores = [only for (only,) in score(model, requests, rt, choose, desc="LAMBADA")]
@@ -106,6 +108,8 @@ def evaluate(
                 right_no_stop_words=s.chosen,
             )
         )
+
+    # Perplexity is per word, not per token: a word counts once, whatever its number of tokens.
     mean = sum(s.logprob for s in scores) / len(scores)
     metrics = [
         accuracy("accuracy", [s.greedy for s in scores]),
@@ -131,6 +135,7 @@ def exclude_first_tokens(excluded: list[int], device: torch.device) -> Choose:
     excluded_ids = torch.tensor(excluded, dtype=torch.int64, device=device)
 
     def choose(logits: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+        # Only the logits of first tokens need to be changed and searched again.
         chosen = logits.argmax(-1)  # (n,)
         first_logits = logits[is_first].index_fill_(1, excluded_ids, -torch.inf)
         chosen[is_first] = first_logits.argmax(-1)

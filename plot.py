@@ -73,6 +73,7 @@ def main(config: Config):
         "throughput": ("tokens_per_sec", draw_throughput),
         "grad_norm": ("grad_norm", draw_grad_norm),
     }
+    # One file per picture, and log_plot.png with the most important ones side by side.
     for name, (key, draw) in pictures.items():
         if runs_with(key, runs):
             save(out_dir / f"{name}.png", runs, draw)
@@ -86,6 +87,7 @@ def benchmark_pictures(runs: list[Run], size: str) -> dict[str, Draw]:
     """A picture for each benchmark that some run has results of, by file name."""
     pictures = {}
     for name, reference in REFERENCES.items():
+        # The validation loss has a picture of its own.
         if name != "val" and runs_with(reference.stream, runs):
             file_name = f"{name}_accuracy" if reference.as_percent else name
             pictures[file_name] = partial(draw_benchmark, reference=reference, size=size)
@@ -124,6 +126,7 @@ def read_series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         raise FileNotFoundError(
             f"no log at {path}: it is neither a file nor a folder with log.txt or metrics.jsonl"
         )
+
     points = {}  # name -> step -> value
     for file in files:
         for step, name, value in read_points(file):
@@ -204,6 +207,7 @@ def draw_losses(ax: Axes, runs: list[Run], size: str):
     if not runs_with("val", runs):
         draw_training_loss(ax, runs)
         return
+    # The training loss is too noisy for a label, if the run also has a validation loss.
     for run in runs_with("loss", runs):
         label = None if "val" in run.series else run.name
         ax.plot(*run.series["loss"], color=run.color, lw=0.5, alpha=0.4, label=label)
@@ -299,6 +303,7 @@ def finish_losses(ax: Axes, title: str):
 
     The legend says how high they reach.
     """
+    # Each curve shows at least 98% of its points.
     curves = [np.array(line.get_ydata()) for line in ax.lines]
     low = min(map(np.min, curves))
     high = max(map(np.max, curves))

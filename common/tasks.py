@@ -120,6 +120,7 @@ def results_table(
     name: str, model: GPT, metrics: list[Metric], reference: Reference, rt: Runtime
 ) -> str:
     """A row per metric: the model's figure, and the one published for OpenAI's closest model."""
+    # The first column's head names the benchmark, the others whose figures they hold.
     title = reference.title
     if reference.chance is not None:
         title += f" (chance {reference.chance:.0%})"
@@ -161,6 +162,8 @@ def load_on_all_ranks(load: Callable[[], Any], rt: Runtime):
     """
     examples = None
     error = None
+    # Two rounds with a barrier after each: local rank 0 first, which downloads, then the others,
+    # which find the file.
     for is_my_turn in (rt.local_rank == 0, rt.local_rank != 0):
         if is_my_turn:
             try:
@@ -168,6 +171,7 @@ def load_on_all_ranks(load: Callable[[], Any], rt: Runtime):
             except (OSError, UserError) as failure:
                 error = failure
         rt.barrier()
+    # A rank that succeeded must raise as well, or it would wait for the others forever.
     if rt.sum([error is not None]):
         raise error or OSError("another process could not read the examples")
     return examples
@@ -248,6 +252,7 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
     tokens are the same, because GPT-2's pattern never joins the blank before a word with the text
     before it, except where two blanks meet. There, and if there is no blank, the head is empty.
     """
+    # Split the context into head, tail and the blanks at its end.
     stripped = context.rstrip()
     blanks = context[len(stripped) :]
     cut = stripped.rfind(" ")
@@ -256,6 +261,8 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
     head = enc.encode_ordinary(stripped[:cut])
     tail = stripped[cut:]
     tail_ids = enc.encode_ordinary(tail)
+
+    # What the whole has beyond the context's tokens is the continuation.
     continuation_ids = []
     for continuation in continuations:
         whole = enc.encode_ordinary(tail + blanks + continuation)
