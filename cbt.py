@@ -1,116 +1,149 @@
-"""The Children's Book Test (Hill et al. 2015): which of ten words belongs in a blank? Chance is 10%.
+"""The Children's Book Test (Hill et al. 2015): which of ten words belongs in a blank?
 
-    python cbt.py                                          # log/model_final.pt; the questions from the hub
+    python cbt.py                                          # log/model_final.pt; data from the hub
     python cbt.py --model gpt2 --save_predictions predictions.jsonl
     torchrun --standalone --nproc_per_node=8 cbt.py --model gpt2-xl
-    python cbt.py --data CBTest/data                       # cbtest_NE_test_2500ex.txt and its like
+    python cbt.py --data CBTest/data                       # folder of cbtest_*_test_2500ex.txt
 
-A question is twenty sentences of a book and a 21st in which a word is missing: a common noun (CN), a named entity (NE),
-a verb (V) or a preposition (P). Two protocols answer it, and both are shown:
+A question is twenty sentences of a book and a 21st with a missing word: a common noun (CN), a named
+entity (NE), a verb (V) or a preposition (P). Guessing is right in 10%. Both protocols in use are
+evaluated:
 
-    paper     as Radford et al. 2019: the candidate for which it and the rest of its sentence are likeliest, given all
-              that comes before it, in text whose tokenization is undone (`` Oh , no ! '' is "Oh, no!" again).
-    sequence  as is often done instead: the candidate for which the mean loss over the whole text is lowest, in the text
-              as the files have it.
+    paper     as in Radford et al. 2019: the answer is the candidate with which the rest of the
+              sentence, from the blank on, is most likely given the text before the blank. The text
+              is detokenized: `` Oh , no ! '' becomes "Oh, no!".
+    sequence  another common choice: the answer is the candidate with which the whole text has the
+              lowest mean loss. The text is used as it is in the files.
 
-The difference is large: for OpenAI's models on named entities, 83.4% to 89.05% against 59.33% to 72.32%. GPT-2 has
-hardly seen text with blanks around its commas, which makes all of it unlikely; and a mean over all tokens favours
-candidates of several tokens, whose later ones are easy. The first protocol is the one that other stages use.
+The difference is large: on named entities, OpenAI's models reach 83.4% to 89.05% with the first and
+59.33% to 72.32% with the second. GPT-2 has rarely seen text with blanks around commas, which makes
+all of it unlikely. And the mean over all tokens favours candidates of several tokens, because the
+later tokens of a word are easy to predict. Training follows the first protocol.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from pathlib import Path
 
 import tiktoken
 
 from common import runtime, tasks
-from common.console import UserError, cli
+from common.console import UserError, checksum, cli
+from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import Request, score
-from common.tasks import Metric, accuracy, encode_request
+from common.tasks import Benchmark, Metric, accuracy, encode_request
 from model import GPT
 
 HUB = "cam-cst/cbt"
 KINDS = ("CN", "NE", "V", "P")
-BLANK = "XXXXX"
-SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-PUBLISHED = {  # Radford et al. 2019, table 3; "sequence" from a reproduction with OpenAI's weights
-    "paper CN": dict(zip(SIZES, (0.8765, 0.9235, 0.9345, 0.9330))),
-    "paper NE": dict(zip(SIZES, (0.834, 0.871, 0.880, 0.8905))),
-    "sequence NE": dict(zip(SIZES, (0.5933, 0.6711, 0.6895, 0.7232))),
-}
+PROTOCOLS = ("paper", "sequence")
+QUERY_BLANK = "XXXXX"  # marks the missing word
 
 
 @dataclass
 class Config:
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    data: str | None = (
-        None  # a file, a glob or a folder of cbtest_{CN,NE,V,P}_test*.txt; None = from the hub
-    )
-    limit: int | None = None  # only the first so many questions of each kind
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
-    save_predictions: str | None = None  # write a line per question to this file
+    # a file, a glob or a folder of cbtest_{CN,NE,V,P}_test*.txt; None = from the Hugging Face hub
+    data: str | None = None
+    limit: int | None = None  # evaluate only the first questions of each kind, this many
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    dtype: runtime.Dtype = "auto"
+    save_predictions: str | None = None  # file for predictions, one line per question
+
+
+def main(config: Config):
+    tasks.run(config, BENCHMARK)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
 
 
 @dataclass
 class Question:
-    kind: str
+    kind: str  # CN, NE, V or P
     context: str  # the twenty sentences
-    query: str  # the 21st, with the blank
+    query: str  # the 21st, with QUERY_BLANK for the missing word
     answer: str
     candidates: list[str]
 
 
-def main(config: Config):
-    tasks.run(config, "Children's Book Test (chance 10%)", load, evaluate)
-
-
 def load(path: str | None = None, limit: int | None = None) -> list[Question]:
-    """The questions: of local files, or of the hub. Raises OSError or ValueError."""
+    """The questions of local files, or of the hub. `limit` counts for each file or kind.
+
+    Raises OSError or UserError.
+    """
+    questions = []
+    # The hub has one subset per kind of word, and a local copy one file.
     if path is None:
-        return [question for kind in KINDS for question in from_hub(kind, limit)]
-    return [question for file in find_files(path) for question in from_file(file)[:limit]]
+        for kind in KINDS:
+            questions += from_hub(kind, limit)
+    else:
+        for file in find_files(path):
+            questions += from_file(file)[:limit]
+    return questions
+
+
+def data_fingerprint(path: str | None) -> str:
+    if path is None:
+        return HUB  # its name: the files would have to be downloaded for a checksum
+    return " ".join(map(checksum, find_files(path)))
 
 
 def find_files(path: str) -> list[Path]:
     """The files that a name, a glob or a folder stands for."""
     if Path(path).is_dir():
         path = f"{path}/cbtest_*_test*.txt"
-    if files := sorted(map(Path, glob(path))):
-        return files
-    raise FileNotFoundError(f"no file {path}")
+    files = sorted(map(Path, glob(path)))
+    if not files:
+        raise FileNotFoundError(f"no file {path}")
+    return files
 
 
 def from_hub(kind: str, limit: int | None) -> list[Question]:
-    import datasets  # late: it takes a second
+    import datasets  # imported here: it takes a second
 
     try:
         rows = datasets.load_dataset(HUB, kind, split="test")
-    except Exception as error:  # the HTTP libraries under `datasets` do not share a base class
+    except Exception as error:  # the HTTP libraries that `datasets` uses share no base class
         raise OSError(
-            f"{HUB} can't be had from the hub ({type(error).__name__}): check the network, or give --data FILES"
+            f"{HUB} is not available from the hub ({type(error).__name__}): check the network, or "
+            "give --data FILES"
         ) from error
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
-    return [
-        make_question(kind, r["sentences"], r["question"], r["answer"], r["options"]) for r in rows
-    ]
+    if limit:
+        rows = rows.select(range(min(limit, len(rows))))
+    questions = []
+    for row in rows:
+        questions.append(
+            make_question(kind, row["sentences"], row["question"], row["answer"], row["options"])
+        )
+    return questions
 
 
 def from_file(path: Path) -> list[Question]:
-    """The questions of a file in the test's own format: numbered sentences, the 21st with query, answer and, after an
-    empty field, candidates, with tabs between them; a blank line between questions."""
+    """The questions of a file in the test's own format.
+
+    A question has 21 numbered lines. The last one has four fields with tabs between them: query,
+    answer, an empty field, candidates. A blank line follows.
+
+        1 `` Oh , '' said Mary .
+        ...
+        20 She looked at the dog .
+        21 Then XXXXX ran away . <tab> Mary <tab><tab> dog|Mary|...|Mr
+    """
     kind = re.search(r"cbtest_(CN|NE|V|P)_", path.name)
     if not kind:
         raise UserError(
-            f"{path}: its name must say what is missing: cbtest_CN_test.txt, or NE, V, P"
+            f"{path}: its name must say which kind of word is missing: cbtest_CN_test.txt, or NE, "
+            "V, P"
         )
-    questions, sentences = [], []
+    questions = []
+    sentences = []  # of the current question
     number = 0
     try:
         for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
@@ -120,21 +153,16 @@ def from_file(path: Path) -> list[Question]:
                         f"the question ends after {len(sentences)} sentences, without a query"
                     )
                 continue
-            place, _, text = line.partition(" ")
-            if place != str(len(sentences) + 1):
-                raise UserError(
-                    f"it must begin with {len(sentences) + 1}, the number of the sentence"
-                )
+            # Sentences are numbered. A wrong number means that a line is missing or damaged.
+            line_number, _, text = line.partition(" ")
+            expected = str(len(sentences) + 1)
+            if line_number != expected:
+                raise UserError(f"it must begin with {expected}, the number of the sentence")
             if len(sentences) < 20:
                 sentences.append(text)
-                continue
-            query, answer, *_, candidates = (
-                text.split("\t") if text.count("\t") >= 2 else (text, "", "")
-            )
-            questions.append(
-                make_question(kind[1], sentences, query, answer, candidates.split("|"))
-            )
-            sentences = []
+            else:
+                questions.append(parse_query(kind[1], sentences, text))
+                sentences = []
         if sentences:
             raise UserError(f"the file ends after {len(sentences)} sentences, without a query")
     except UnicodeDecodeError as error:
@@ -146,96 +174,148 @@ def from_file(path: Path) -> list[Question]:
     return questions
 
 
+def parse_query(kind: str, sentences: list[str], text: str) -> Question:
+    """The question whose 21st line, without its number, is `text`."""
+    fields = text.split("\t")
+    if len(fields) < 3:  # without candidates, which make_question reports
+        fields = [text, "", ""]
+    query, answer, *_, candidates = fields
+    return make_question(kind, sentences, query, answer, candidates.split("|"))
+
+
 def make_question(
     kind: str, sentences: list[str], query: str, answer: str, candidates: list[str]
 ) -> Question:
-    """Raises ValueError if there is not one blank, or the candidates don't hold the answer."""
-    if query.count(BLANK) != 1:
-        raise UserError(f"the query must have one {BLANK}, has {query.count(BLANK)}")
+    """Raises UserError if there is not exactly one blank, or no candidate is the answer."""
+    blanks = query.count(QUERY_BLANK)
+    if blanks != 1:
+        raise UserError(f"the query must have one {QUERY_BLANK}, has {blanks}")
     if answer not in candidates:
         raise UserError(f"the answer {answer!r} is not among the candidates {'|'.join(candidates)}")
     return Question(kind, " ".join(sentences), query, answer, candidates)
 
 
+# ---------------------------------------------------------------------------------------------
+# Requests
+
+
 def detokenize(text: str) -> str:
-    """Undo the spacing, quotes and brackets of the Penn Treebank's tokenizer."""
-    for mark, char in (
-        ("-LRB-", "("),
-        ("-RRB-", ")"),
-        ("-LCB-", "{"),
-        ("-RCB-", "}"),
-        ("-LSB-", "["),
-        ("-RSB-", "]"),
-    ):
-        text = text.replace(mark, char)
+    """Undo the Penn Treebank's tokenization: spacing, quotes and brackets."""
+    brackets = {"-LRB-": "(", "-RRB-": ")", "-LCB-": "{", "-RCB-": "}", "-LSB-": "[", "-RSB-": "]"}
+    for mark, bracket in brackets.items():
+        text = text.replace(mark, bracket)
+    # Quotes: ``, '' and `. A ' may be an apostrophe and stays.
     text = re.sub(r"`` ?", '"', text)
     text = re.sub(r" ?''", '"', text)
     text = re.sub(r"(?<!\S)` ?", "'", text)
-    text = re.sub(
-        r" (n't|'(?:s|S|m|re|ve|ll|d)?)(?!\S)", r"\1", text
-    )  # do n't, it 's, the boys ' coats
+    # Contractions and possessives: do n't, it 's, the boys ' coats.
+    text = re.sub(r" (n't|'(?:s|S|m|re|ve|ll|d)?)(?!\S)", r"\1", text)
+    # No blank before closing punctuation, and none after opening brackets.
     text = re.sub(r" ([,.;:!?)\]}%])", r"\1", text)
     return re.sub(r"([(\[{$£]) ", r"\1", text)
 
 
 def paper_request(enc: tiktoken.Encoding, question: Question) -> Request:
-    """The candidates, each with the rest of its sentence, after all that comes before the blank; detokenized."""
-    return request(enc, detokenize(question.context), question, detokenize)
+    """Context: all text before the blank. Continuations: each candidate and the rest of the
+    sentence. Both are detokenized."""
+    return query_request(enc, question, detokenize)
 
 
 def sequence_request(enc: tiktoken.Encoding, question: Question, block_size: int) -> Request:
-    """The whole texts, of which all but the first token is predicted; of one longer than block_size, its end."""
-    split = request(enc, question.context, question, str)
-    cut = max(0, len(split.context) + max(map(len, split.continuations)) - block_size)
-    shared = split.context[cut:]
-    return Request(shared[:1], [shared[1:] + continuation for continuation in split.continuations])
+    """Context: the first token. Continuations: all that follows, with each of the candidates.
+
+    If the longest of these texts exceeds block_size, all lose the same number of tokens from their
+    beginning.
+    """
+    # The context ends before the blank. Move all but its first token to the continuations: they are
+    # predicted, too. The engine computes what the continuations share only once.
+    whole = query_request(enc, question, str)
+    longest = len(whole.context) + max(map(len, whole.continuations))
+    context = whole.context[max(0, longest - block_size) :]
+    continuations = [context[1:] + continuation for continuation in whole.continuations]
+    return Request(context[:1], continuations)
 
 
-def request(
-    enc: tiktoken.Encoding, context: str, question: Question, render: Callable[[str], str]
+def query_request(
+    enc: tiktoken.Encoding, question: Question, render: Callable[[str], str]
 ) -> Request:
-    before = f"{context} {render(question.query.split(BLANK)[0])}".rstrip()
-    texts = [
-        f"{context} {render(question.query.replace(BLANK, candidate))}"
-        for candidate in question.candidates
-    ]
-    return encode_request(enc, before, [text[len(before) :] for text in texts])
+    """The text before the blank as context, each candidate with the rest as continuations."""
+    context = render(question.context)
+    before = f"{context} {render(question.query.split(QUERY_BLANK)[0])}".rstrip()
+    continuations = []
+    for candidate in question.candidates:
+        # Rendered as a whole, because the candidate changes the spacing around it ("Tom 's").
+        text = f"{context} {render(question.query.replace(QUERY_BLANK, candidate))}"
+        continuations.append(text[len(before) :])
+    return encode_request(enc, before, continuations)
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
 
 
 def evaluate(
-    model: GPT, enc: tiktoken.Encoding, examples: list[Question], rt: Runtime
+    model: GPT,
+    enc: tiktoken.Encoding,
+    examples: list[Question],
+    rt: Runtime,
+    protocols: tuple[str, ...] = PROTOCOLS,
 ) -> tuple[list[Metric], list[dict]]:
-    """Accuracy by protocol and kind, and a line per question."""
-    lines = [
-        dict(ind=n, kind=q.kind, answer=q.answer, candidates=q.candidates)
-        for n, q in enumerate(examples)
-    ]
+    """Accuracy by protocol and kind of word; for each question its answer and both predictions."""
     metrics = []
-    for protocol in ("paper", "sequence"):
-        if protocol == "paper":
-            requests = [paper_request(enc, question) for question in examples]
-        else:
-            requests = [
-                sequence_request(enc, question, model.config.block_size) for question in examples
-            ]
-        scores = score(model, requests, rt, desc=f"CBT, {protocol}")
-        for line, request, ten in zip(lines, requests, scores):
-            sums = [s.logprob for s in ten]
-            if protocol == "sequence":
-                sums = [total / len(tokens) for total, tokens in zip(sums, request.continuations)]
-            line |= {
-                f"{protocol}_pred": line["candidates"][sums.index(max(sums))],
-                f"{protocol}_scores": sums,
-            }
+    lines = []
+    for n, question in enumerate(examples):
+        lines.append(
+            dict(ind=n, kind=question.kind, answer=question.answer, candidates=question.candidates)
+        )
+
+    for protocol in protocols:
+        # Among equal scores, the first candidate is the answer.
+        candidate_scores = score_candidates(model, enc, examples, rt, protocol)
+        for line, scores in zip(lines, candidate_scores):
+            line[f"{protocol}_pred"] = line["candidates"][scores.index(max(scores))]
+            line[f"{protocol}_scores"] = scores
+        # One metric per kind of word in the data, and one over all.
         for kind in (*KINDS, "all"):
-            hits = [
-                line[f"{protocol}_pred"] == line["answer"]
-                for line in lines
-                if kind in ("all", line["kind"])
-            ]
+            of_kind = [line for line in lines if kind in ("all", line["kind"])]
+            hits = [line[f"{protocol}_pred"] == line["answer"] for line in of_kind]
             if hits:
-                metrics.append(accuracy(name := f"{protocol} {kind}", hits, PUBLISHED.get(name)))
+                metrics.append(accuracy(f"{protocol} {kind}", hits))
     return metrics, lines
+
+
+def score_candidates(
+    model: GPT, enc: tiktoken.Encoding, examples: list[Question], rt: Runtime, protocol: str
+) -> list[list[float]]:
+    """For each question a score per candidate: paper: the sum of log-probabilities, sequence: the
+    mean."""
+    if protocol == "paper":
+        requests = [paper_request(enc, question) for question in examples]
+    else:
+        block_size = model.config.block_size
+        requests = [sequence_request(enc, question, block_size) for question in examples]
+    scores = score(model, requests, rt, desc=f"CBT, {protocol}")
+
+    # All candidates have the same context, so the sums compare the texts' probabilities. The means
+    # divide by different numbers of tokens.
+    result = []
+    for request, candidate_scores in zip(requests, scores):
+        values = [s.logprob for s in candidate_scores]
+        if protocol == "sequence":
+            lengths = map(len, request.continuations)
+            values = [value / length for value, length in zip(values, lengths)]
+        result.append(values)
+    return result
+
+
+BENCHMARK = Benchmark(
+    name="cbt",
+    reference=REFERENCES["cbt"],
+    load=load,
+    evaluate=evaluate,
+    evaluate_headline=partial(evaluate, protocols=("paper",)),
+    data_fingerprint=data_fingerprint,
+)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""Several models x several benchmarks -> one table, as text, Markdown and JSON, beside the published figures.
+"""Evaluate several models on several benchmarks and print one table, with the published figures.
 
-    python evaluate.py                                                  # log/model_final.pt on everything
+    python evaluate.py                                                  # log/model_final.pt
     python evaluate.py --models log/model_final.pt gpt2 gpt2-medium gpt2-large gpt2-xl
     python evaluate.py --models exported gpt2 --benchmarks hellaswag lambada --limit 500
     torchrun --standalone --nproc_per_node=8 evaluate.py --models gpt2-xl
 
-The benchmarks are hellaswag, lambada, cbt and val: the validation shard's loss, in nats per token, and bits per byte of
-its text, which compare models of different vocabularies. What is in evaluation.json already for the same model, data
-and constants is not computed again. A model or a dataset that can't be had is a row that says so.
+--benchmarks lists the benchmarks. One of them is val: the loss on the validation shard in nats per
+token, and in bits per byte of its text, which also compares models of different vocabularies.
+
+The table is printed and written to out_dir as evaluation.md, the results as evaluation.json. A
+result in evaluation.json is reused if nothing that it depends on has changed: the model's weights,
+the data, limit, dtype, and the code of the benchmark. If a model or its data is not available, its
+row in the table gives the reason.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -23,142 +27,149 @@ import tiktoken
 import cbt
 import hellaswag
 import lambada
-from common import checkpoint, runtime, tasks
+from common import checkpoint, runtime
 from common.console import UserError, checksum, cli, table, write_text
+from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
-from common.tasks import Metric, closest_openai_model
+from common.tasks import Benchmark, Metric, closest_openai_model, dtype_name, load_on_all_ranks
 from common.tokenizer import tokenizer_to_text
 from model import GPT, OPENAI_MODELS
 
-BENCHMARKS = {"hellaswag": hellaswag, "lambada": lambada, "cbt": cbt}
-OPENAI_VAL_LOSS = {"gpt2": 3.2924}  # on FineWeb-Edu's first shard: build-nanogpt
+# A new benchmark is added here. A field NAME_data in Config gives it a flag for its data; without
+# that field, it uses its default data.
+BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK)
+NAMES = (*[benchmark.name for benchmark in BENCHMARKS], "val")
 
 
 @dataclass
 class Config:
-    models: tuple[str, ...] = (
-        "log/model_final.pt",
-    )  # checkpoints, Hugging Face folders, gpt2 ... gpt2-xl
-    benchmarks: tuple[Literal["hellaswag", "lambada", "cbt", "val"], ...] = (
-        "hellaswag",
-        "lambada",
-        "cbt",
-        "val",
-    )
-    hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded
-    lambada_data: str | None = None  # lambada_test.jsonl; None = downloaded
-    cbt_data: str | None = (
-        None  # a file, a glob or a folder of cbtest_*_test*.txt; None = from the hub
-    )
-    val_data: str = "datasets/edu_fineweb10B"  # folder of shards that fineweb.py wrote
-    val_tokens: int = 10485760  # tokens of the validation shard, from its start
-    limit: int | None = None  # only the first so many examples (of each kind) of the benchmarks
+    # models to evaluate: checkpoints, Hugging Face folders, gpt2 ... gpt2-xl
+    models: tuple[str, ...] = ("log/model_final.pt",)
+    benchmarks: tuple[str, ...] = NAMES  # benchmarks to evaluate them on
+    hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded once
+    lambada_data: str | None = None  # lambada_test.jsonl; None = downloaded once
+    # a file, a glob or a folder of cbtest_*_test*.txt; None = from the Hugging Face hub
+    cbt_data: str | None = None
+    val_data: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
+    val_tokens: int = 10485760  # tokens of the validation shard used for the validation loss
+    limit: int | None = None  # evaluate only the first examples (of each kind), this many
     B: int = 8  # sequences per forward pass of the validation loss
-    out_dir: str = "log/evaluation"  # folder of evaluation.json and evaluation.md
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
+    out_dir: str = "log/evaluation"  # folder for evaluation.json and evaluation.md
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    dtype: runtime.Dtype = "auto"
+
+    def __post_init__(self):
+        for name in self.benchmarks:
+            if name not in NAMES:
+                raise UserError(f"benchmarks is {name!r}, must be one of {', '.join(NAMES)}")
 
 
 def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
     out_dir = Path(config.out_dir)
-    done = read_results(out_dir / "evaluation.json")
+    stored = read_results(out_dir / "evaluation.json")
+    benchmarks = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    benchmarks["val"] = validation_benchmark(config)
+    # Rank 0 may only write the file when all ranks have read it.
     rt.barrier()
+
+    # Write after each model, so that an interrupted evaluation loses little.
     results = []
     for name in config.models:
-        results += evaluate_model(name, config, done, rt)
+        results += evaluate_model(name, benchmarks, config, stored, rt)
         if rt.is_main:
-            write_text(out_dir / "evaluation.json", json.dumps(done, indent=1) + "\n")
-    text = to_table(results)
+            write_text(out_dir / "evaluation.json", json.dumps(stored, indent=1) + "\n")
+    text = results_table(results, benchmarks)
     if rt.is_main:
         write_text(out_dir / "evaluation.md", text + "\n")
     rt.print(f"{text}\n{out_dir}/evaluation.md, {out_dir}/evaluation.json")
     runtime.leave()
     if all("error" in result for result in results):
-        raise UserError("nothing could be evaluated: the table says why")
+        raise UserError("nothing could be evaluated: see the table for the reasons")
 
 
-def evaluate_model(name: str, config: Config, done: list[dict], rt: Runtime) -> list[dict]:
-    """A result for each benchmark: found in `done`, or computed and added to it, or with the error that stopped it."""
-    results, model = [], None
+def evaluate_model(
+    name: str,
+    benchmarks: dict[str, Benchmark],
+    config: Config,
+    stored: list[dict],
+    rt: Runtime,
+) -> list[dict]:
+    """One result per benchmark: from `stored`, or computed and added to it, or with its error."""
+    results = []
+    model = None  # loaded when the first result has to be computed
     for title in config.benchmarks:
-        result = dict(model=name, benchmark=title)
+        benchmark = benchmarks[title]
         try:
-            what = dict(
-                benchmark=title,
-                weights=checkpoint.fingerprint(name),
-                data=data_identity(title, config),
-            )
-            what |= dict(limit=None if title == "val" else config.limit, dtype=str(rt.dtype)[6:])
-            if earlier := next((r for r in done if what.items() <= r.items()), None):
+            # Look for a stored result. This does not need the model, only its checksum.
+            key = result_key(name, benchmark, config, rt)
+            result = find_result(stored, key)
+            if result:
                 rt.print(f"{name} on {title}: computed before")
-                results.append(earlier | dict(model=name))
+                results.append(result | dict(model=name))
                 continue
+
             if model is None:
                 model, enc = checkpoint.load_model(name)
                 model.to(rt.device)
-            metrics = [asdict(metric) for metric in run_benchmark(title, model, enc, config, rt)]
-            result |= what | dict(size=closest_openai_model(name, model), metrics=metrics)
-            done.append(result)
+            data, limit = data_and_limit(benchmark, config)
+            examples = load_on_all_ranks(partial(benchmark.load, data, limit), rt)
+            metrics, _ = benchmark.evaluate(model, enc, examples, rt)
         except (OSError, UserError) as error:
+            # One missing file should not cost the other results.
             rt.print(f"{name} on {title}: {error}")
-            result["error"] = str(error)
+            results.append(dict(model=name, benchmark=title, error=str(error)))
+            continue
+
+        # The key is part of the stored result, so that it can be found again.
+        result = dict(model=name) | key
+        result["size"] = closest_openai_model(name, model)
+        result["metrics"] = [asdict(metric) for metric in metrics]
+        store_result(stored, result)
         results.append(result)
     return results
 
 
-def run_benchmark(
-    title: str, model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime
-) -> list[Metric]:
-    if title == "val":
-        return validation(model, enc, config, rt)
-    module = BENCHMARKS[title]
-    data = getattr(config, f"{title}_data")
-    examples = tasks.load_on_all_ranks(lambda: module.load(data, config.limit), rt)
-    return module.evaluate(model, enc, examples, rt)[0]
+# ---------------------------------------------------------------------------------------------
+# Stored results
 
 
-def validation(model: GPT, enc: tiktoken.Encoding, config: Config, rt: Runtime) -> list[Metric]:
-    """Loss and bits per byte on the validation shard; under another tokenizer than its own, on the same text."""
-    shards, manifest = open_shards(config.val_data, "val"), read_manifest(config.val_data) or {}
-    tokens = shards.read(0, 0, min(config.val_tokens + 1, shards.lengths[0]))
-    own = shards_tokenizer(config.val_data)
-    documents = np.split(tokens, np.flatnonzero(tokens == own.eot_token))
-    texts = [
-        own.decode_bytes(document[document != own.eot_token].tolist()) for document in documents
-    ]
-    if tokenizer_to_text(enc) != tokenizer_to_text(own):
-        texts = [text.decode("utf-8", "replace") for text in texts if text]
-        tokens = np.array(
-            [i for text in texts for i in (enc.eot_token, *enc.encode_ordinary(text))]
-        )
-        texts = [text.encode() for text in texts]
-    loss = stream_loss(model, tokens, config.B, model.config.block_size, rt)
-    bits = loss * (len(tokens) - 1) / math.log(2)
-    published = (
-        OPENAI_VAL_LOSS if manifest.get("source") == "fineweb-edu" and own.name == "gpt2" else {}
+def data_and_limit(benchmark: Benchmark, config: Config) -> tuple[str | None, int | None]:
+    """The arguments of benchmark.load."""
+    data = getattr(config, f"{benchmark.name}_data", None)
+    return data, config.val_tokens if benchmark.name == "val" else config.limit
+
+
+def result_key(name: str, benchmark: Benchmark, config: Config, rt: Runtime) -> dict:
+    """Everything that a result depends on. Two results with the same key are the same."""
+    data, limit = data_and_limit(benchmark, config)
+    return dict(
+        benchmark=benchmark.name,
+        weights=checkpoint.fingerprint(name),
+        data=benchmark.data_fingerprint(data),
+        limit=limit,
+        dtype=dtype_name(rt),
+        code=benchmark.code_fingerprint(),
     )
-    return [
-        Metric("loss", loss, published=published),
-        Metric("bits per byte", bits / sum(map(len, texts))),
-    ]
 
 
-def data_identity(title: str, config: Config) -> str:
-    """What tells a benchmark's data from others: checksums of its files, or the name of a hub dataset."""
-    if title == "val":
-        identity = manifest_checksum(config.val_data) or checksum(
-            open_shards(config.val_data, "val").paths[0]
-        )
-        return f"{identity} {config.val_tokens}"
-    data = getattr(config, f"{title}_data")
-    if data is None:
-        return cbt.HUB if title == "cbt" else BENCHMARKS[title].SHA256
-    return " ".join(map(checksum, cbt.find_files(data) if title == "cbt" else [data]))
+def find_result(stored: list[dict], key: dict) -> dict | None:
+    for result in stored:
+        if key.items() <= result.items():
+            return result
+    return None
+
+
+def store_result(stored: list[dict], result: dict):
+    """Add a result, in place of the one that older code computed from the same inputs."""
+    inputs = ("benchmark", "weights", "data", "limit", "dtype")
+    outdated = [old for old in stored if all(old.get(key) == result[key] for key in inputs)]
+    for old in outdated:
+        stored.remove(old)
+    stored.append(result)
 
 
 def read_results(path: Path) -> list[dict]:
@@ -167,30 +178,111 @@ def read_results(path: Path) -> list[dict]:
         return []
     try:
         results = json.loads(path.read_text())
-        [(result["model"], result["benchmark"], result["metrics"]) for result in results]
+        for result in results:
+            result["model"], result["benchmark"], result["metrics"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away") from error
     return results
 
 
-def to_table(results: list[dict]) -> str:
-    """A row per model and metric; the figures published for OpenAI's models in columns of their own."""
-    sizes = [
-        s
-        for s in OPENAI_MODELS
-        if any(s in m["published"] for r in results for m in r.get("metrics", ()))
-    ]
-    rows = []
+def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
+    """A row per model and metric; a column for each of OpenAI's models with published figures."""
+    lines = []  # (model, benchmark, metric, figure, published figures by model)
     for result in results:
         start = (result["model"], result["benchmark"])
         if "error" in result:
-            reason = shorten(result["error"].replace("|", "/"), 80)
-            rows.append((*start, "not available", reason, *[""] * len(sizes)))
-        for metric in (Metric(**values) for values in result.get("metrics", ())):
-            rows.append((*start, metric.name, str(metric), *map(metric.published_text, sizes)))
-    return table(
-        ("model", "benchmark", "metric", "figure", *(f"{size}, published" for size in sizes)), rows
+            reason = shorten(result["error"].replace("|", "/"), 80)  # a | would end the cell
+            lines.append((*start, "not available", reason, {}))
+            continue
+        reference = benchmarks[result["benchmark"]].reference
+        for values in result["metrics"]:
+            metric = Metric(**values)
+            published = {}
+            for size in OPENAI_MODELS:
+                published[size] = metric.format(reference.published(metric.name, size))
+            lines.append((*start, metric.name, str(metric), published))
+
+    # Leave out models without any figure.
+    sizes = [size for size in OPENAI_MODELS if any(line[-1].get(size) for line in lines)]
+    head = ("model", "benchmark", "metric", "figure", *[f"{size}, published" for size in sizes])
+    rows = []
+    for *start, published in lines:
+        rows.append((*start, *[published.get(size, "") for size in sizes]))
+    return table(head, rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# The validation loss, as a benchmark
+
+
+@dataclass
+class ValidationText:
+    tokens: np.ndarray  # (val_tokens + 1,), less if the shard is shorter
+    enc: tiktoken.Encoding  # the tokenizer that the shards were made with
+
+
+def validation_benchmark(config: Config) -> Benchmark:
+    """The record of `val`. Its "limit" is val_tokens."""
+    # The published losses are those of GPT-2 on FineWeb-Edu. On other data they mean nothing.
+    reference = REFERENCES["val"]
+    try:
+        manifest = read_manifest(config.val_data) or {}
+    except UserError:
+        manifest = {}  # damaged: load_validation reports it
+    if (manifest.get("source"), manifest.get("tokenizer")) != ("fineweb-edu", "gpt2"):
+        reference = replace(reference, figures={})
+    evaluate = partial(evaluate_validation, B=config.B)
+    return Benchmark(
+        name="val",
+        reference=reference,
+        load=load_validation,
+        evaluate=evaluate,
+        evaluate_headline=evaluate,
+        data_fingerprint=validation_fingerprint,
     )
+
+
+def load_validation(folder: str, val_tokens: int) -> ValidationText:
+    shards = open_shards(folder, "val")
+    tokens = shards.read(0, 0, min(val_tokens + 1, shards.lengths[0]))
+    return ValidationText(tokens, shards_tokenizer(folder))
+
+
+def validation_fingerprint(folder: str) -> str:
+    # The manifest holds checksums of all shards. Shards of other projects have no manifest.
+    return manifest_checksum(folder) or checksum(open_shards(folder, "val").paths[0])
+
+
+def evaluate_validation(
+    model: GPT, enc: tiktoken.Encoding, text: ValidationText, rt: Runtime, B: int
+) -> tuple[list[Metric], list[dict]]:
+    """Loss and bits per byte of a text. A model with another tokenizer reads the same text."""
+    # Split into documents, to count bytes: the end-of-text token before each is not text.
+    eot_token = text.enc.eot_token
+    documents = np.split(text.tokens, np.flatnonzero(text.tokens == eot_token))
+    texts = []
+    for document in documents:
+        texts.append(text.enc.decode_bytes(document[document != eot_token].tolist()))
+
+    # With the tokenizer of the shards, the model reads the tokens as they are.
+    tokens = text.tokens
+    if tokenizer_to_text(enc) != tokenizer_to_text(text.enc):
+        # The last document may end within a character, hence "replace".
+        strings = [document.decode("utf-8", "replace") for document in texts if document]
+        ids = []
+        for string in strings:
+            ids += [enc.eot_token, *enc.encode_ordinary(string)]
+        tokens = np.array(ids)
+        texts = [string.encode() for string in strings]
+
+    # Bits per byte: the loss of all predicted tokens in bits, divided by the size of the text.
+    loss = stream_loss(model, tokens, B, model.config.block_size, rt)
+    bits = loss * (len(tokens) - 1) / math.log(2)
+    metrics = [
+        Metric("loss", loss),
+        Metric("bits per byte", bits / sum(map(len, texts))),
+    ]
+    return metrics, []
 
 
 if __name__ == "__main__":

@@ -1,119 +1,133 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings goes on from a context? 10,042 examples; chance is 25%.
+"""HellaSwag (Zellers et al. 2019): which of four endings best continues a context?
 
-    python hellaswag.py                                    # log/model_final.pt; downloads the examples
+    python hellaswag.py                                    # log/model_final.pt
     python hellaswag.py --model gpt2 --save_predictions predictions.jsonl
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model gpt2-xl
     python hellaswag.py --model exported --data hellaswag_val.jsonl --limit 1000
 
-The ending with the highest log-likelihood is the answer. Two renderings are in use, and their figures differ:
+The validation set has 10,042 examples, and is downloaded once. Guessing is right in 25% of them.
+The model's answer is the ending with the highest log-likelihood. Two renderings are in use, and
+their figures differ:
 
-    completion  as in build-nanogpt: the context as it is. acc compares sums, acc_norm means over an ending's tokens.
-    harness     as in lm-evaluation-harness: the activity before the context, bracketed markers removed.
-                acc compares sums, acc_norm sums divided by an ending's length in characters.
+    completion  as in build-nanogpt: the context as it is.
+                acc compares sums of log-probabilities, acc_norm their means per token.
+    harness     as in lm-evaluation-harness: the activity precedes the context, and markers in
+                brackets are removed.
+                acc compares sums, acc_norm sums divided by the ending's length in characters.
 
-A line for each model is added to log/hellaswag_results.jsonl.
+A line for each evaluated model is added to log/hellaswag_results.jsonl.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
 from common import runtime, tasks
-from common.console import UserError, cli
+from common.console import UserError, checksum, cli
+from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import Request, score
-from common.tasks import Metric, accuracy, encode_request
+from common.tasks import Benchmark, Metric, accuracy, encode_request
 from model import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 PATH = "datasets/hellaswag/hellaswag_val.jsonl"
-PUBLISHED = {  # build-nanogpt's hellaswag.py lists both renderings
-    "completion acc": {"gpt2": 0.2859, "gpt2-xl": 0.3842},
-    "completion acc_norm": {"gpt2": 0.2955, "gpt2-xl": 0.4893},
-    "harness acc": {"gpt2": 0.2892, "gpt2-xl": 0.4004},
-    "harness acc_norm": {"gpt2": 0.3114, "gpt2-xl": 0.5089},
-}
-STYLES = ("completion", "harness")
 
 
 @dataclass
 class Config:
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
     data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
-    limit: int | None = None  # only the first so many examples
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    dtype: runtime.Dtype = (
-        "auto"  # of matrix products; auto = bfloat16 where the hardware is fast at it
-    )
-    save_predictions: str | None = None  # write a line per example to this file
-    results: str = "log/hellaswag_results.jsonl"  # a line per evaluated model is added here
+    limit: int | None = None  # evaluate only the first examples, this many
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    dtype: runtime.Dtype = "auto"
+    save_predictions: str | None = None  # file for predictions, one line per example
+    results: str = "log/hellaswag_results.jsonl"  # file to which a line of results is added
 
 
 def main(config: Config):
-    metrics = tasks.run(config, "HellaSwag (chance 25%)", load, evaluate)
-    if metrics:
+    metrics = tasks.run(config, BENCHMARK)
+    if metrics:  # only on rank 0
+        line = dict(model=config.model) | result_line(metrics)
         Path(config.results).parent.mkdir(parents=True, exist_ok=True)
         with open(config.results, "a") as file:
-            file.write(json.dumps(dict(model=config.model) | result_line(metrics)) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
-def result_line(metrics: list[Metric]) -> dict:
-    """acc, acc_norm, correct, correct_norm, total of the completion style; the harness's with its name before."""
-    line = {}
-    for metric in metrics:
-        style, name = metric.name.split()
-        prefix = "harness_" if style == "harness" else ""
-        line |= {
-            prefix + name: metric.value,
-            prefix + name.replace("acc", "correct"): metric.correct,
-        }
-    return line | dict(total=metrics[0].total)
+# ---------------------------------------------------------------------------------------------
+# Data
 
 
 def load(path: str | None = None, limit: int | None = None) -> list[dict]:
-    """The examples: of a file, or of the validation set, downloaded if need be. Raises OSError or ValueError."""
+    """The examples of a file, or of the validation set, which is downloaded if necessary.
+
+    Raises OSError or UserError.
+    """
     return tasks.read_jsonl(path or tasks.fetch(URL, PATH, SHA256), parse, limit)
 
 
+def data_fingerprint(path: str | None) -> str:
+    return SHA256 if path is None else checksum(path)
+
+
 def parse(example: dict) -> dict:
-    kept = {
-        key: example[key] for key in ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
-    }
-    endings, label = example["endings"], example["label"]
-    if not (
-        isinstance(endings, list)
-        and len(endings) == 4
-        and all(isinstance(e, str) and e for e in endings)
-    ):
+    """The fields that are used, checked. Raises UserError."""
+    fields = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
+    kept = {field: example[field] for field in fields}
+    endings = example["endings"]
+    if not isinstance(endings, list) or len(endings) != 4:
         raise UserError("endings must be four texts")
-    if label not in (0, 1, 2, 3):
-        raise UserError(f"the label is {label!r}, must be 0, 1, 2 or 3")
+    if not all(isinstance(ending, str) and ending for ending in endings):
+        raise UserError("endings must be four texts")
+    if example["label"] not in (0, 1, 2, 3):
+        raise UserError(f"the label is {example['label']!r}, must be 0, 1, 2 or 3")
     return kept | dict(ind=example.get("ind"))
 
 
-def completion(enc: tiktoken.Encoding, example: dict) -> Request:
+# ---------------------------------------------------------------------------------------------
+# Renderings: the request of an example, and the lengths by which acc_norm divides
+
+
+@dataclass
+class Rendering:
+    request: Request
+    lengths: list[int]  # of the four endings
+
+
+# The ending is tokenized by itself, and its length is its number of tokens.
+def completion(enc: tiktoken.Encoding, example: dict) -> Rendering:
     context = enc.encode_ordinary(example["ctx"])
-    return Request(
-        context or [enc.eot_token],
-        [enc.encode_ordinary(" " + ending) for ending in example["endings"]],
-    )
+    endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+    return Rendering(Request(context or [enc.eot_token], endings), list(map(len, endings)))
 
 
-def harness(enc: tiktoken.Encoding, example: dict) -> Request:
+# The whole text is tokenized, and the length of an ending is its number of characters.
+def harness(enc: tiktoken.Encoding, example: dict) -> Rendering:
     context = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
-    return encode_request(
-        enc, clean(context), [" " + clean(ending) for ending in example["endings"]]
-    )
+    endings = [clean(ending) for ending in example["endings"]]
+    request = encode_request(enc, clean(context), [" " + ending for ending in endings])
+    return Rendering(request, list(map(len, endings)))
 
 
 def clean(text: str) -> str:
-    """What the harness does to WikiHow's markers."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    """Remove the markers of WikiHow's texts, as lm-evaluation-harness does."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+# A new rendering is added here. Its metrics are named after it.
+RENDERINGS = {"completion": completion, "harness": harness}
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
 
 
 def evaluate(
@@ -121,34 +135,61 @@ def evaluate(
     enc: tiktoken.Encoding,
     examples: list[dict],
     rt: Runtime,
-    styles: tuple[str, ...] = STYLES,
+    styles: tuple[str, ...] = tuple(RENDERINGS),
 ) -> tuple[list[Metric], list[dict]]:
-    """acc and acc_norm in each style, and a line per example: ind, label, pred, pred_norm and the four sums; those
-    of the harness's style with its name before."""
-    metrics, lines = [], [dict(ind=example["ind"], label=example["label"]) for example in examples]
+    """acc and acc_norm in each rendering; for each example ind, label, pred, pred_norm and sums.
+
+    `sums` are the log-likelihoods of the four endings. The fields of the harness rendering have the
+    prefix "harness_".
+    """
+    metrics = []
+    lines = [dict(ind=example["ind"], label=example["label"]) for example in examples]
     for style in styles:
-        requests = [
-            dict(completion=completion, harness=harness)[style](enc, example)
-            for example in examples
-        ]
+        renderings = [RENDERINGS[style](enc, example) for example in examples]
+        requests = [rendering.request for rendering in renderings]
         scores = score(model, requests, rt, desc=f"HellaSwag, {style}")
-        prefix = "harness_" if style == "harness" else ""
-        for line, example, request, four in zip(lines, examples, requests, scores):
-            sums = np.array([s.logprob for s in four])
-            if style == "completion":
-                lengths = [len(ending) for ending in request.continuations]
-            else:
-                lengths = [len(clean(ending)) for ending in example["endings"]]
-            preds = dict(
-                pred=int(sums.argmax()),
-                pred_norm=int((sums / lengths).argmax()),
-                sums=sums.tolist(),
-            )
-            line |= {prefix + key: value for key, value in preds.items()}
+
+        # The model's answers: by the sums, and by the sums divided by the lengths.
+        prefix = key_prefix(style)
+        for line, rendering, ending_scores in zip(lines, renderings, scores):
+            sums = np.array([s.logprob for s in ending_scores])  # (4,)
+            line[prefix + "pred"] = int(sums.argmax())
+            line[prefix + "pred_norm"] = int((sums / rendering.lengths).argmax())
+            line[prefix + "sums"] = sums.tolist()
+
         for name, key in (("acc", "pred"), ("acc_norm", "pred_norm")):
             hits = [line[prefix + key] == line["label"] for line in lines]
-            metrics.append(accuracy(f"{style} {name}", hits, PUBLISHED[f"{style} {name}"]))
+            metrics.append(accuracy(f"{style} {name}", hits))
     return metrics, lines
+
+
+def result_line(metrics: list[Metric]) -> dict:
+    """acc, correct, acc_norm, correct_norm and total, for a line of hellaswag_results.jsonl.
+
+    The fields of the harness rendering have the prefix "harness_".
+    """
+    line = {}
+    for metric in metrics:
+        style, name = metric.name.split()
+        prefix = key_prefix(style)
+        line[prefix + name] = metric.value
+        line[prefix + name.replace("acc", "correct")] = metric.correct
+    return line | dict(total=metrics[0].total)
+
+
+def key_prefix(style: str) -> str:
+    return "" if style == "completion" else f"{style}_"
+
+
+BENCHMARK = Benchmark(
+    name="hellaswag",
+    reference=REFERENCES["hellaswag"],
+    load=load,
+    evaluate=evaluate,
+    evaluate_headline=partial(evaluate, styles=("completion",)),
+    data_fingerprint=data_fingerprint,
+    result_line=result_line,
+)
 
 
 if __name__ == "__main__":

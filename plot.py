@@ -1,13 +1,16 @@
-"""Logs -> pictures, from one run or several side by side.
+"""Draw the logs of one run, or of several runs in the same axes.
 
     python plot.py                                           # log/
-    python plot.py log other_run --out_dir pictures          # both runs in the same axes
-    python plot.py build-nanogpt/log/log.txt --size 124M     # a log.txt alone, another project's too
+    python plot.py log other_run --out_dir pictures          # compare two runs
+    python plot.py build-nanogpt/log/log.txt --size 124M     # a log.txt alone, of any project
 
-Each picture is drawn if the logs hold something for it.
+A picture is drawn if the logs hold data for it: losses, learning rate, throughput, gradient norm,
+and each benchmark that was evaluated during training. log_plot.png shows the losses and the
+benchmarks side by side. Grey lines are the figures published for OpenAI's models.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, cycle
@@ -17,34 +20,32 @@ from typing import Literal
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # drawn without pyplot, so without a display
+from matplotlib.figure import Figure  # without pyplot, drawing needs no display
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from common.console import UserError, cli, say, write_atomically
+from common.published import PARAMETERS, REFERENCES, Reference
 
-OTHER_NAMES = {
-    "train": "loss",
-    "acc_norm": "hella",
-}  # log.txt's and hellaswag_results.jsonl's for metrics.jsonl's
-OPENAI_LOSS = {"124M": 3.2924}  # of OpenAI's GPT-2 on the validation shard of FineWeb-Edu
-GPT2_HELLASWAG = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
-GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe-Ito, for all eyes
+# The same series has other names in log.txt ("train") and hellaswag_results.jsonl ("acc_norm") than
+# in metrics.jsonl, whose names are used here.
+OTHER_NAMES = {"train": "loss", "acc_norm": "hella"}
+# Models to compare with: OpenAI's GPT-2 and the GPT-3 closest in size.
+SIZES = {
+    "124M": ("gpt2", "gpt3-small"),
+    "350M": ("gpt2-medium", "gpt3-medium"),
+    "774M": ("gpt2-large", "gpt3-large"),
+    "1558M": ("gpt2-xl", "gpt3-xl"),
+}
+# Okabe and Ito's palette, whose colors color-blind people can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ("log",)  # run folders, or log.txt files
-    out_dir: str | None = None  # where the pictures go; None = the first run's folder
-    size: Literal["124M", "350M", "774M", "1558M"] = "124M"  # of OpenAI's models to compare with
+    out_dir: str | None = None  # folder for the pictures; None = the first run's folder
+    # size of OpenAI's models to compare with
+    size: Literal["124M", "350M", "774M", "1558M"] = "124M"
 
 
 @dataclass
@@ -52,100 +53,137 @@ class Run:
     folder: Path
     name: str
     color: str
-    series: dict[str, tuple[np.ndarray, np.ndarray]]  # loss, val, hella, lr, ...: steps and values
-    source: str | None = None  # of its data, where config.json says so
+    series: dict[str, tuple[np.ndarray, np.ndarray]]  # loss, val, lr, ... -> steps and values
+    source: str | None = None  # of the training data, if config.json says so
+
+
+# Draws one picture, or one panel of a picture.
+Draw = Callable[[Axes, list[Run]], None]
 
 
 def main(config: Config):
     runs = read_runs(config.runs)
     out_dir = Path(config.out_dir or runs[0].folder)
     out_dir.mkdir(parents=True, exist_ok=True)
-    hellaswag = partial(draw_hellaswag, size=config.size)
+    benchmarks = benchmark_pictures(runs, config.size)
     pictures = {
         "training_loss": ("loss", draw_training_loss),
         "validation_loss": ("val", partial(draw_validation_loss, size=config.size)),
         "learning_rate": ("lr", draw_learning_rate),
         "throughput": ("tokens_per_sec", draw_throughput),
         "grad_norm": ("grad_norm", draw_grad_norm),
-        "hellaswag_accuracy": ("hella", hellaswag),
     }
+    # One file per picture, and log_plot.png with the most important ones side by side.
     for name, (key, draw) in pictures.items():
-        if having(runs, key):
+        if runs_with(key, runs):
             save(out_dir / f"{name}.png", runs, draw)
-    save(out_dir / "log_plot.png", runs, partial(draw_losses, size=config.size), hellaswag)
+    for name, draw in benchmarks.items():
+        save(out_dir / f"{name}.png", runs, draw)
+    losses = partial(draw_losses, size=config.size)
+    save(out_dir / "log_plot.png", runs, losses, *benchmarks.values())
+
+
+def benchmark_pictures(runs: list[Run], size: str) -> dict[str, Draw]:
+    """A picture for each benchmark that some run has results of, by file name."""
+    pictures = {}
+    for name, reference in REFERENCES.items():
+        # The validation loss has a picture of its own.
+        if name != "val" and runs_with(reference.stream, runs):
+            file_name = f"{name}_accuracy" if reference.as_percent else name
+            pictures[file_name] = partial(draw_benchmark, reference=reference, size=size)
+    return pictures
+
+
+def runs_with(key: str, runs: list[Run]) -> list[Run]:
+    return [run for run in runs if key in run.series]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading logs
 
 
 def read_runs(names: tuple[str, ...]) -> list[Run]:
-    paths = list(dict.fromkeys(map(Path, names)))
+    paths = list(dict.fromkeys(map(Path, names)))  # without repetitions
     folders = [path.parent if path.is_file() else path for path in paths]
-    ends = [folder.resolve().name for folder in folders]
-    labels = [end if ends.count(end) == 1 else str(path) for end, path in zip(ends, paths)]
-    return list(
-        map(Run, folders, labels, cycle(COLORS), map(read_series, paths), map(read_source, folders))
-    )
+    folder_names = [folder.resolve().name for folder in folders]
+    runs = []
+    for path, folder, name, color in zip(paths, folders, folder_names, cycle(COLORS)):
+        if folder_names.count(name) > 1:
+            name = str(path)
+        runs.append(Run(folder, name, color, read_series(path), read_source(folder)))
+    return runs
 
 
 def read_series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A log file stands alone. In a run folder metrics.jsonl completes log.txt, and has more digits."""
-    files = (
-        [path]
-        if path.is_file()
-        else [path / "log.txt", path / "metrics.jsonl", path / "hellaswag_results.jsonl"]
-    )
+    """All series of a run folder, or of a log file alone: name -> steps and values.
+
+    In a folder, later files overwrite the same step of earlier ones: they have more digits.
+    """
+    files = [path]
+    if not path.is_file():
+        files = [path / "log.txt", path / "metrics.jsonl", path / "hellaswag_results.jsonl"]
     if not any(file.exists() for file in files[:2]):
         raise FileNotFoundError(
             f"no log at {path}: it is neither a file nor a folder with log.txt or metrics.jsonl"
         )
-    lines = [
-        line
-        for file in files
-        if file.exists()
-        for line in file.read_text("utf-8", "replace").splitlines(True)
-    ]
-    points = {}
-    for step, name, value in (entry for line in lines for entry in read_line(line)):
-        if isinstance(value, int | float) and np.isfinite(value):
-            points.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
-    if not {"loss", "val"} & points.keys():
+
+    points = {}  # name -> step -> value
+    for file in files:
+        for step, name, value in read_points(file):
+            if isinstance(value, int | float) and np.isfinite(value):
+                points.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
+    if "loss" not in points and "val" not in points:
         raise UserError(
-            f"{path} holds no losses: it is empty, or its lines don't read 'step train value'"
+            f"{path} holds no losses: it is empty, or its lines are not 'step train value'"
         )
-    return {
-        key: tuple(map(np.array, zip(*sorted(by_step.items())))) for key, by_step in points.items()
-    }
+    series = {}
+    for name, by_step in points.items():
+        steps = sorted(by_step)
+        series[name] = (np.array(steps), np.array([by_step[step] for step in steps]))
+    return series
+
+
+def read_points(file: Path) -> Iterator[tuple[int, str, object]]:
+    """(step, name, value) of everything that a log file holds; nothing if it does not exist."""
+    if file.exists():
+        for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
+            yield from read_line(line)
 
 
 def read_line(line: str) -> list[tuple[int, str, object]]:
-    """(step, name, value) of a line of log.txt, or of every entry of an object; nothing of other lines."""
+    """The points on a line: "step name value", or a JSON object with a step. Else none."""
     try:
         if line.startswith("{"):
             record = json.loads(line)
             return [(int(record["step"]), name, value) for name, value in record.items()]
         step, name, value = line.split()
-        return (
-            [(int(step), name, float(value))] if line.endswith("\n") else []
-        )  # a crash may have cut digits off
+        # A crash may have cut off the last digits of a line without an end.
+        return [(int(step), name, float(value))] if line.endswith("\n") else []
     except (ValueError, KeyError, TypeError):
         return []
 
 
 def read_source(folder: Path) -> str | None:
+    """Where the training data is from, for example "fineweb-edu".
+
+    None if it is not known, or if losses are not comparable, because another tokenizer was used.
+    """
     try:
         data = json.loads((folder / "config.json").read_text())["data"]
-        return (
-            data["source"] if data.get("tokenizer", "gpt2") == "gpt2" else None
-        )  # else its losses compare to nothing
+        return data["source"] if data.get("tokenizer", "gpt2") == "gpt2" else None
     except (OSError, ValueError, KeyError, TypeError):  # another project's run
         return None
 
 
-def having(runs: list[Run], key: str) -> list[Run]:
-    return [run for run in runs if key in run.series]
+# ---------------------------------------------------------------------------------------------
+# Pictures
 
 
-def save(path: Path, runs: list[Run], *panels):
+def save(path: Path, runs: list[Run], *panels: Draw):
+    """Write a picture of one or several panels side by side."""
     figure = Figure((4 + 4 * len(panels), 5), layout="constrained")
-    for ax, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, draw in zip(axes, panels):
         draw(ax, runs)
     with write_atomically(path) as file:
         figure.savefig(file, format="png", dpi=150)
@@ -159,53 +197,47 @@ def draw_training_loss(ax: Axes, runs: list[Run]):
 
 def draw_validation_loss(ax: Axes, runs: list[Run], size: str):
     draw_curves(ax, runs, "val", "{name}: {last:.4f} at step {step:,}")
-    if size in OPENAI_LOSS and any(run.source == "fineweb-edu" for run in having(runs, "val")):
-        ax.axhline(
-            OPENAI_LOSS[size],
-            color="grey",
-            ls="--",
-            label=f"OpenAI GPT-2 {size}: {OPENAI_LOSS[size]}",
-        )
+    # The published loss is comparable only on the same data.
+    if any(run.source == "fineweb-edu" for run in runs_with("val", runs)):
+        draw_published(ax, REFERENCES["val"], size)
     finish_losses(ax, "Validation loss")
 
 
 def draw_losses(ax: Axes, runs: list[Run], size: str):
-    if not having(runs, "val"):
-        return draw_training_loss(ax, runs)
-    for run in having(runs, "loss"):
+    if not runs_with("val", runs):
+        draw_training_loss(ax, runs)
+        return
+    # The training loss is too noisy for a label, if the run also has a validation loss.
+    for run in runs_with("loss", runs):
         label = None if "val" in run.series else run.name
         ax.plot(*run.series["loss"], color=run.color, lw=0.5, alpha=0.4, label=label)
     draw_validation_loss(ax, runs, size)
     ax.set_title("Training loss (faint) and validation loss")
 
 
-def draw_hellaswag(ax: Axes, runs: list[Run], size: str):
-    if not having(runs, "hella"):
-        ax.text(
-            0.5,
-            0.5,
-            "no HellaSwag results in this run",
-            color="grey",
-            ha="center",
-            transform=ax.transAxes,
-        )
-        return ax.set(xticks=[], yticks=[])
-    draw_curves(ax, runs, "hella", "{name}: {last:.1%} at step {step:,}")
-    ax.axhline(
-        GPT3_HELLASWAG[size],
-        color="grey",
-        ls="-.",
-        label=f"OpenAI GPT-3 {size}: {GPT3_HELLASWAG[size]:.1%}",
-    )
-    ax.axhline(
-        GPT2_HELLASWAG[size],
-        color="grey",
-        ls="--",
-        label=f"OpenAI GPT-2 {size}: {GPT2_HELLASWAG[size]:.1%}",
-    )
-    ax.axhline(0.25, color="grey", ls=":", label="chance: 25%")
-    finish(ax, "HellaSwag accuracy", "accuracy (acc_norm)")
-    ax.yaxis.set_major_formatter("{x:.0%}")
+def draw_benchmark(ax: Axes, runs: list[Run], reference: Reference, size: str):
+    """The headline metric of a benchmark over the steps."""
+    last = "{last:.1%}" if reference.as_percent else "{last:.4f}"
+    draw_curves(ax, runs, reference.stream, f"{{name}}: {last} at step {{step:,}}")
+    draw_published(ax, reference, size)
+    if reference.chance is not None:
+        label = f"chance: {reference.chance:.0%}"
+        ax.axhline(reference.chance, color="grey", ls=":", label=label)
+    title = f"{reference.title} accuracy" if reference.as_percent else reference.title
+    finish(ax, title, reference.headline)
+    if reference.as_percent:
+        ax.yaxis.set_major_formatter("{x:.0%}")
+
+
+def draw_published(ax: Axes, reference: Reference, size: str):
+    """Horizontal lines at the published figures of OpenAI's models of this size."""
+    gpt2, gpt3 = SIZES[size]
+    for model, family, style in ((gpt3, "GPT-3", "-."), (gpt2, "GPT-2", "--")):
+        figure = reference.published(reference.headline, model)
+        if figure is not None:
+            text = f"{figure:.1%}" if reference.as_percent else f"{figure:.4f}"
+            label = f"OpenAI {family} {PARAMETERS[model] / 1e6:.0f}M: {text}"
+            ax.axhline(figure, color="grey", ls=style, label=label)
 
 
 def draw_learning_rate(ax: Axes, runs: list[Run]):
@@ -218,29 +250,31 @@ def draw_throughput(ax: Axes, runs: list[Run]):
     draw_curves(ax, runs, "tokens_per_sec", "{name}: median {median:,.0f} tokens/s", smooth=True)
     ax.set_ylim(bottom=0)
     finish(ax, "Throughput (faint: each step, strong: moving average)", "tokens/s")
-    if having(
-        runs, "mfu"
-    ):  # then tokens/s on the left are a share of the device's peak on the right
-        run = having(runs, "mfu")[0]
-        share = np.median(run.series["mfu"][1]) / np.median(run.series["tokens_per_sec"][1])
-        right = ax.secondary_yaxis(
-            "right", functions=(lambda rate: rate * share, lambda mfu: mfu / share)
-        )
-        right.yaxis.set(label_text=f"MFU of run {run.name}", major_formatter=PercentFormatter(1))
+    with_mfu = runs_with("mfu", runs)
+    if not with_mfu:
+        return
+    # A second axis on the right shows the same throughput as a share of the device's peak.
+    run = with_mfu[0]
+    mfu_per_rate = np.median(run.series["mfu"][1]) / np.median(run.series["tokens_per_sec"][1])
+    functions = (lambda rate: rate * mfu_per_rate, lambda mfu: mfu / mfu_per_rate)  # and back
+    right = ax.secondary_yaxis("right", functions=functions)
+    right.yaxis.set(label_text=f"MFU of run {run.name}", major_formatter=PercentFormatter(1))
 
 
 def draw_grad_norm(ax: Axes, runs: list[Run]):
     draw_curves(ax, runs, "grad_norm", smooth=True)
     ax.set_yscale("log")
-    finish(
-        ax,
-        "Gradient norm (faint: each step, strong: moving average)",
-        "gradient norm before clipping",
-    )
+    title = "Gradient norm (faint: each step, strong: moving average)"
+    finish(ax, title, "gradient norm before clipping")
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts of pictures
 
 
 def draw_curves(ax: Axes, runs: list[Run], key: str, label: str = "{name}", smooth: bool = False):
-    for run in having(runs, key):
+    """The series `key` of each run that has it. `label` may use name, step, last and median."""
+    for run in runs_with(key, runs):
         steps, values = run.series[key]
         text = label.format(
             name=run.name, step=steps[-1], last=values[-1], median=np.median(values)
@@ -248,18 +282,15 @@ def draw_curves(ax: Axes, runs: list[Run], key: str, label: str = "{name}", smoo
         if smooth:
             ax.plot(steps, values, color=run.color, lw=0.5, alpha=0.3)
             values = moving_average(values)
-        ax.plot(
-            steps,
-            values,
-            color=run.color,
-            lw=1.5,
-            label=text,
-            marker="." if len(steps) < 50 else None,
-        )
+        marker = "." if len(steps) < 50 else None
+        ax.plot(steps, values, color=run.color, lw=1.5, label=text, marker=marker)
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:
-    """Exponential, over some sqrt(steps) / 3 steps; its start is not drawn towards zero (as in Adam)."""
+    """Exponential moving average over about sqrt(len(values)) / 3 steps.
+
+    It starts from 0, and is divided by the sum of the weights so far to undo that, as in Adam.
+    """
     weight = min(1, 3 / len(values) ** 0.5)
     averages = list(
         accumulate(values, lambda average, value: average + weight * (value - average), initial=0.0)
@@ -268,9 +299,14 @@ def moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def finish_losses(ax: Axes, title: str):
-    """Let a long run's first steps and spikes leave the picture rather than flatten the rest, and say so."""
+    """Cut off the first steps and the spikes of a long run, which would flatten the rest.
+
+    The legend says how high they reach.
+    """
+    # Each curve shows at least 98% of its points.
     curves = [np.array(line.get_ydata()) for line in ax.lines]
-    low, high = min(map(np.min, curves)), max(map(np.max, curves))
+    low = min(map(np.min, curves))
+    high = max(map(np.max, curves))
     top = max(np.quantile(curve, 0.98, method="higher") for curve in curves)
     margin = max(0.05 * (top - low), 0.002 * top)
     if high > top + margin:
@@ -280,15 +316,17 @@ def finish_losses(ax: Axes, title: str):
 
 
 def finish(ax: Axes, title: str, ylabel: str):
+    """Title, labels, ticks, grid and legend."""
     ax.set(title=title, xlabel="step", ylabel=ylabel)
+    # Steps are integers: 10,000 and not 1e4.
     ax.xaxis.set(
         major_locator=MaxNLocator(steps=(1, 2, 5), integer=True, min_n_ticks=1),
         major_formatter="{x:,.10g}",
     )
     if ax.get_yscale() == "log":
-        ax.yaxis.set_major_locator(
-            AutoLocator() if np.ptp(np.log10(ax.get_ylim())) < 1 else LogLocator(subs=(1, 2, 5))
-        )
+        # Ticks at powers of ten would be too few: within a decade, place them as on a linear axis.
+        decades = np.ptp(np.log10(ax.get_ylim()))
+        ax.yaxis.set_major_locator(AutoLocator() if decades < 1 else LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter("{x:,.10g}")  # 10,000 and 0.0006 and 3.5, not 3.5x10^0
     ax.grid(alpha=0.3)

@@ -1,14 +1,37 @@
-"""The scoring engine: log-likelihoods of continuations given their contexts, and the mean loss over a token stream.
+"""The scoring engine: log-likelihoods of continuations given a context, and the loss of a stream.
 
     requests = [Request(context, [ending, ending, ...]), ...]    # lists of token ids
     scores = score(model, requests, rt)                          # scores[request][ending].logprob
 
-What the continuations of a request share is computed once: a request is one row of tokens, its context, then what all
-its continuations begin with, then the rest of each, which sees what came before it in its own continuation and not the
-others. The last token of a continuation is only predicted, never read. Rows of similar length are computed together,
-and logits only where something is predicted.
+A naive loop would run the model once per ending, on the context and the ending. Here each request
+is packed into one row, and whatever its endings share is computed once. For the context `a b c` and
+the endings `x y p q` and `x y r`, the row is:
+
+    column       0    1    2    3    4    5
+    token        a    b    c    x    y    p
+    position     0    1    2    3    4    5
+    branch       0    0    0    0    0    1
+    predicts               x    y   p,r   q
+
+`token`, `position` and `branch` are what the model reads. Branch 0 is the context and what all
+endings begin with; branch n is the rest of ending n. A token sees branch 0 and its own branch, up
+to its own position. The last token of an ending, here q and r, is predicted but never read.
+
+    ending 1     x from column 2, y from 3, p from 4, q from 5
+    ending 2     x from column 2, y from 3, r from 4
+
+A third ending `x y s t` would add its s as column 6, at position 5 like p, in branch 3, and its t
+would be predicted from there. Because s sees `a b c x y s` but not p, each prediction is the one
+that the naive loop makes.
+
+Two special cases follow. An ending that is only the shared part, `x y`, adds no columns. And if
+there is nothing but the shared part (a single ending, or several equal ones), its last token is not
+read either.
+
+Rows of similar length form a batch, and logits are computed only at columns that predict something.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,93 +42,59 @@ from common.console import Progress, UserError
 from common.runtime import Runtime
 from model import GPT, IGNORE
 
-MAX_TOKENS = {
-    "cpu": 1024,
-    "mps": 8192,
-    "cuda": 32768,
-}  # of the rows that are computed together, padding included
-MAX_LOGITS = {"cpu": 512, "mps": 1024, "cuda": 4096}  # positions whose logits exist at a time
+# Tokens per batch, padding included, by type of device.
+MAX_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}
+# Columns whose logits exist at the same time. One column has 50,257 logits under GPT-2's tokenizer.
+MAX_LOGITS = {"cpu": 512, "mps": 1024, "cuda": 4096}
+
+# choose(logits (n, vocab_size), is_first (n,) bool) -> token ids (n,): what the model is taken to
+# predict, where that is not simply the most likely token. `is_first` marks the first token of a
+# continuation. The logits are a copy and may be changed.
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Request:
-    context: list[int]  # one token at least
-    continuations: list[list[int]]  # one token at least each
+    context: list[int]  # at least one token
+    continuations: list[list[int]]  # at least one token each
 
 
 class Score(NamedTuple):
-    logprob: float  # of the whole continuation, a sum in nats
-    greedy: bool  # every token is the likeliest one
-    greedy_unbarred: bool  # the same where the barred tokens can't come first
+    logprob: float  # log-probability of the whole continuation, in nats
+    greedy: bool  # whether each of its tokens is the most likely one
+    chosen: bool  # whether each of its tokens is the one that `choose` returns
 
 
+@dataclass
 class Row:
-    """A request as the model reads it: one row of tokens, each at its position, in a branch of its own or in the
-    shared part (branch 0); and what is predicted: which token, at which place of the row, for which continuation."""
+    """A request as the model reads it, and what is predicted from it. See the drawing above."""
 
-    def __init__(self, context: list[int], continuations: list[list[int]], scores: list[int]):
-        shortest = min(map(len, continuations))
-        shared = next(
-            (n for n in range(shortest) if len({c[n] for c in continuations}) > 1), shortest
-        )
-        stem = context + continuations[0][:shared]
-        tokens, positions, branches = stem, list(range(len(stem))), [0] * len(stem)
-        self.targets, self.places, self.scores, self.first = [], [], [], []
-        for number, continuation in enumerate(continuations):
-            rest = continuation[shared:]
-            own = range(len(tokens), len(tokens) + len(rest) - 1)
-            tokens = tokens + rest[:-1]
-            positions += range(len(stem), len(stem) + len(own))
-            branches += [number + 1] * len(own)
-            self.targets += continuation
-            self.places += [*range(len(context) - 1, len(stem) - (not rest)), *own]
-            self.scores += [scores[number]] * len(continuation)
-            self.first += [True] + [False] * (len(continuation) - 1)
-        if shared == max(map(len, continuations)):  # nothing comes after the shared part
-            tokens, positions, branches = tokens[:-1], positions[:-1], branches[:-1]
-        self.tokens, self.positions, self.branches = tokens, positions, branches
+    # the tokens that are read, T of them
+    tokens: list[int]
+    positions: list[int]
+    branches: list[int]
+    # the tokens that are predicted, P of them, continuation by continuation
+    targets: list[int]  # token id
+    columns: list[int]  # where in the row its logits are
+    score_index: list[int]  # number of its continuation, counted over all requests
+    is_first: list[bool]  # whether it is the first token of its continuation
 
     def __len__(self):
         return len(self.tokens)
 
 
-@torch.no_grad()
-def score(
-    model: GPT, requests: list[Request], rt: Runtime, barred: list[int] = (), desc: str = "scoring"
-) -> list[list[Score]]:
-    """A Score for each continuation of each request, the same on all ranks whatever their number.
+# ---------------------------------------------------------------------------------------------
+# Requests to rows, rows to batches
 
-    Where context and continuation pass block_size, the context is cut from the left. Raises ValueError for an empty
-    context or continuation, or a continuation longer than block_size.
+
+def make_rows(request: Request, first_index: int, block_size: int) -> list[Row]:
+    """The rows of a request, whose continuations are numbered from `first_index` on.
+
+    This is one row, or one per continuation if the context must be cut from the left to fit into
+    block_size: then each continuation keeps as much context as it can.
     """
-    rows, count = [], 0
-    for request in requests:
-        numbers = range(count, count := count + len(request.continuations))
-        rows += pack(request, list(numbers), model.config.block_size)
-    rows.sort(key=len, reverse=True)  # the largest first: if memory runs out, it does so at once
-    batches = group(rows, MAX_TOKENS[rt.device.type])
-
-    results = np.zeros(
-        (count, 3)
-    )  # sum of log-probabilities, tokens predicted rightly, and so without the barred ones
-    was_training = model.training
-    model.eval()
-    barred = torch.tensor(barred, dtype=torch.int64, device=rt.device)
-    with Progress(total=len(rows), desc=desc, unit="example", leave=False) as bar, rt.autocast():
-        for batch in batches[rt.rank :: rt.world_size]:
-            place = np.concatenate([row.scores for row in batch])
-            np.add.at(results, place, score_batch(model, batch, rt, barred))
-            bar.update(min(len(batch) * rt.world_size, bar.total - bar.n))
-    model.train(was_training)
-    results = rt.sum(results).cpu().numpy()
-    scores, lengths = [], [len(c) for request in requests for c in request.continuations]
-    scores = iter(Score(s, g == n, u == n) for (s, g, u), n in zip(results.tolist(), lengths))
-    return [[next(scores) for _ in request.continuations] for request in requests]
-
-
-def pack(request: Request, numbers: list[int], block_size: int) -> list[Row]:
-    """The rows of a request: one, or one a continuation where the context must be cut to fit them."""
-    context, continuations = request.context, request.continuations
+    context = request.context
+    continuations = request.continuations
     if not context or not all(continuations):
         raise UserError("a context and each of its continuations must hold at least one token")
     longest = max(map(len, continuations))
@@ -113,87 +102,234 @@ def pack(request: Request, numbers: list[int], block_size: int) -> list[Row]:
         raise UserError(
             f"a continuation of {longest} tokens is longer than the model's context of {block_size}"
         )
+    # The last token of a continuation is not read, hence the 1.
     if len(context) + longest - 1 <= block_size:
-        return [Row(context, continuations, numbers)]
-    return [
-        Row(context[len(c) - block_size - 1 :], [c], [n]) for c, n in zip(continuations, numbers)
-    ]
+        return [make_row(context, continuations, first_index)]
+    rows = []
+    for number, continuation in enumerate(continuations):
+        start = len(context) + len(continuation) - 1 - block_size
+        rows.append(make_row(context[max(0, start) :], [continuation], first_index + number))
+    return rows
 
 
-def group(rows: list[Row], max_tokens: int) -> list[list[Row]]:
-    """Consecutive rows, as many as fit the budget when padded to the longest; they come longest first."""
-    batches, start = [], 0
-    for n in range(1, len(rows) + 1):
-        if n == len(rows) or (n + 1 - start) * len(rows[start]) > max_tokens:
-            batches.append(rows[start:n])
-            start = n
+def make_row(context: list[int], continuations: list[list[int]], first_index: int) -> Row:
+    """Pack a context and its continuations into one row."""
+    shared = shared_length(continuations)
+    stem = context + continuations[0][:shared]
+    row = Row(
+        tokens=list(stem),
+        positions=list(range(len(stem))),
+        branches=[0] * len(stem),
+        targets=[],
+        columns=[],
+        score_index=[],
+        is_first=[],
+    )
+    for number, continuation in enumerate(continuations):
+        # The rest of this continuation, less its last token, is appended as a branch.
+        branch = continuation[shared:-1]
+        branch_columns = range(len(row), len(row) + len(branch))
+        row.tokens += branch
+        row.positions += range(len(stem), len(stem) + len(branch))
+        row.branches += [number + 1] * len(branch)
+
+        # Each token is predicted from the one before it, the first from the end of the context.
+        columns = [*range(len(context) - 1, len(stem)), *branch_columns]
+        row.targets += continuation
+        row.columns += columns[: len(continuation)]
+        row.score_index += [first_index + number] * len(continuation)
+        row.is_first += [True] + [False] * (len(continuation) - 1)
+
+    # If nothing follows the shared part, nothing is predicted from its last token.
+    if all(len(continuation) == shared for continuation in continuations):
+        row.tokens.pop()
+        row.positions.pop()
+        row.branches.pop()
+    return row
+
+
+def shared_length(continuations: list[list[int]]) -> int:
+    """How many tokens all continuations begin with."""
+    length = 0
+    for tokens in zip(*continuations):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def make_batches(rows: list[Row], max_tokens: int) -> list[list[Row]]:
+    """Group rows, which come longest first: as many as fit into max_tokens, padded to the first."""
+    batches = []
+    batch = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(batch[0]) > max_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(row)
+    if batch:
+        batches.append(batch)
     return batches
 
 
-def score_batch(model: GPT, batch: list[Row], rt: Runtime, barred: torch.Tensor) -> np.ndarray:
-    """For each predicted token of the rows: log-probability, and whether it is the likeliest, with and without the
-    barred tokens where it is the first of its continuation. float64 (predicted, 3)."""
-    T = len(batch[0])
+# ---------------------------------------------------------------------------------------------
+# Scores
 
-    def padded(name: str, fill: int) -> torch.Tensor:
-        values = [getattr(row, name) for row in batch]
-        return torch.tensor([v + [fill] * (T - len(v)) for v in values]).to(
-            rt.device, non_blocking=True
-        )
 
-    idx, positions, branches = padded("tokens", 0), padded("positions", 0), padded("branches", -1)
-    mask = None  # without branches it is the causal one, and padding comes last
-    if (branches > 0).any():
-        seen = (branches[:, None] == branches[:, :, None]) | (branches[:, None] == 0)
-        mask = (seen & (positions[:, None] <= positions[:, :, None]))[:, None]
-    places = np.concatenate([np.array(row.places) + n * T for n, row in enumerate(batch)])
-    places, which = np.unique(
-        places, return_inverse=True
-    )  # several targets may be predicted at one place
-    x = model.hidden(idx, positions, mask).flatten(0, 1)[torch.from_numpy(places).to(rt.device)]
+@torch.no_grad()
+def score(
+    model: GPT,
+    requests: list[Request],
+    rt: Runtime,
+    choose: Choose | None = None,
+    desc: str = "scoring",
+) -> list[list[Score]]:
+    """A Score for each continuation of each request. All ranks return the same, for any world size.
 
-    order = np.argsort(which, kind="stable")
-    which, back = which[order], np.argsort(order)
-    targets = torch.from_numpy(np.concatenate([row.targets for row in batch])[order]).to(rt.device)
-    first = torch.from_numpy(np.concatenate([row.first for row in batch])[order]).to(rt.device)
-    results = []
+    If context and continuation are longer than block_size, the context is cut from the left.
+    Without `choose`, Score.chosen equals Score.greedy. Raises UserError for an empty context or
+    continuation, and for a continuation longer than block_size.
+    """
+    rows = []
+    lengths = []  # of all continuations
+    for request in requests:
+        rows += make_rows(request, len(lengths), model.config.block_size)
+        lengths += map(len, request.continuations)
+    # The largest batch comes first: if memory runs out, it does so at once.
+    rows.sort(key=len, reverse=True)
+    batches = make_batches(rows, MAX_TOKENS[rt.device.type])
+
+    # Each rank adds up its share of the batches: per continuation, the log-probabilities of its
+    # tokens, and how many of them are the most likely and the chosen one.
+    sums = np.zeros((len(lengths), 3))
+    was_training = model.training
+    model.eval()
+    with Progress(total=len(rows), desc=desc, unit="example", leave=False) as bar, rt.autocast():
+        for batch in batches[rt.rank :: rt.world_size]:
+            score_index = np.concatenate([row.score_index for row in batch])  # (P,)
+            np.add.at(sums, score_index, score_batch(model, batch, rt, choose))
+            bar.update(min(len(batch) * rt.world_size, bar.total - bar.n))
+    model.train(was_training)
+
+    totals = rt.sum(sums).cpu().tolist()
+    flat = []
+    for (logprob, greedy, chosen), length in zip(totals, lengths):
+        flat.append(Score(logprob, greedy == length, chosen == length))
+    in_order = iter(flat)
+    return [[next(in_order) for _ in request.continuations] for request in requests]
+
+
+def score_batch(model: GPT, batch: list[Row], rt: Runtime, choose: Choose | None) -> np.ndarray:
+    """For each of the P predicted tokens of the rows: its log-probability, whether it is the most
+    likely token, and whether it is the chosen one. float64 (P, 3), in the order of the rows."""
+    # The R rows, padded on the right to the longest, T. Padding is a branch that no token sees.
+    T = max(map(len, batch))
+    idx = pad([row.tokens for row in batch], T, 0, rt)  # (R, T)
+    positions = pad([row.positions for row in batch], T, 0, rt)  # (R, T)
+    branches = pad([row.branches for row in batch], T, -1, rt)  # (R, T)
+    x = model.hidden(idx, positions, branch_mask(branches, positions))  # (R, T, n_embd)
+
+    # Keep only the C columns that predict something. If one predicts several tokens, as column 4 in
+    # the drawing does, its logits are still computed once.
+    flat_columns = np.concatenate([np.array(row.columns) + n * T for n, row in enumerate(batch)])
+    columns, column_of = np.unique(flat_columns, return_inverse=True)  # (C,) and (P,)
+    x = x.flatten(0, 1)[torch.from_numpy(columns).to(rt.device)]  # (C, n_embd)
+
+    # Sort the predictions by column, so that those of a chunk of columns are a slice.
+    order = np.argsort(column_of, kind="stable")
+    column_of = column_of[order]
+    target_ids = np.concatenate([row.targets for row in batch])[order]
+    targets = torch.from_numpy(target_ids).to(rt.device)  # (P,)
+    first_flags = np.concatenate([row.is_first for row in batch])[order]
+    is_first = torch.from_numpy(first_flags).to(rt.device)  # (P,)
+
+    parts = []
     step = MAX_LOGITS[rt.device.type]
     for start in range(0, len(x), step):
-        logits = model.head(x[start : start + step]).float()
-        low, high = np.searchsorted(which, [start, start + step])
-        here, target = torch.from_numpy(which[low:high] - start).to(rt.device), targets[low:high]
-        top, likeliest = logits.max(-1, keepdim=True)
-        unbarred = likeliest = likeliest[here, 0]
-        if len(barred):
-            others = logits[here].index_fill_(1, barred, -torch.inf).argmax(-1)
-            unbarred = torch.where(first[low:high], others, likeliest)
-        logprob = logits[here, target] - top[here, 0] - logits.sub_(top).exp_().sum(-1).log()[here]
-        results.append(torch.stack([logprob, likeliest == target, unbarred == target], 1))
-    return torch.cat(results).cpu().double().numpy()[back]
+        logits = model.head(x[start : start + step]).float()  # (step, vocab_size)
+        low, high = np.searchsorted(column_of, [start, start + step])
+        column = torch.from_numpy(column_of[low:high] - start).to(rt.device)  # (high - low,)
+        parts.append(score_tokens(logits, column, targets[low:high], is_first[low:high], choose))
+    results = torch.cat(parts).cpu().double().numpy()  # (P, 3)
+    return results[np.argsort(order)]  # undo the sorting
+
+
+def pad(lists: list[list[int]], length: int, fill: int, rt: Runtime) -> torch.Tensor:
+    """Lists of numbers as one int64 tensor (len(lists), length)."""
+    padded = torch.tensor([row + [fill] * (length - len(row)) for row in lists])
+    return padded.to(rt.device, non_blocking=True)
+
+
+def branch_mask(branches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens (last dimension) each token (third dimension) sees: bool (R, 1, T, T).
+
+    Those of branch 0 and of the token's own branch, up to its position. None if no row has
+    branches: then it is the causal mask, which is faster, and padding comes last anyway.
+    """
+    if not (branches > 0).any():
+        return None
+    same_branch = branches[:, None] == branches[:, :, None]  # (R, T, T)
+    shared = branches[:, None] == 0  # (R, 1, T)
+    earlier = positions[:, None] <= positions[:, :, None]  # (R, T, T)
+    return ((same_branch | shared) & earlier)[:, None]
+
+
+def score_tokens(
+    logits: torch.Tensor,
+    column: torch.Tensor,
+    targets: torch.Tensor,
+    is_first: torch.Tensor,
+    choose: Choose | None,
+) -> torch.Tensor:
+    """The three results of n predicted tokens, float32 (n, 3).
+
+    `column` (n,) says which of the `logits` (columns, vocab_size) predict each of the `targets`
+    (n,). The logits are overwritten.
+    """
+    highest, most_likely = logits.max(-1, keepdim=True)  # (columns, 1)
+    most_likely = most_likely[column, 0]  # (n,)
+    chosen = most_likely
+    if choose is not None:
+        chosen = choose(logits[column], is_first)
+    # log softmax of the targets. Its sum is computed in place: the logits are large, and
+    # allocations of that size are expensive on CPUs.
+    target_logits = logits[column, targets] - highest[column, 0]  # (n,)
+    log_sums = logits.sub_(highest).exp_().sum(-1).log()  # (columns,)
+    logprobs = target_logits - log_sums[column]
+    return torch.stack([logprobs, most_likely == targets, chosen == targets], 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss of a stream
 
 
 @torch.no_grad()
 def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> float:
-    """Mean loss in nats per token of a 1-D stream, read in consecutive windows of T, split among the ranks.
+    """Mean loss in nats per token of a 1-D stream, read in consecutive windows of T tokens.
 
-    Every token but the first is predicted once, each from the earlier ones of its window. All forward passes have
-    the shape (B, T), so that a compiled model is compiled once; what is missing in the last one does not count.
+    Every token but the first is predicted once, from the earlier tokens of its window. The ranks
+    share the windows, and all return the same. Raises UserError for fewer than two tokens.
     """
     if len(tokens) < 2:
         raise UserError("a stream of fewer than two tokens has no loss")
     predicted = len(tokens) - 1
-    windows = -(-predicted // T)
+    windows = -(-predicted // T)  # rounded up
     total = 0.0
     was_training = model.training
     model.eval()
     for first in range(rt.rank * B, windows, rt.world_size * B):
         chunk = torch.from_numpy(tokens[first * T : (first + B) * T + 1].astype(np.int64))
+        count = len(chunk) - 1
+        # The last chunk may be short. It is padded, and the padding does not count: if all forward
+        # passes have the same shape, a compiled model is compiled once.
         x = torch.zeros(B * T, dtype=torch.int64)
         y = torch.full((B * T,), IGNORE)
-        count = len(chunk) - 1
-        x[:count], y[:count] = chunk[:-1], chunk[1:]
+        x[:count] = chunk[:-1]
+        y[:count] = chunk[1:]
         with rt.autocast():
             loss = model(x.view(B, T).to(rt.device), y.view(B, T).to(rt.device))
-        total += loss.double() * count if rt.device.type != "mps" else loss * count
+        if rt.device.type != "mps":  # which has no float64
+            loss = loss.double()
+        total += loss * count
     model.train(was_training)
     return float(rt.sum([float(total)])) / predicted

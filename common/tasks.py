@@ -1,15 +1,20 @@
-"""What the benchmarks share: their data fetched and read, models and metrics, results on the screen and in files."""
+"""Code shared by the benchmarks: the record that describes each, metrics, data, requests."""
 
+import ast
+import hashlib
+import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
-from common import runtime
+from common import runtime, scoring
 from common.checkpoint import load_model
 from common.console import Progress, UserError, say, table, write_text
+from common.published import Reference
 from common.runtime import Runtime
 from common.scoring import Request
 from model import GPT, OPENAI_MODELS
@@ -17,109 +22,194 @@ from model import GPT, OPENAI_MODELS
 
 @dataclass
 class Metric:
-    """A figure that a benchmark gives, and what OpenAI's models are published to reach in it, by their names."""
+    """One figure that a benchmark computes."""
 
     name: str
-    value: float  # a share of 1, unless it has no counts
-    correct: int | None = None
-    total: int | None = None
-    published: dict[str, float] = field(default_factory=dict)
+    value: float  # a fraction of 1 if it is an accuracy
+    correct: int | None = None  # for accuracies: right answers
+    total: int | None = None  # for accuracies: examples
 
     def __str__(self):
-        text = self.text(self.value)
-        return text if self.total is None else f"{text} ({self.correct}/{self.total})"
+        text = self.format(self.value)
+        if self.total is None:
+            return text
+        return f"{text} ({self.correct}/{self.total})"
 
-    def published_text(self, size: str) -> str:
-        return self.text(self.published[size]) if size in self.published else ""
-
-    def text(self, value: float) -> str:
-        return (
-            f"{value:.2%}"
-            if self.total is not None
-            else f"{value:.4f}"
-            if value < 10
-            else f"{value:.2f}"
-        )
+    def format(self, value: float | None) -> str:
+        """A value of this metric, ours or a published one, as it appears in tables."""
+        if value is None:
+            return ""
+        if self.total is not None:
+            return f"{value:.2%}"
+        return f"{value:.4f}" if value < 10 else f"{value:.2f}"
 
 
-def accuracy(name: str, hits: list[bool], published: dict[str, float] | None = None) -> Metric:
-    return Metric(name, sum(hits) / len(hits), sum(hits), len(hits), published or {})
+def accuracy(name: str, hits: list[bool]) -> Metric:
+    return Metric(name, sum(hits) / len(hits), sum(hits), len(hits))
 
 
-def run(config, title: str, load: Callable, evaluate: Callable) -> list[Metric] | None:
-    """A benchmark's main: its examples, the model, the table of its metrics. Returns them on rank 0, None elsewhere."""
+def result_line(metrics: list[Metric]) -> dict:
+    """Metrics as a flat dict, for a line of JSON."""
+    return {metric.name: metric.value for metric in metrics}
+
+
+# evaluate(model, enc, examples, rt) -> the metrics, and one dict per example for predictions files
+Evaluate = Callable[[GPT, tiktoken.Encoding, Any, Runtime], tuple[list[Metric], list[dict]]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All that evaluate.py, training, its logs and the plots need to know of a benchmark.
+
+    Each benchmark's file defines one, called BENCHMARK, and evaluate.py lists them.
+    """
+
+    name: str  # in flags and file names: hellaswag
+    reference: Reference  # title, headline metric and published figures
+    # load(data, limit): the examples of a file, the first `limit` of them; of the default data if
+    # `data` is None. Raises OSError or UserError.
+    load: Callable[[str | None, int | None], Any]
+    evaluate: Evaluate
+    # data_fingerprint(data): what distinguishes the data from other data, for example a checksum
+    data_fingerprint: Callable[[str | None], str]
+    evaluate_headline: Evaluate  # for training: computes only what the headline metric needs
+    # result_line(metrics): what NAME_results.jsonl holds of one evaluation
+    result_line: Callable[[list[Metric]], dict] = result_line
+
+    def headline(self, metrics: list[Metric]) -> Metric:
+        """The metric that training logs."""
+        return next(metric for metric in metrics if metric.name == self.reference.headline)
+
+    def code_fingerprint(self) -> str:
+        """Changes whenever the code that renders the examples and computes the metrics changes.
+
+        It covers the benchmark's file and the shared code, without comments and layout.
+        """
+        digest = hashlib.sha256()
+        for source in (inspect.getmodule(self.load), inspect.getmodule(Benchmark), scoring):
+            tree = ast.parse(inspect.getsource(source))
+            digest.update(ast.dump(tree).encode())
+        return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# The main function of a benchmark
+
+
+def run(config, benchmark: Benchmark) -> list[Metric] | None:
+    """Evaluate config.model and print a table of the metrics. Returns them on rank 0, else None.
+
+    `config` is the Config of the benchmark's file: model, data, limit, device, dtype and
+    save_predictions.
+    """
     rt = runtime.start(config.device, config.dtype)
-    examples = load_on_all_ranks(lambda: load(config.data, config.limit), rt)
+    examples = load_on_all_ranks(lambda: benchmark.load(config.data, config.limit), rt)
     model, enc = load_model(config.model)
-    metrics, predictions = evaluate(model.to(rt.device), enc, examples, rt)
-    if not rt.is_main:
-        return runtime.leave()
-    size = closest_openai_model(config.model, model)
-    rows = [(metric.name, str(metric), metric.published_text(size)) for metric in metrics]
-    say(table((f"{title}, {str(rt.dtype)[6:]}", config.model, f"{size}, published"), rows))
-    if config.save_predictions:
-        write_text(
-            config.save_predictions, "".join(json.dumps(line) + "\n" for line in predictions)
-        )
-        say(f"predictions: {config.save_predictions}")
+    metrics, predictions = benchmark.evaluate(model.to(rt.device), enc, examples, rt)
+    if rt.is_main:
+        say(results_table(config.model, model, metrics, benchmark.reference, rt))
+        if config.save_predictions:
+            lines = [json.dumps(prediction) + "\n" for prediction in predictions]
+            write_text(config.save_predictions, "".join(lines))
+            say(f"predictions: {config.save_predictions}")
     runtime.leave()
-    return metrics
+    return metrics if rt.is_main else None
 
 
-def load_on_all_ranks(load: Callable, rt: Runtime):
-    """What `load` gives, which may download a file: first on one rank of each machine. Raises its error on all."""
-    examples = error = None
-    for turn in (rt.local_rank == 0, rt.local_rank != 0):
-        if turn:
+def results_table(
+    name: str, model: GPT, metrics: list[Metric], reference: Reference, rt: Runtime
+) -> str:
+    """A row per metric: the model's figure, and the one published for OpenAI's closest model."""
+    # The first column's head names the benchmark, the others whose figures they hold.
+    title = reference.title
+    if reference.chance is not None:
+        title += f" (chance {reference.chance:.0%})"
+    closest = closest_openai_model(name, model)
+    rows = []
+    for metric in metrics:
+        published = metric.format(reference.published(metric.name, closest))
+        rows.append((metric.name, str(metric), published))
+    return table((f"{title}, {dtype_name(rt)}", name, f"{closest}, published"), rows)
+
+
+def dtype_name(rt: Runtime) -> str:
+    return str(rt.dtype).removeprefix("torch.")
+
+
+def closest_openai_model(name: str, model: GPT) -> str:
+    """The OpenAI model whose published figures stand beside those of `model`.
+
+    The model itself, or the one of the same shape, or else gpt2.
+    """
+    if name in OPENAI_MODELS:
+        return name
+    config = model.config
+    shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    for openai_name, openai_shape in OPENAI_MODELS.items():
+        if openai_shape == shape:
+            return openai_name
+    return "gpt2"
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+
+def load_on_all_ranks(load: Callable[[], Any], rt: Runtime):
+    """Return load(), which may download a file: one rank per machine calls it before the others.
+
+    If it raises OSError or UserError on any rank, all ranks raise.
+    """
+    examples = None
+    error = None
+    # Two rounds with a barrier after each: local rank 0 first, which downloads, then the others,
+    # which find the file.
+    for is_my_turn in (rt.local_rank == 0, rt.local_rank != 0):
+        if is_my_turn:
             try:
                 examples = load()
             except (OSError, UserError) as failure:
                 error = failure
         rt.barrier()
+    # A rank that succeeded must raise as well, or it would wait for the others forever.
     if rt.sum([error is not None]):
         raise error or OSError("another process could not read the examples")
     return examples
 
 
-def closest_openai_model(name: str, model: GPT) -> str:
-    """The OpenAI model whose published figures stand beside a model's: itself, or the one of its shape, or `gpt2`."""
-    shape = dict(
-        n_layer=model.config.n_layer, n_head=model.config.n_head, n_embd=model.config.n_embd
-    )
-    return (
-        name
-        if name in OPENAI_MODELS
-        else next((size for size, its in OPENAI_MODELS.items() if its == shape), "gpt2")
-    )
-
-
 def fetch(url: str, path: str | Path, sha256: str) -> Path:
-    """Download a file unless it is there: whole and with the right checksum, or not at all. Raises OSError."""
-    import pooch  # late: whoever has the data needs none of it
+    """Download a file unless it exists. Nothing is left behind if it is cut off or its checksum is
+    wrong. Raises OSError.
+    """
+    import pooch  # imported here: not needed if the data exists
 
     path = Path(path)
     pooch.get_logger().setLevel("ERROR")
+    # pooch sets the total.
+    bar = Progress(total=1, desc=f"downloading {path.name}", unit="B", unit_scale=True)
     try:
-        bar = Progress(
-            total=1, desc=f"downloading {path.name}", unit="B", unit_scale=True
-        )  # pooch sets the total
         downloader = pooch.HTTPDownloader(progressbar=bar, timeout=30)
         return Path(
             pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=downloader)
         )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
-        reason = "its checksum is wrong" if isinstance(error, ValueError) else type(error).__name__
+    except (OSError, ValueError) as error:
+        # Network errors of requests, which pooch uses, are OSErrors. pooch itself raises ValueError
+        # for a wrong checksum.
+        reason = type(error).__name__
+        if isinstance(error, ValueError):
+            reason = "its checksum is wrong"
         raise OSError(
-            f"{url} can't be downloaded to {path} ({reason}): check the network, or give --data FILE"
+            f"{url} can't be downloaded to {path} ({reason}): check the network, or give "
+            "--data FILE"
         ) from error
 
 
-def read_jsonl(path: str | Path, parse: Callable, limit: int | None = None) -> list:
-    """parse(object) of each line of a file, the first `limit` of them. Raises ValueError that names the line if it is
-    malformed, a field is missing, or `parse` raises one; and if there are no lines."""
+def read_jsonl(path: str | Path, parse: Callable[[dict], Any], limit: int | None = None) -> list:
+    """parse(object) for each line of a file, the first `limit` of them.
+
+    Raises UserError, naming the line, if a line is malformed, lacks a field or is rejected by
+    `parse` with a UserError; and if the file has no lines.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -135,23 +225,47 @@ def read_jsonl(path: str | Path, parse: Callable, limit: int | None = None) -> l
     except KeyError as error:
         raise UserError(f"{path}, line {number}, has no field {error}") from error
     except (UserError, TypeError, AttributeError) as error:
+        # TypeError and AttributeError: the line is a list or a number where `parse` needs a dict.
         raise UserError(f"{path}, line {number}: {error}") from error
     if not parsed:
         raise UserError(f"{path} holds no examples")
     return parsed
 
 
+# ---------------------------------------------------------------------------------------------
+# Requests
+
+
 def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str]) -> Request:
-    """Tokens as lm-evaluation-harness takes them: a continuation's are those that the whole text has more than its
-    context, after blanks at the end of the context have gone over to the continuation."""
+    """Tokenize a context and its continuations in the way of lm-evaluation-harness.
+
+    Blanks at the end of the context move to the continuation. Then both are tokenized together, and
+    all tokens after those of the context alone belong to the continuation:
+
+        context "He said ", continuation "hi"    ->  "He said" and " hi"
+        tokens of the context alone              ->  "He", " said"
+        tokens of the whole text                 ->  "He", " said", " hi"
+        the continuation has those from 2 on     ->  " hi"
+
+    The shortcut: a long context would be tokenized again for every continuation. Therefore it is
+    split before its last word, into a head and a tail, and only the tail is tokenized again. The
+    tokens are the same, because GPT-2's pattern never joins the blank before a word with the text
+    before it, except where two blanks meet. There, and if there is no blank, the head is empty.
+    """
+    # Split the context into head, tail and the blanks at its end.
     stripped = context.rstrip()
     blanks = context[len(stripped) :]
-    cut = stripped.rfind(
-        " "
-    )  # GPT-2's pattern splits before a blank and a word: up to here, all have the same tokens
-    if cut > 0 and stripped[cut - 1].isspace():
+    cut = stripped.rfind(" ")
+    if cut < 1 or stripped[cut - 1].isspace():
         cut = 0
-    head, tail = enc.encode_ordinary(stripped[:cut]), stripped[cut:]
-    ids = enc.encode_ordinary(tail)
-    wholes = [enc.encode_ordinary(tail + blanks + continuation) for continuation in continuations]
-    return Request(head + ids or [enc.eot_token], [whole[len(ids) :] for whole in wholes])
+    head = enc.encode_ordinary(stripped[:cut])
+    tail = stripped[cut:]
+    tail_ids = enc.encode_ordinary(tail)
+
+    # What the whole has beyond the context's tokens is the continuation.
+    continuation_ids = []
+    for continuation in continuations:
+        whole = enc.encode_ordinary(tail + blanks + continuation)
+        continuation_ids.append(whole[len(tail_ids) :])
+    # An empty context is the end-of-text token, which every document starts with.
+    return Request(head + tail_ids or [enc.eot_token], continuation_ids)

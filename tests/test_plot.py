@@ -1,4 +1,4 @@
-"""plot.py: the values in the pictures are those of the logs, and each picture appears where there is data for it."""
+"""plot.py: pictures show the values of the logs, and each is drawn if the logs have data for it."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import plot
 from common.console import UserError
+from common.published import REFERENCES
 
 ROOT = Path(plot.__file__).parent
 LOSSES = {"training_loss.png", "validation_loss.png", "log_plot.png"}
@@ -25,7 +26,10 @@ BUILD_NANOGPT = (
 def write_run(
     folder: Path, steps: int = 30, mfu: float | None = None, source: str = "pydoc", val: bool = True
 ) -> Path:
-    """A run folder as train_gpt2.py leaves it: loss 5 - step / 100, validation loss 0.1 above it every ten steps."""
+    """A run folder like those of train_gpt2.py.
+
+    The loss is 5 - step / 100; every ten steps, the validation loss is 0.1 higher.
+    """
     folder.mkdir(parents=True)
     log, metrics = "", ""
     for step in range(steps):
@@ -46,6 +50,11 @@ def write_run(
 
 def pictures(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.png")}
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    return struct.unpack(">II", path.read_bytes()[16:24])
 
 
 def drawn(draw, *paths: Path, **options):
@@ -75,7 +84,7 @@ def shell(*args, cwd=ROOT) -> subprocess.CompletedProcess:
     )
 
 
-# ------------------------------------------------------------ which pictures
+# Which pictures
 
 
 def test_command_draws_what_the_run_folder_has_data_for(tmp_path):
@@ -84,8 +93,8 @@ def test_command_draws_what_the_run_folder_has_data_for(tmp_path):
     assert done.returncode == 0, done.stderr
     assert pictures(run) == LOSSES | EVERY_STEP
     assert set(done.stdout.split()) == {f"log/{name}" for name in LOSSES | EVERY_STEP}
-    width, height = struct.unpack(">II", (run / "training_loss.png").read_bytes()[16:24])
-    assert (width, height) == (1200, 750)
+    assert image_size(run / "training_loss.png") == (1200, 750)
+    assert image_size(run / "log_plot.png") == (1200, 750), "one panel: there are no benchmarks"
 
 
 def test_out_dir(tmp_path):
@@ -109,7 +118,7 @@ def test_run_without_validation_still_has_a_log_plot(tmp_path):
     assert len(drawn(plot.draw_losses, run, size="124M").lines) == 2
 
 
-# ------------------------------------------------------------ which values
+# Which values
 
 
 def test_values_of_a_log_txt(tmp_path):
@@ -123,7 +132,7 @@ def test_values_of_a_log_txt(tmp_path):
     assert len(series) == 3
 
 
-def test_last_line_that_a_crash_cut_is_not_drawn(tmp_path):
+def test_a_last_line_cut_off_by_a_crash_is_ignored(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("0 train 10.9\n1 train 1")  # was going to be 10.6
     assert points(plot.read_series(path)["loss"]) == [(0, 10.9)]
@@ -150,14 +159,13 @@ def test_values_of_a_run_folder(tmp_path):
     assert "mfu" not in series
 
 
-def test_the_curves_are_those_values(tmp_path):
+def test_the_curves_show_the_values(tmp_path):
     run = write_run(tmp_path / "log")
     steps, losses = np.arange(30), 5 - np.arange(30) / 100
     raw, smooth = drawn(plot.draw_training_loss, run).lines[:2]
     np.testing.assert_allclose(raw.get_xydata(), np.stack([steps, losses], 1))
-    assert np.abs(smooth.get_ydata() - losses).max() < 0.06 and smooth.get_ydata()[
-        0
-    ] == pytest.approx(5)
+    assert np.abs(smooth.get_ydata() - losses).max() < 0.06
+    assert smooth.get_ydata()[0] == pytest.approx(5)
     (val,) = drawn(plot.draw_validation_loss, run, size="124M").lines
     np.testing.assert_allclose(val.get_xydata(), [[0, 5.1], [10, 5.0], [20, 4.9]])
     np.testing.assert_allclose(
@@ -174,7 +182,7 @@ def test_moving_average_by_hand():
     assert average[-1] == pytest.approx(5, abs=1e-6)
 
 
-# ------------------------------------------------------------ how they look
+# How they look
 
 
 def test_openai_loss_only_where_the_data_is_fineweb_edu(tmp_path):
@@ -191,30 +199,31 @@ def test_openai_loss_only_where_the_data_is_fineweb_edu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size, gpt2, gpt3",
+    "size, gpt2, gpt3, labels",
     [
-        ("124M", 0.294463, 0.337),
-        ("350M", 0.375224, 0.436),
-        ("774M", 0.431986, 0.510),
-        ("1558M", 0.488946, 0.547),
+        ("124M", 0.2955, 0.337, ("GPT-3 125M: 33.7%", "GPT-2 124M: 29.5%")),
+        ("350M", 0.375224, 0.436, ("GPT-3 350M: 43.6%", "GPT-2 355M: 37.5%")),
+        ("774M", 0.431986, 0.510, ("GPT-3 760M: 51.0%", "GPT-2 774M: 43.2%")),
+        ("1558M", 0.4893, 0.547, ("GPT-3 1300M: 54.7%", "GPT-2 1558M: 48.9%")),
     ],
 )
-def test_hellaswag_baselines_by_size(tmp_path, size, gpt2, gpt3):
+def test_hellaswag_baselines_by_size(tmp_path, size, gpt2, gpt3, labels):
     (tmp_path / "log.txt").write_text("0 train 5.0\n0 hella 0.25\n250 hella 0.2664\n")
-    ax = drawn(plot.draw_hellaswag, tmp_path, size=size)
+    ax = drawn(plot.draw_benchmark, tmp_path, reference=REFERENCES["hellaswag"], size=size)
     assert levels(ax) == [0.25, gpt2, gpt3]
     assert legend(ax)[0] == f"{tmp_path.name}: 26.6% at step 250"
-    assert legend(ax)[1:] == [
-        f"OpenAI GPT-3 {size}: {gpt3:.1%}",
-        f"OpenAI GPT-2 {size}: {gpt2:.1%}",
-        "chance: 25%",
-    ]
+    assert legend(ax)[1:] == [*(f"OpenAI {label}" for label in labels), "chance: 25%"]
 
 
-def test_panel_says_that_there_are_no_hellaswag_results(tmp_path):
-    ax = drawn(plot.draw_hellaswag, write_run(tmp_path / "log"), size="124M")
-    assert [text.get_text() for text in ax.texts] == ["no HellaSwag results in this run"]
-    assert not ax.lines
+def test_every_benchmark_in_the_log_has_a_picture_and_a_panel(tmp_path):
+    (tmp_path / "log.txt").write_text("0 train 5.0\n0 hella 0.25\n0 core 0.0123\n")
+    plot.main(plot.Config(runs=(str(tmp_path),)))
+    names = {"training_loss.png", "hellaswag_accuracy.png", "core.png", "log_plot.png"}
+    assert pictures(tmp_path) == names
+    assert image_size(tmp_path / "log_plot.png") == (2400, 750), "three panels"
+    ax = drawn(plot.draw_benchmark, tmp_path, reference=REFERENCES["core"], size="1558M")
+    assert levels(ax) == [0, 0.256525]
+    assert legend(ax)[:2] == [f"{tmp_path.name}: 0.0123 at step 0", "OpenAI GPT-2 1558M: 0.2565"]
 
 
 def test_runs_side_by_side_are_named_by_their_folders(tmp_path):
@@ -227,17 +236,16 @@ def test_runs_side_by_side_are_named_by_their_folders(tmp_path):
     )
 
 
-def test_pictures_of_several_runs_lie_in_the_first_one(tmp_path):
+def test_pictures_of_several_runs_are_in_the_folder_of_the_first(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.txt").write_text("0 train 10.9\n5 train 9\n")
     plot.main(plot.Config(runs=(str(tmp_path / "first"), str(tmp_path / "second" / "log.txt"))))
-    assert pictures(tmp_path / "first") == {"training_loss.png", "log_plot.png"} and not pictures(
-        tmp_path / "second"
-    )
+    assert pictures(tmp_path / "first") == {"training_loss.png", "log_plot.png"}
+    assert not pictures(tmp_path / "second")
 
 
-def test_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+def test_folders_of_the_same_name_have_their_path_as_name(tmp_path, monkeypatch):
     for name in ("a/log", "b/log", "c"):
         write_run(tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -248,13 +256,12 @@ def test_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     ]
 
 
-def test_mfu_is_on_the_right_axis_where_it_is_known(tmp_path):
+def test_mfu_is_on_the_right_axis_if_it_is_known(tmp_path):
     known = drawn(plot.draw_throughput, write_run(tmp_path / "gpu", mfu=0.4))
     known.figure.draw_without_rendering()
     (right,) = known.child_axes
-    assert right.get_ylim()[1] / known.get_ylim()[1] == pytest.approx(
-        0.4 / 4014.5
-    )  # 4014.5 is the median
+    mfu_per_rate = 0.4 / 4014.5  # medians
+    assert right.get_ylim()[1] / known.get_ylim()[1] == pytest.approx(mfu_per_rate)
     assert "gpu" in right.get_ylabel() and legend(known) == ["gpu: median 4,014 tokens/s"]
     assert not drawn(plot.draw_throughput, write_run(tmp_path / "cpu")).child_axes
 
@@ -282,11 +289,11 @@ def test_log_scale_has_readable_ticks(tmp_path, last, ticks):
     assert "20,000" in {label.get_text() for label in ax.get_xticklabels()}
 
 
-# ------------------------------------------------------------ wrong inputs
+# Wrong inputs
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_run_that_has_just_begun(tmp_path):
+def test_a_run_with_a_single_step(tmp_path):
     (tmp_path / "log.txt").write_text("0 train 10.9\n")
     plot.main(plot.Config(runs=(str(tmp_path),)))
     assert pictures(tmp_path) == {"training_loss.png", "log_plot.png"}
@@ -317,9 +324,8 @@ def test_inputs_that_cannot_be_drawn(tmp_path):
 def test_errors_are_one_line(tmp_path, args, word):
     write_run(tmp_path / "log")
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "taken" / "training_loss.png").mkdir(
-        parents=True
-    )  # can't be replaced, even by root
+    # A folder can't be replaced by a file, not even by root.
+    (tmp_path / "taken" / "training_loss.png").mkdir(parents=True)
     done = shell(*args, cwd=tmp_path)
     assert done.returncode == 1
     assert (

@@ -1,4 +1,4 @@
-"""The scoring engine against a forward pass for every continuation, one row at a time."""
+"""The scoring engine against one forward pass per continuation."""
 
 import random
 
@@ -24,7 +24,7 @@ def make_model(block_size: int, **shape) -> GPT:
 
 
 def make_requests(longest: int) -> list[Request]:
-    """Contexts and continuations of all lengths; some continuations begin alike, some are the same."""
+    """Contexts and continuations of all lengths; some share a beginning, some are equal."""
     rng = random.Random(0)
 
     def tokens(shortest: int) -> list[int]:
@@ -41,34 +41,51 @@ def make_requests(longest: int) -> list[Request]:
 
 
 @torch.no_grad()
-def plain(
-    model: GPT, context: list[int], continuation: list[int], barred=()
+def score_plainly(
+    model: GPT, context: list[int], continuation: list[int], excluded=()
 ) -> tuple[float, bool, bool]:
+    """The Score of a continuation by a forward pass of its own, in float64.
+
+    It is chosen if its tokens are the most likely ones once `excluded` cannot be the first.
+    """
     whole = torch.tensor((context + continuation)[-model.config.block_size - 1 :])
     logits = model(whole[None, :-1])[0].double()[-len(continuation) :]
     targets = whole[-len(continuation) :]
     logprob = logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum().item()
     greedy = (logits.argmax(-1) == targets).all().item()
-    logits[0, list(barred)] = -torch.inf
-    return logprob, greedy, (logits.argmax(-1) == targets).all().item()
+    logits[0, list(excluded)] = -torch.inf
+    chosen = (logits.argmax(-1) == targets).all().item()
+    return logprob, greedy, chosen
 
 
-def agree(model: GPT, requests: list[Request], scores, barred=()):
+def assert_plain(model: GPT, requests: list[Request], scores, excluded=()):
+    """All scores equal those of score_plainly."""
     assert [len(s) for s in scores] == [len(r.continuations) for r in requests]
     for request, given in zip(requests, scores):
         for continuation, one in zip(request.continuations, given):
-            logprob, greedy, unbarred = plain(model, request.context, continuation, barred)
-            assert one.logprob == pytest.approx(logprob, abs=1e-4)
-            assert (one.greedy, one.greedy_unbarred) == (greedy, unbarred)
+            expected = score_plainly(model, request.context, continuation, excluded)
+            assert one.logprob == pytest.approx(expected[0], abs=1e-4)
+            assert (one.greedy, one.chosen) == expected[1:]
+
+
+def choose_without(excluded: list[int]):
+    """A `choose` that excludes tokens from the first position of a continuation."""
+
+    def choose(logits: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+        first = is_first.nonzero()
+        logits[first, torch.tensor(excluded)] = -torch.inf
+        return logits.argmax(-1)
+
+    return choose
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("budget", [1, 100, 100_000])
-def test_scores_are_those_of_a_row_at_a_time(monkeypatch, budget, norm):
+def test_scores_equal_those_of_single_forward_passes(monkeypatch, budget, norm):
     monkeypatch.setitem(scoring.MAX_TOKENS, "cpu", budget)
     monkeypatch.setitem(scoring.MAX_LOGITS, "cpu", 7)
     model, requests = make_model(64, norm=norm), make_requests(20)
-    agree(model, requests, score(model, requests, CPU))
+    assert_plain(model, requests, score(model, requests, CPU))
     assert model.training, "the model's mode is left as it was"
 
 
@@ -76,30 +93,25 @@ def test_long_contexts_are_cut_from_the_left():
     model, requests = make_model(16), make_requests(16)
     for request in requests:
         request.continuations = [c[:16] for c in request.continuations]
-    agree(model, requests, score(model, requests, CPU))
+    assert_plain(model, requests, score(model, requests, CPU))
 
 
-def test_greedy_matches_and_barred_tokens():
-    """Continuations that the model itself prefers, with and without the tokens that it may not begin with."""
+def test_greedy_and_chosen_continuations():
+    """Continuations that the model prefers, with and without excluded tokens at their beginning."""
     model, requests = make_model(64), make_requests(20)
-    barred = list(range(0, 100, 3))
+    excluded = list(range(0, 100, 3))
     for n, request in enumerate(requests):
         with torch.no_grad():
             logits = model(torch.tensor([request.context]))[0, -1]
         if n % 2:
-            logits[barred] = -torch.inf
+            logits[excluded] = -torch.inf
         first = int(logits.argmax())
-        request.continuations = [
-            [first, *model.generate([request.context + [first]], 3, temperature=0)[0]],
-            [first],
-            [5],
-        ]
-    scores = score(model, requests, CPU, barred)
-    agree(model, requests, scores, barred)
-    flat = [one for many in scores for one in many]
-    assert {(s.greedy, s.greedy_unbarred) for s in flat} == {
-        (a, b) for a in (False, True) for b in (False, True)
-    }
+        (rest,) = model.generate([request.context + [first]], 3, temperature=0)
+        request.continuations = [[first, *rest], [first], [5]]
+    scores = score(model, requests, CPU, choose_without(excluded))
+    assert_plain(model, requests, scores, excluded)
+    outcomes = {(s.greedy, s.chosen) for many in scores for s in many}
+    assert outcomes == {(a, b) for a in (False, True) for b in (False, True)}
 
 
 def test_ranks_share_the_work_of_scoring(monkeypatch):
@@ -117,13 +129,43 @@ def test_ranks_share_the_work_of_scoring(monkeypatch):
     assert sums.tolist() == [one.logprob for many in whole for one in many], "the same to the bit"
 
 
+def test_a_row_is_laid_out_as_drawn():
+    """The example in the docstring of scoring.py."""
+    a, b, c, x, y, p, q, r, s, t = range(10)
+    endings = [[x, y, p, q], [x, y, r]]
+    (row,) = scoring.make_rows(Request([a, b, c], endings), 7, 64)
+    assert row.tokens == [a, b, c, x, y, p]
+    assert row.positions == [0, 1, 2, 3, 4, 5]
+    assert row.branches == [0, 0, 0, 0, 0, 1]
+    assert row.targets == [x, y, p, q, x, y, r]
+    assert row.columns == [2, 3, 4, 5, 2, 3, 4]
+    assert row.score_index == [7, 7, 7, 7, 8, 8, 8]
+    assert row.is_first == [True, False, False, False, True, False, False]
+
+    (row,) = scoring.make_rows(Request([a, b, c], [*endings, [x, y, s, t]]), 0, 64)
+    assert row.tokens == [a, b, c, x, y, p, s]
+    assert row.positions == [0, 1, 2, 3, 4, 5, 5]
+    assert row.branches == [0, 0, 0, 0, 0, 1, 3]
+    assert row.columns == [2, 3, 4, 5, 2, 3, 4, 2, 3, 4, 6]
+
+    # An ending that is only the shared part.
+    (row,) = scoring.make_rows(Request([a, b, c], [[x, y], [x, y, s, t]]), 0, 64)
+    assert row.tokens == [a, b, c, x, y, s]
+    assert row.columns == [2, 3, 2, 3, 4, 5]
+
+    # Nothing but the shared part.
+    for endings in ([[x, y, p]], [[x, y, p]] * 2):
+        (row,) = scoring.make_rows(Request([a, b, c], endings), 0, 64)
+        assert row.tokens == [a, b, c, x, y]
+        assert row.columns == [2, 3, 4] * len(endings)
+
+
 def test_nothing_is_computed_twice():
-    """A request costs its context and the endings once, less their last tokens; what is shared counts once."""
-    (row,) = scoring.pack(Request([1, 2, 3], [[4, 5, 6], [4, 7], [4, 8, 9, 10]]), [0, 1, 2], 64)
+    """A row has the context and the shared part once, and no ending's last token."""
+    endings = [[4, 5, 6], [4, 7], [4, 8, 9, 10]]
+    (row,) = scoring.make_rows(Request([1, 2, 3], endings), 0, 64)
     assert row.tokens == [1, 2, 3, 4, 5, 8, 9]
     assert row.positions == [0, 1, 2, 3, 4, 4, 5]
-    (row,) = scoring.pack(Request([1, 2, 3], [[4, 5, 6]]), [0], 64)
-    assert row.tokens == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -134,14 +176,14 @@ def test_nothing_is_computed_twice():
         (Request([1], [[1] * 17]), "longer than"),
     ],
 )
-def test_what_can_not_be_scored_is_said(request_, message):
+def test_invalid_requests_are_rejected(request_, message):
     with pytest.raises(UserError, match=message):
         score(make_model(16), [request_], CPU)
 
 
 @pytest.mark.parametrize("length", [2, 17, 33, 100, 321])
 @pytest.mark.parametrize("B", [1, 3])
-def test_stream_loss_is_the_mean_over_all_tokens_but_the_first(length, B):
+def test_stream_loss_is_the_mean_over_all_but_the_first_token(length, B):
     model = make_model(16)
     tokens = np.random.default_rng(0).integers(0, 100, length).astype(np.uint16)
     total = 0.0
@@ -154,8 +196,8 @@ def test_stream_loss_is_the_mean_over_all_tokens_but_the_first(length, B):
     assert model.training, "the model's mode is left as it was"
 
 
-def test_ranks_share_the_work_and_the_answer(monkeypatch):
-    """Each rank's part of the sum, taken alone, adds up to the whole."""
+def test_ranks_share_the_work_of_stream_loss(monkeypatch):
+    """The parts that the ranks compute add up to the whole."""
     model = make_model(16)
     tokens = np.random.default_rng(0).integers(0, 100, 500).astype(np.uint16)
     whole = stream_loss(model, tokens, 2, 16, CPU)

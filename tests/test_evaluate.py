@@ -1,0 +1,113 @@
+"""evaluate.py: its table, which results it reuses, and the validation loss."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, ok, one_line
+from small_benchmarks import CPU, TEXT, write_model_and_data
+
+import evaluate
+from common.console import UserError
+from common.published import REFERENCES
+from common.tasks import Metric
+from common.tokenizer import load_tokenizer, train_tokenizer
+from model import GPT, GPTConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model_and_data(tmp_path_factory.mktemp("benchmarks"))
+
+
+def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
+    out_dir = tmp_path / "out"
+    words = ["evaluate.py", "--device", "cpu", "--out_dir", out_dir]
+    words += ["--hellaswag_data", folder / "hellaswag.jsonl"]
+    words += ["--lambada_data", tmp_path / "none.jsonl"]
+    words += ["--cbt_data", folder]
+    words += ["--val_data", data_dir, "--val_tokens", 500]
+    words += ["--models", folder / "model.pt", tmp_path / "none.pt", folder / "hf"]
+    out = ok(command(*words)).stdout
+
+    # The table.
+    table = (out_dir / "evaluation.md").read_text()
+    assert table in out
+    cells = {}
+    for line in table.splitlines()[2:]:
+        model, title, metric, figure, *_ = [cell.strip() for cell in line.strip("|").split("|")]
+        cells[model.rsplit("/")[-1], title, metric] = figure
+    for title, metric in (("hellaswag", "completion acc_norm"), ("val", "bits per byte")):
+        assert cells["model.pt", title, metric] == cells["hf", title, metric]
+    assert "no file" in cells["hf", "lambada", "not available"]
+    assert "no file" in cells["none.pt", "cbt", "not available"]
+    assert "29.55%" in table
+
+    # The second time, nothing is computed.
+    results = json.loads((out_dir / "evaluation.json").read_text())
+    assert len(results) == 6
+    again = ok(command(*words)).stdout
+    assert again.count("computed before") == 6
+    assert json.loads((out_dir / "evaluation.json").read_text()) == results
+
+    # Only the validation loss does not depend on limit. A result of other code is computed again,
+    # and replaced.
+    outdated = [result for result in results if result["benchmark"] == "val"][0]
+    outdated["code"] = "of an older version"
+    (out_dir / "evaluation.json").write_text(json.dumps(results))
+    changed = ok(command(*words, "--limit", 3)).stdout
+    assert changed.count("computed before") == 1
+    renewed = json.loads((out_dir / "evaluation.json").read_text())
+    assert [result["benchmark"] for result in renewed].count("val") == 2
+    assert all(result["code"] != "of an older version" for result in renewed)
+
+    (out_dir / "evaluation.json").write_text("[")
+    assert "evaluation.json is damaged" in one_line(command(*words))
+
+
+def test_an_unknown_benchmark_is_rejected():
+    message = "benchmarks is 'hella', must be one of hellaswag, lambada, cbt, val"
+    with pytest.raises(UserError, match=message):
+        evaluate.Config(benchmarks=("hellaswag", "hella"))
+
+
+def test_every_benchmark_has_a_flag_for_its_data():
+    config = evaluate.Config()
+    for name in evaluate.NAMES:
+        assert hasattr(config, f"{name}_data")
+
+
+def test_published_losses_only_stand_beside_fineweb_edu(tmp_path, data_dir):
+    config = evaluate.Config(val_data=str(data_dir))
+    assert not evaluate.validation_benchmark(config).reference.figures
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    manifest |= dict(source="fineweb-edu", tokenizer="gpt2")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    benchmark = evaluate.validation_benchmark(evaluate.Config(val_data=str(tmp_path)))
+    assert benchmark.reference == REFERENCES["val"]
+    result = dict(model="m", benchmark="val", metrics=[vars(Metric("loss", 3.3))])
+    table = evaluate.results_table([result], dict(val=benchmark))
+    assert "gpt2, published" in table
+    assert "3.2924" in table
+
+
+def test_bits_per_byte_by_hand_with_either_tokenizer(data_dir):
+    """If all tokens have the same probability, each one costs log2(vocab_size) bits."""
+    text = evaluate.load_validation(str(data_dir), 399)
+    assert len(text.tokens) == 400
+    ids = [token for token in text.tokens.tolist() if token != text.enc.eot_token]
+    string = text.enc.decode(ids)
+    shards_enc = load_tokenizer(data_dir / "vocab.tiktoken")
+    other_enc, _ = train_tokenizer([TEXT], 300)
+    for enc, count in (
+        (shards_enc, 400),
+        (other_enc, len(other_enc.encode_ordinary(string)) + 1),
+    ):
+        model = GPT(GPTConfig(vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_embd=8, block_size=32))
+        torch.nn.init.zeros_(model.wte.weight)
+        (loss, bits), _ = evaluate.evaluate_validation(model, enc, text, CPU, B=8)
+        assert loss.value == pytest.approx(math.log(enc.n_vocab), abs=1e-5)
+        expected = (count - 1) * math.log2(enc.n_vocab) / len(string.encode())
+        assert bits.value == pytest.approx(expected, rel=1e-5)
