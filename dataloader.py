@@ -8,7 +8,7 @@ the same for any number of ranks and any micro-batch size.
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from functools import lru_cache
 
 import numpy as np

@@ -22,9 +22,10 @@ import sys
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from shutil import which
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
@@ -32,7 +33,7 @@ import torch
 import torch.nn as nn
 
 import hellaswag
-from common import checkpoint, cpu, runtime, tasks
+from common import checkpoint, cpu, runtime
 from common.console import Progress, UserError, cli, lock_folder, write_text
 from common.optim import (
     Diverged,
@@ -48,9 +49,13 @@ from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
 from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from dataloader import PretrainLoader
 from model import GPT, GPTConfig
+
+# Benchmarks that can be evaluated during training. Each needs two flags: NAME_every and NAME_data.
+BENCHMARKS = (hellaswag.BENCHMARK,)
 
 
 @dataclass
@@ -202,7 +207,7 @@ class Run:
     enc: tiktoken.Encoding
     loader: PretrainLoader
     val_tokens: np.ndarray | None  # tokens for the validation loss, (val_tokens + 1,)
-    hellaswag: list[dict]  # examples; none if HellaSwag is off or not available
+    benchmarks: list[tuple[Benchmark, Any]]  # those to evaluate, each with its examples
     model: GPT
     train_model: nn.Module  # the model, possibly compiled and in DDP; all three share their weights
     eval_model: nn.Module  # the model, possibly compiled
@@ -246,8 +251,9 @@ def train(run: Run, stop: StopSignal) -> int:
                 break
             if is_due(config.val_every, step, last_step):
                 validate(run, step)
-            if is_due(config.hellaswag_every, step, last_step):
-                evaluate_hellaswag(run, step)
+            for benchmark, examples in run.benchmarks:
+                if is_due(getattr(config, f"{benchmark.name}_every"), step, last_step):
+                    evaluate(run, step, benchmark, examples)
             if step > 0 and is_due(config.sample_every, step, last_step):
                 draw_samples(run, step)
             if last_step:
@@ -318,15 +324,13 @@ def validate(run: Run, step: int):
     run.rt.print(f"step {step} | val {loss:.4f} | perplexity {perplexity:.2f}")
 
 
-def evaluate_hellaswag(run: Run, step: int):
-    if not run.hellaswag:
-        return
-    # The uncompiled model: the shapes vary, and each would be compiled.
-    metrics, _ = hellaswag.evaluate(
-        run.model, run.enc, run.hellaswag, run.rt, styles=("completion",)
-    )
-    run.log.write_hellaswag(step, hellaswag.result_line(metrics))
-    run.rt.print(f"step {step} | HellaSwag {metrics[1]}")
+def evaluate(run: Run, step: int, benchmark: Benchmark, examples: Any):
+    # The uncompiled model: the shapes of the batches vary, and each would be compiled.
+    metrics, _ = benchmark.evaluate_headline(run.model, run.enc, examples, run.rt)
+    headline = benchmark.headline(metrics)
+    run.log.write(step, **{benchmark.reference.stream: headline.value})
+    run.log.write_result(step, benchmark.name, benchmark.result_line(metrics))
+    run.rt.print(f"step {step} | {benchmark.reference.title} {headline}")
 
 
 def draw_samples(run: Run, step: int):
@@ -441,7 +445,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         max_steps = config.max_steps or 19073
     enc = shards_tokenizer(config.data_dir)
     val_tokens = read_val_tokens(config)
-    hellaswag_examples = load_hellaswag(config, rt)
+    benchmarks = load_benchmarks(config, rt)
 
     folder = Path(config.log_dir)
     loaded, loaded_from = None, None
@@ -476,7 +480,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         enc=enc,
         loader=loader,
         val_tokens=val_tokens,
-        hellaswag=hellaswag_examples,
+        benchmarks=benchmarks,
         model=model,
         train_model=train_model,
         eval_model=eval_model,
@@ -495,15 +499,22 @@ def read_val_tokens(config: Config) -> np.ndarray | None:
     return shards.read(0, 0, min(config.val_tokens + 1, shards.lengths[0]))
 
 
-def load_hellaswag(config: Config, rt: Runtime) -> list[dict]:
-    """HellaSwag's examples; none, with a warning, if they are not available."""
-    if not config.hellaswag_every:
-        return []
-    try:
-        return tasks.load_on_all_ranks(lambda: hellaswag.load(config.hellaswag_data), rt)
-    except (OSError, UserError) as error:
-        rt.print(f"warning: training without HellaSwag: {error}")
-        return []
+def load_benchmarks(config: Config, rt: Runtime) -> list[tuple[Benchmark, Any]]:
+    """The benchmarks to evaluate during training, with their examples.
+
+    One whose data is not available is left out, with a warning.
+    """
+    benchmarks = []
+    for benchmark in BENCHMARKS:
+        if not getattr(config, f"{benchmark.name}_every"):
+            continue
+        data = getattr(config, f"{benchmark.name}_data")
+        try:
+            examples = load_on_all_ranks(partial(benchmark.load, data, None), rt)
+            benchmarks.append((benchmark, examples))
+        except (OSError, UserError) as error:
+            rt.print(f"warning: training without {benchmark.reference.title}: {error}")
+    return benchmarks
 
 
 def resume_keys(config: Config) -> dict:

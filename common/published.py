@@ -135,14 +135,6 @@ REFERENCES = {
                 "gpt2-large": 0.8800,
                 "gpt2-xl": 0.8905,
             },
-            # A reproduction with OpenAI's weights; cbt.py says why it is lower. Where it was
-            # published is not recorded.
-            "sequence NE": {
-                "gpt2": 0.5933,
-                "gpt2-medium": 0.6711,
-                "gpt2-large": 0.6895,
-                "gpt2-xl": 0.7232,
-            },
         },
     ),
     "core": Reference(

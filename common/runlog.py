@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.console import UserError, write_text
+from common.published import REFERENCES
 from common.runtime import Runtime
 
-STREAMS = {"loss": "train", "val": "val", "hella": "hella"}  # metrics.jsonl's names -> log.txt's
+# Names of the series in metrics.jsonl -> in log.txt. Benchmarks have the same name in both.
+STREAMS = {"loss": "train", "val": "val"}
+STREAMS |= {reference.stream: reference.stream for reference in REFERENCES.values()}
 
 
 class RunLog:
@@ -32,7 +35,7 @@ class RunLog:
             self.wandb = start_wandb(folder)
 
         def is_earlier(line: str) -> bool:
-            # hellaswag.py adds results without a step to hellaswag_results.jsonl: they stay.
+            # hellaswag.py adds results without a step to its file: they stay.
             return json.loads(line).get("step", -1) < start_step
 
         def is_earlier_in_log(line: str) -> bool:
@@ -41,7 +44,8 @@ class RunLog:
 
         keep_lines(folder / "log.txt", is_earlier_in_log)
         keep_lines(folder / "metrics.jsonl", is_earlier)
-        keep_lines(folder / "hellaswag_results.jsonl", is_earlier)
+        for results in folder.glob("*_results.jsonl"):
+            keep_lines(results, is_earlier)
         # Line buffered, so that the files can be watched and survive a crash.
         self.text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -61,11 +65,10 @@ class RunLog:
             self.show(values)
             self.flush()
 
-    def write_hellaswag(self, step: int, result: dict):
-        """Add a HellaSwag result, whose acc_norm is the stream `hella`."""
-        self.write(step, hella=result["acc_norm"])
+    def write_result(self, step: int, benchmark: str, result: dict):
+        """Add all metrics of a benchmark to its own file, for example hellaswag_results.jsonl."""
         if self.rt.is_main:
-            with open(self.folder / "hellaswag_results.jsonl", "a") as file:
+            with open(self.folder / f"{benchmark}_results.jsonl", "a") as file:
                 append(file, json.dumps(dict(step=step) | result) + "\n")
 
     def flush(self):

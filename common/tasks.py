@@ -129,11 +129,7 @@ def results_table(
     for metric in metrics:
         published = metric.format(reference.published(metric.name, closest))
         rows.append((metric.name, str(metric), published))
-    return table((f"{title}, {dtype_name(rt)}", name, f"{closest}, published"), rows)
-
-
-def dtype_name(rt: Runtime) -> str:
-    return str(rt.dtype).removeprefix("torch.")
+    return table((f"{title}, {rt.dtype_name}", name, f"{closest}, published"), rows)
 
 
 def closest_openai_model(name: str, model: GPT) -> str:
