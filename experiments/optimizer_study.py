@@ -30,6 +30,7 @@ The runs' checkpoints are removed.
 import itertools
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ def main(config: Config):
     summarize(config, study, best)
 
 
-def run_points(config: Config, study: StudyFolder, points: list[tuple], desc: str):
+def run_points(config: Config, study: StudyFolder, points: Iterable[tuple], desc: str):
     runs = [make_run(config, Point(*values)) for values in points]
     study.run_all(runs, read_run, config.device, config.num_parallel, desc)
 
@@ -171,7 +172,7 @@ def sweep_losses(config: Config, study: StudyFolder, optimizer: str) -> dict[flo
 
 def best_rate(config: Config, study: StudyFolder, optimizer: str) -> float:
     losses = sweep_losses(config, study, optimizer)
-    best = min(losses, key=losses.get)
+    best = min(losses, key=lambda lr: losses[lr])
     if losses[best] == float("inf"):
         raise UserError(f"{optimizer} diverged at every learning rate: give smaller ones")
     return best
@@ -219,8 +220,8 @@ def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
     rates = sorted(config.learning_rates)
     sweep_rows = []
     for lr in rates:
-        losses = [f"{sweep[optimizer][lr]:.4f}" for optimizer in COLORS]
-        sweep_rows.append((f"{lr:g}", *losses))
+        cells = [f"{sweep[optimizer][lr]:.4f}" for optimizer in COLORS]
+        sweep_rows.append((f"{lr:g}", *cells))
     at_edge = [optimizer for optimizer in COLORS if best[optimizer] in (rates[0], rates[-1])]
 
     # The best rates: AdamW's final loss, and Muon's for each fraction
@@ -277,7 +278,7 @@ def draw_curves(ax: Axes, config: Config, study: StudyFolder, best: dict[str, fl
     for optimizer, color in COLORS.items():
         fractions = [1.0] if optimizer == "adamw" else sorted(config.step_fractions)
         # All curves of an optimizer share one entry in the legend.
-        label = optimizer
+        label: str | None = optimizer
         for fraction, seed in itertools.product(fractions, config.seeds):
             result = study.results[Point(optimizer, best[optimizer], fraction, seed).name]
             tokens = np.array(result["steps"]) * config.total_batch_size / 1e6

@@ -10,7 +10,7 @@ layer. An order lists heads in the sequence in which to remove them, without the
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -133,13 +133,13 @@ def masked_heads(model: GPT, masks: list[torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def removed_on_exit(handles: Iterator[RemovableHandle]) -> Iterator[None]:
+def removed_on_exit(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Keep the hooks of these handles for the duration of a with statement."""
-    handles = list(handles)
+    registered = list(handles)  # a generator registers the hooks only when it is consumed
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in registered:
             handle.remove()
 
 

@@ -31,7 +31,8 @@ The runs' checkpoints are removed.
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ def shard_bytes(config: Config, study: StudyFolder):
     shard(config, study, {"text": tokenizer}, "reading")
 
 
-def shard(config: Config, study: StudyFolder, tokenizers: dict[str, Path | str], desc: str):
+def shard(config: Config, study: StudyFolder, tokenizers: Mapping[str, Path | str], desc: str):
     """Run fineweb.py for each tokenizer. The keys are folders, and the names of the results.
 
     A result holds the number of tokens and documents.
@@ -172,7 +173,7 @@ def shard(config: Config, study: StudyFolder, tokenizers: dict[str, Path | str],
     runs = []
     for name, tokenizer in tokenizers.items():
         folder = study.path / name
-        argv = ["fineweb.py", "--source", config.source]
+        argv: list = ["fineweb.py", "--source", config.source]
         if config.data_files:
             argv += ["--data_files", *config.data_files]
         argv += ["--tokenizer", tokenizer, "--out_dir", folder]
@@ -180,6 +181,7 @@ def shard(config: Config, study: StudyFolder, tokenizers: dict[str, Path | str],
 
     def read(run: Run, _) -> dict:
         manifest = read_manifest(study.path / run.name)
+        assert manifest is not None  # fineweb.py has just written it
         counts = {key: manifest[key] for key in ("tokens", "documents")}
         # The text is read once for each vocabulary, perhaps from the network.
         if counts["documents"] != study.results.get("text", counts)["documents"]:
@@ -190,7 +192,7 @@ def shard(config: Config, study: StudyFolder, tokenizers: dict[str, Path | str],
     study.run_all(runs, read, config.device, 1, desc)
 
 
-def learn_vocabularies(config: Config, folder: Path) -> dict[str, Path | str]:
+def learn_vocabularies(config: Config, folder: Path) -> Mapping[str, Path | str]:
     """Name -> file, or "gpt2", as fineweb.py's --tokenizer takes it.
 
     BPE adds merges one by one, so each smaller vocabulary is the beginning of the largest.
@@ -293,7 +295,7 @@ def measure_vocabulary(
     name: str,
     enc: tiktoken.Encoding,
     texts: list[str],
-    words: dict,
+    words: Counter,
     terms: dict[str, list[str]],
 ) -> dict:
     """How the vocabulary splits the held-out text, and what a model with it costs."""
