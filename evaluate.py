@@ -33,7 +33,7 @@ from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
-from common.tasks import Benchmark, Metric, closest_openai_model, dtype_name, load_on_all_ranks
+from common.tasks import Benchmark, Metric, closest_openai_model, load_on_all_ranks
 from common.tokenizer import tokenizer_to_text
 from model import GPT, OPENAI_MODELS
 
@@ -151,7 +151,7 @@ def result_key(name: str, benchmark: Benchmark, config: Config, rt: Runtime) -> 
         weights=checkpoint.fingerprint(name),
         data=benchmark.data_fingerprint(data),
         limit=limit,
-        dtype=dtype_name(rt),
+        dtype=rt.dtype_name,
         code=benchmark.code_fingerprint(),
     )
 

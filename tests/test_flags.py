@@ -7,9 +7,13 @@ here too, and mention it in the pull request.
 import dataclasses
 import importlib
 import re
+import sys
 
 import pytest
 from conftest import ROOT
+
+import sample
+from common import console
 
 FLAGS = {
     "fineweb": """
@@ -34,11 +38,11 @@ FLAGS = {
     """,
     "generate_finetune_data": """
         num_samples model base_url concurrency out_dir dry_run offline seed min_words max_words
-        timeout max_retries backoff input_price output_price
+        timeout max_retries input_price output_price
     """,
     "finetune": """
         init_from data out_dir B T total_batch_size learning_rates search_epochs num_epochs patience
-        warmup weight_decay grad_clip dropout lora_rank resume seed device dtype compile
+        warmup_fraction weight_decay grad_clip dropout lora_rank resume seed device dtype compile
         num_samples general_data general_tokens
     """,
     "sample": """
@@ -51,12 +55,12 @@ FLAGS = {
         rows nanogpt build_nanogpt rounds hellaswag_data hellaswag_limit data_files device out
     """,
     "experiments.norm_study": """
-        data_dir out_dir learning_rates warmups seeds depths gradients_every
+        data_dir out_dir learning_rates warmup_steps_grid seeds depths gradients_every
         n_layer n_head n_embd B T total_batch_size max_steps val_tokens
         device dtype compile num_parallel
     """,
     "experiments.head_study": """
-        model data_dir out_dir T B num_sequences shares random_orders val_tokens
+        model data_dir out_dir T B num_sequences prune_fractions random_orders val_tokens
         hellaswag_data hellaswag_limit device dtype
     """,
     "experiments.tokenizer_study": """
@@ -65,8 +69,8 @@ FLAGS = {
         device dtype compile num_parallel
     """,
     "experiments.optimizer_study": """
-        data_dir out_dir learning_rates seeds shares n_layer n_head n_embd B T total_batch_size
-        max_steps warmup_steps val_every val_tokens device dtype compile num_parallel
+        data_dir out_dir learning_rates seeds step_fractions
+        n_layer n_head n_embd B T total_batch_size max_steps warmup_steps val_every val_tokens device dtype compile num_parallel
     """,
 }
 
@@ -90,3 +94,36 @@ def test_every_script_is_listed():
         if re.search(r"^ +cli\(Config,", path.read_text(), re.MULTILINE)
     }
     assert scripts == set(FLAGS), "list the flags of each script in FLAGS in tests/test_flags.py"
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_describes_the_script_and_every_flag(script, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        console.cli(module.Config, module.main, module.__doc__)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    start = f"-m {script.removesuffix('.__main__')}" if "." in script else f"{script}.py"
+    assert f"python {start}" in text
+    for name in FLAGS[script].split():
+        assert f"--{name}" in text or name == "runs", (script, name)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--promt x", "unrecognized options: --promt x (perhaps --prompt?); see --help"),
+        ("--num_samples many", "--num_samples: invalid literal for int()"),
+        ("--top_k", "--top_k needs a value"),
+        ("--dtype float8", "--dtype is 'float8', must be one of auto, float32, tf32, bfloat16"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        console.cli(sample.Config, sample.main, sample.__doc__)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert error.count("\n") == 1

@@ -1,11 +1,10 @@
 """Sampling and exporting, as a user does after training."""
 
-import importlib
 import sys
 
 import pytest
 import torch
-from conftest import SMALL_RUN, command, ok, one_line
+from conftest import SMALL_RUN, command, ok
 
 import export
 import sample
@@ -167,26 +166,3 @@ def test_wrong_inputs_end_in_one_line(model, capsys, flags, expected):
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert expected in errors[0]
-
-
-SCRIPTS = "fineweb train_gpt2 hellaswag lambada cbt evaluate generate_finetune_data".split()
-SCRIPTS += "finetune sample export plot".split()
-SCRIPTS += ["bench.__main__"]
-SCRIPTS += [f"experiments.{study}_study" for study in ("norm", "head", "tokenizer", "optimizer")]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_constant(script, capsys):
-    module = importlib.import_module(script)
-    with pytest.raises(SystemExit) as stopped:
-        run(module, "--help")
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    start = f"-m {script.removesuffix('.__main__')}" if "." in script else f"{script}.py"
-    assert f"python {start}" in text
-    for name in module.Config.__dataclass_fields__:
-        assert f"--{name}" in text or name == "runs", (script, name)
-
-
-def test_a_wrong_flag_is_one_line():
-    assert "--promt" in one_line(command("sample.py", "--promt", "x"))
