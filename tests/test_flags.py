@@ -70,7 +70,8 @@ FLAGS = {
     """,
     "experiments.optimizer_study": """
         data_dir out_dir learning_rates seeds step_fractions
-        n_layer n_head n_embd B T total_batch_size max_steps warmup_steps val_every val_tokens device dtype compile num_parallel
+        n_layer n_head n_embd B T total_batch_size max_steps warmup_steps val_every val_tokens
+        device dtype compile num_parallel
     """,
 }
 
