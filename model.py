@@ -420,28 +420,42 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad of x      = grad of logits @ weight
         grad of weight = grad of logits.T @ x
 
-    so that the backward pass only multiplies them by the incoming gradient. Two consequences: there
-    is no second derivative, and a loss scale (for float16) would arrive too late, after small
-    gradients have been rounded to zero.
+    so that the backward pass only multiplies them by the incoming gradient. A consequence is that
+    there is no second derivative.
+
+    float16 needs care: it cannot represent numbers below 6e-8, among them most probabilities, and
+    a share of 1 / 65,536 keeps few of its digits. The scale of torch.amp.GradScaler does not help:
+    it arrives with the incoming gradient, after they were rounded. So the factors of the products
+    are scaled here, and the results scaled back in float32. With d = softmax - onehot:
+
+        grad of x      = (GAIN * d) @ weight            * share / GAIN
+        grad of weight = (GAIN * d).T @ (x / part)      * share / GAIN * part
+
+    `part` is the number of tokens in a part. The second product is thus GAIN times a mean over
+    tokens, and cannot exceed float16's largest number while hidden states are below 64.
     """
+
+    GAIN = 1024.0
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
         valid = targets != IGNORE
         share = (valid / valid.sum().clamp(min=1))[:, None]  # (N, 1) weight of a token in the mean
+        part = max(256, math.ceil(len(x) / 8))
+        is_float16 = dtype == torch.float16
+        # x_share is the factor of x in the gradient of weight.
+        x_share = valid[:, None] / part if is_float16 else share
         w = weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         grads_x = []
         grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
 
         # All parts use the same buffer: on CPUs, allocating a large tensor is expensive.
-        part = max(256, math.ceil(len(x) / 8))
         buffer = torch.empty(part, len(w), dtype=dtype, device=x.device)  # (part, V)
         rows = torch.arange(part, device=x.device)
-        parts = zip(
-            x.to(dtype).split(part), targets.split(part), valid.split(part), share.split(part)
-        )
-        for part_x, part_targets, part_valid, part_share in parts:
+        per_token = (x.to(dtype), targets, valid, share, x_share)
+        parts = zip(*(tensor.split(part) for tensor in per_token))
+        for part_x, part_targets, part_valid, part_share, part_x_share in parts:
             logits = torch.mm(part_x, w.t(), out=buffer[: len(part_x)]).float()
             logits[:, vocab_size:] = -torch.inf  # padding rows get no probability
             part_targets = part_targets.where(part_valid, 0)[:, None]  # (part, 1)
@@ -458,16 +472,22 @@ class LinearCrossEntropy(torch.autograd.Function):
 
             # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.
             probs[rows[: len(part_targets)], part_targets[:, 0]] -= 1
+            if is_float16:
+                probs *= LinearCrossEntropy.GAIN
             grad = probs.to(dtype)
             # The share is applied to the narrow factors (part, C), not to (part, V).
             grads_x.append((grad @ w) * part_share)
-            shared_x = (part_x * part_share).to(dtype)
+            shared_x = (part_x * part_x_share).to(dtype)
             if dtype == weight.dtype:
                 grad_w.addmm_(grad.t(), shared_x)
             else:
                 grad_w.add_(grad.t() @ shared_x)
-        if needs_grad:
-            ctx.save_for_backward(torch.cat(grads_x).to(x.dtype), grad_w)
+        if grad_w is not None:
+            grad_x = torch.cat(grads_x)  # (N, C)
+            if is_float16:
+                grad_x /= LinearCrossEntropy.GAIN
+                grad_w *= share.amax() * (part / LinearCrossEntropy.GAIN)
+            ctx.save_for_backward(grad_x, grad_w)
         return loss
 
     @staticmethod

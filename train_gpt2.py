@@ -37,6 +37,7 @@ from common import checkpoint, cpu, runtime
 from common.console import Progress, UserError, cli, lock_folder, write_text
 from common.optim import (
     Diverged,
+    LossScaler,
     Optimizer,
     learning_rate,
     load_optimizer_state,
@@ -114,7 +115,8 @@ class Config:
     resume: bool = False
     seed: int = 1337  # seed of weights, data order, dropout and samples
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, float16 on older
+    # NVIDIA GPUs, else float32
     dtype: runtime.Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     timeout: float = 600  # seconds that a process waits for another one before it gives up
@@ -212,6 +214,7 @@ class Run:
     train_model: nn.Module  # the model, possibly compiled and in DDP; all three share their weights
     eval_model: nn.Module  # the model, possibly compiled
     optimizer: Optimizer
+    scaler: LossScaler  # scales the loss in float16; does nothing in other dtypes
     start_step: int  # optimizer steps that an earlier process has taken
     max_steps: int
     last_saved: Path | None  # newest checkpoint
@@ -267,14 +270,21 @@ def train(run: Run, stop: StopSignal) -> int:
                 step, run.max_steps, config.warmup_steps, config.max_lr, config.min_lr
             )
             loss, grad_norm = train_step(
-                run.train_model, run.optimizer, batch, lr, config.grad_clip, run.rt
+                run.train_model,
+                run.optimizer,
+                batch,
+                lr,
+                config.grad_clip,
+                run.rt,
+                scaler=run.scaler,
             )
             # Reduce the loss together with "was any rank asked to stop?", so that all ranks agree.
             sums = run.rt.sum(torch.stack([loss, loss.new_tensor(stop.number)])).tolist()
             mean_loss = sums[0] / run.rt.world_size
             stop_asked = sums[1] > 0
             grad_norm = float(grad_norm)
-            check_finite(run, step, mean_loss, grad_norm)
+            if not run.scaler.skipped(grad_norm):
+                check_finite(run, step, mean_loss, grad_norm)
 
             seconds = time.perf_counter() - began
             rate = config.total_batch_size / seconds
@@ -307,7 +317,12 @@ def save(run: Run, step: int):
     if not run.rt.is_main:
         return
     state = checkpoint.build(
-        run.model, run.enc, step, optimizer=optimizer_states, run=resume_keys(run.config)
+        run.model,
+        run.enc,
+        step,
+        optimizer=optimizer_states,
+        scaler=run.scaler.state_dict(),
+        run=resume_keys(run.config),
     )
     keep = 0 if last_step else 2
 
@@ -358,9 +373,12 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float):
     """Raise Diverged if the loss or the gradient is not finite. Nothing is saved after that."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    remedy = "lower max_lr or lengthen the warmup"
+    if run.scaler.is_enabled():
+        remedy += ", or try --dtype float32: float16 overflowed at every loss scale"
     raise Diverged(
         f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the "
-        f"last good checkpoint is {run.last_saved}; lower max_lr or lengthen the warmup"
+        f"last good checkpoint is {run.last_saved}; {remedy}"
     )
 
 
@@ -380,6 +398,7 @@ def log_step(run: Run, step: int, loss: float, lr: float, grad_norm: float, seco
         tokens_per_sec=rate,
         mfu=mfu,
         memory=run.rt.peak_memory(),
+        **run.scaler.record(grad_norm),
     )
 
 
@@ -467,9 +486,11 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         sharded=config.shard_optimizer and rt.world_size > 1,
         muon=config.optimizer == "muon",
     )
+    scaler = LossScaler(rt)
     start_step = 0
     if loaded:
         load_optimizer_state(optimizer, loaded["optimizer"])
+        scaler.load_state_dict(loaded.get("scaler"))
         start_step = loaded["step"]
         rt.print(f"resuming from {loaded_from}, step {start_step}")
     train_model, eval_model = prepare_model(model, rt, config.compile)
@@ -485,6 +506,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         train_model=train_model,
         eval_model=eval_model,
         optimizer=optimizer,
+        scaler=scaler,
         start_step=start_step,
         max_steps=max_steps,
         last_saved=loaded_from,

@@ -44,7 +44,9 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN is available and multiplies in this dtype on this processor."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 def pack_weights(model: GPT, dtype: torch.dtype) -> GPT:

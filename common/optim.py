@@ -1,4 +1,4 @@
-"""Optimization: torch.compile and DDP, AdamW and Muon, the schedule, one training step."""
+"""Optimization: torch.compile and DDP, AdamW and Muon, loss scaling, schedule, a training step."""
 
 import math
 from typing import Any, TypeAlias
@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from common.console import UserError
@@ -158,6 +159,45 @@ def optimizer_state(optimizer: Optimizer) -> dict | list | None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Loss scaling
+
+
+class LossScaler(GradScaler):
+    """Scales the loss in float16, so that small gradients are not rounded to zero (Micikevicius et
+    al. 2018, "Mixed Precision Training"). In other dtypes it does nothing, and its state is empty.
+
+    The scale starts at 65,536. A gradient that overflows halves it, and the update is skipped;
+    2,000 steps without an overflow double it.
+    """
+
+    # Below this scale, a gradient that overflows would do so without any scale.
+    MIN_SCALE = 1.0
+
+    def __init__(self, rt: Runtime):
+        super().__init__(rt.device.type, enabled=rt.dtype == torch.float16)
+
+    def load_state_dict(self, state: dict | None):
+        """Restore the scale. Checkpoints of other dtypes and of earlier versions have none."""
+        if state:
+            super().load_state_dict(state)
+
+    def skipped(self, grad_norm: float) -> bool:
+        """Whether the training step with this norm of the gradient was skipped, and others may work.
+
+        A run that keeps overflowing reaches MIN_SCALE, after 17 steps in a row at the start. It has
+        diverged, and the result is False although grad_norm is not finite.
+        """
+        overflowed = self.is_enabled() and not math.isfinite(grad_norm)
+        return overflowed and self.get_scale() >= self.MIN_SCALE
+
+    def record(self, grad_norm: float) -> dict:
+        """What float16 adds to the log of a training step: the scale after it, among others."""
+        if not self.is_enabled():
+            return {}
+        return dict(skipped=self.skipped(grad_norm), loss_scale=self.get_scale())
+
+
+# ---------------------------------------------------------------------------------------------
 # A training step
 
 
@@ -186,16 +226,21 @@ def train_step(
     grad_clip: float,
     rt: Runtime,
     micro_batch_weights: list[float] | None = None,
+    scaler: LossScaler | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One update on a global batch.
 
     `batch` is this rank's list of micro-batches (x, y), each (B, T) int64. They count equally, or
     by `micro_batch_weights`, which add up to 1 on average over the ranks. grad_clip 0 means no
-    clipping.
+    clipping. float16 needs a scaler.
 
     Returns this rank's mean loss in nats and the norm of the global gradient before clipping, both
-    scalars on the device.
+    scalars on the device. If float16 overflows on any rank, no rank changes its weights, and the
+    norm is not finite.
     """
+    if scaler is None:
+        assert rt.dtype != torch.float16, "float16 needs a scaler, which lives as long as the run"
+        scaler = LossScaler(rt)
     weights = micro_batch_weights or [1 / len(batch)] * len(batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -207,10 +252,14 @@ def train_step(
             model.require_backward_grad_sync = n == len(batch) - 1
         with rt.autocast():
             loss = model(x, y) * weight
-        loss.backward()
+        scaler.scale(loss).backward()
         loss_sum += loss.detach()
 
+    # The scale is removed before clipping. An overflow leaves an infinity or NaN in the averaged
+    # gradient, which every rank sees: `step` then changes nothing, and `update` lowers the scale.
+    scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm

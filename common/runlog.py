@@ -1,6 +1,7 @@
 """A run's logs: log.txt (`step stream value`), metrics.jsonl (one object per step), the screen."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +58,10 @@ class RunLog:
         if step != self.record.get("step"):
             self.flush()
             self.record = dict(step=step)
-        self.record |= values
+        # JSON has no infinity or NaN, which overflow in float16 leaves.
+        for key, value in values.items():
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            self.record[key] = value if is_finite else None
         for key, stream in STREAMS.items():
             if key in values:
                 append(self.text, f"{step} {stream} {values[key]:.6f}\n")
@@ -81,7 +85,16 @@ class RunLog:
         self.record = {}
 
     def show(self, values: dict):
-        """Print the step, but at most one line per second, or per 10 seconds into a file."""
+        """Print the step, but at most one line per second, or per 10 seconds into a file.
+
+        A skipped step is always printed.
+        """
+        if values.get("skipped"):
+            self.rt.print(
+                f"step {self.record['step']} | float16 overflow: the update is skipped, the loss "
+                f"scale lowered to {values['loss_scale']:,.0f}"
+            )
+            return
         interval = 1 if sys.stderr.isatty() else 10
         if time.monotonic() - self.last_shown < interval:
             return

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from common.console import UserError, say
 
 # tf32 is float32 whose matrix products run in TF32 on NVIDIA GPUs.
-Dtype = Literal["auto", "float32", "tf32", "bfloat16"]
+Dtype = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
 
-# Dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name.
+# Dense bf16 FLOP/s (float16 before Ampere) from the vendors' datasheets, by a part of the device's
+# name.
 # More specific names come first.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
@@ -37,6 +38,9 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
+    "V100-PCIE": 112e12,
+    "V100-SXM2": 125e12,
+    "Tesla T4": 65e12,
 }
 
 
@@ -84,7 +88,7 @@ class Runtime:
         torch.manual_seed(hash((*numbers, self.rank)) % 2**63)
 
     def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s of this rank's GPU by its datasheet; None if unknown."""
+        """Dense 16-bit FLOP/s of this rank's GPU by its datasheet; None if unknown."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
@@ -206,14 +210,18 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def choose_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
+    """The dtype of that name. For "auto": bfloat16 where the hardware is fast at it, float16 on
+    older CUDA GPUs, else float32."""
     if dtype == "auto":
-        dtype = "bfloat16" if has_fast_bf16(device) else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}[dtype]
+        if has_fast_bf16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether matrix products are faster in bfloat16 than in float32."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # Ampere, and everything newer
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)

@@ -117,7 +117,10 @@ def test_help_describes_the_script_and_every_flag(script, monkeypatch, capsys):
         ("--promt x", "unrecognized options: --promt x (perhaps --prompt?); see --help"),
         ("--num_samples many", "--num_samples: invalid literal for int()"),
         ("--top_k", "--top_k needs a value"),
-        ("--dtype float8", "--dtype is 'float8', must be one of auto, float32, tf32, bfloat16"),
+        (
+            "--dtype float8",
+            "--dtype is 'float8', must be one of auto, float32, tf32, bfloat16, float16",
+        ),
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, expected, monkeypatch, capsys):
