@@ -182,16 +182,17 @@ class LossScaler(GradScaler):
             super().load_state_dict(state)
 
     def skipped(self, grad_norm: float) -> bool:
-        """Whether the training step with this norm of the gradient was skipped, and others may work.
+        """Whether the last step overflowed, so that its update was skipped, and training can go on.
 
-        A run that keeps overflowing reaches MIN_SCALE, after 17 steps in a row at the start. It has
-        diverged, and the result is False although grad_norm is not finite.
+        grad_norm is what train_step returned. A run that keeps overflowing falls below MIN_SCALE,
+        after 17 steps in a row if the scale was 65,536. It has diverged: the result is then False,
+        although grad_norm is not finite.
         """
         overflowed = self.is_enabled() and not math.isfinite(grad_norm)
         return overflowed and self.get_scale() >= self.MIN_SCALE
 
     def record(self, grad_norm: float) -> dict:
-        """What float16 adds to the log of a training step: the scale after it, among others."""
+        """What the log of a step holds in float16 only: was it skipped, and the scale after it."""
         if not self.is_enabled():
             return {}
         return dict(skipped=self.skipped(grad_norm), loss_scale=self.get_scale())

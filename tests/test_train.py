@@ -127,7 +127,8 @@ def test_a_run_leaves_what_the_design_says(reference):
     assert config["data"]["source"] == "text"
     final = weights(reference / "model_final.pt")
     assert final["step"] == STEPS
-    assert {"model", "config", "tokenizer", "step", "optimizer", "run"} == final.keys()
+    assert {"model", "config", "tokenizer", "step", "optimizer", "scaler", "run"} == final.keys()
+    assert final["scaler"] == {}
     screen = (reference / "screen.txt").read_text()
     assert "> Hello, I'm a language model," in screen
     for word in ("tokens/s", "validation loss", "best", "model_final.pt", "metrics.jsonl"):
@@ -192,6 +193,7 @@ def kill_and_resume(data_dir, log_dir, kills, seed, *more):
         (3, "float32"),
         pytest.param(10, "float32", marks=pytest.mark.slow),
         pytest.param(10, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(10, "float16", marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_random_moments_the_weights_are_the_same_to_the_bit(
