@@ -11,21 +11,12 @@
 #
 # Run it again to resume it after an interruption: finished parts are not repeated.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+# shellcheck source=runs/common.sh
+source "$(dirname "$0")/common.sh"
 
 MODEL=${1:-log/quickstart/model_final.pt}
 OUT=${2:-log/fantasy}
 [ $# -gt 0 ] || [ -f "$MODEL" ] || { echo "error: no $MODEL: run quickstart.sh first" >&2; exit 1; }
-[ ! -d .venv ] || PATH="$PWD/.venv/bin:$PATH"
-
-run() {
-    printf '\n$'
-    for word in "$@"; do
-        [[ $word =~ ^[[:alnum:]_./-]+$ ]] && printf ' %s' "$word" || printf " '%s'" "$word"
-    done
-    echo
-    "$@"
-}
 
 # Descriptions of the grammar and of a model can't be mixed, hence the two folders.
 if [ -n "${OPENAI_API_KEY:-}" ]; then
