@@ -32,6 +32,7 @@ run python finetune.py --init_from "$MODEL" --data $DATA/finetune_data.txt --out
     --T 256 --total_batch_size 4096 --search_epochs 1 --dropout 0 --num_samples 20 \
     --general_data datasets/pydoc
 
+# shellcheck disable=SC2012 # the folder names have no odd characters
 BEST=$(ls -t "$OUT"/final_lr_*/model_best.pt | head -n 1)
 [ "$OUT/samples.txt" -nt "$BEST" ] ||
     run python sample.py --model "$BEST" --prompt "<LOC>" --num_samples 3 --max_tokens 200 \
