@@ -92,10 +92,11 @@ def find_files(path: str | Path, warn: Callable[[str], None] = print) -> list[Pa
 def fingerprint(path: str | Path) -> str:
     """Identifies the content of a file, or the names and contents of the files in a folder."""
     path = Path(path)
-    if not path.is_dir():
+    files = find_files(path, warn=lambda message: None)
+    if files == [path]:
         return checksum(path)
     digest = hashlib.sha256()
-    for file in find_files(path, warn=lambda message: None):
+    for file in files:
         digest.update(f"{file.relative_to(path)} {checksum(file)}\n".encode())
     return digest.hexdigest()
 
