@@ -49,8 +49,16 @@ def read_texts(
     Raises UserError, with file and line, if a file is not in its format or there is no text;
     FileNotFoundError if there is no such file.
     """
+    files = find_files(path, warn)
+    # A flag that changes nothing is probably a mistake.
+    num_record_files = sum(file.suffix.lower() in RECORDS for file in files)
+    if columns and num_record_files == 0:
+        raise UserError(f"--text_column is for {', '.join(RECORDS)}: {path} has no such file")
+    if separator and num_record_files == len(files):
+        raise UserError(f"--separator is for .txt files: {path} has no such file")
+
     texts = []
-    for file in find_files(path, warn):
+    for file in files:
         if file.suffix.lower() in RECORDS:
             texts += read_record_file(file, columns, warn)
         else:
@@ -73,9 +81,12 @@ def find_files(path: str | Path, warn: Callable[[str], None] = print) -> list[Pa
     files = []
     ignored = []
     for file in sorted(path.rglob("*")):
+        # Hidden folders hold version control and caches.
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if is_hidden or not file.is_file():
             continue
+        # Other endings are only read if the user names the file: a README next to the data, or
+        # source code, is not meant.
         is_known = file.suffix.lower() == ".txt" or file.suffix.lower() in RECORDS
         (files if is_known else ignored).append(file)
     endings = ", ".join([".txt", *RECORDS])
@@ -198,6 +209,7 @@ def record_text(record: dict, columns: tuple[str, ...], place: str) -> str:
     value = None
     for column in choose_columns(record, columns, place):
         value = record[column]
+        # An optional column, like the `input` of an instruction, may be empty.
         if value is None:
             value = ""
         if not isinstance(value, str):
@@ -226,6 +238,7 @@ def choose_columns(present, columns: tuple[str, ...], place: str | Path) -> tupl
 def json_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     """The objects of an array, or one per line, each with its place for error messages."""
     text = read_text(path)
+    # No line of a file with one object per line starts with a bracket.
     if text.lstrip().startswith("["):
         for number, record in enumerate(parse_json(text, str(path)), 1):
             yield check_object(record, f"{path}, object {number}")
@@ -263,12 +276,13 @@ def csv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dic
         for row in rows:
             place = f"{path}, line {line}"
             line = rows.line_num + 1
-            if not row:
+            if not row:  # an empty line
                 continue
             if names is None:
                 names = [name.strip() for name in row]
                 choose_columns(names, columns, place)
             elif len(row) != len(names):
+                # Usually commas in a text that is not quoted: the rest of it would be lost.
                 raise UserError(
                     f"{place}: {len(row)} fields, but {len(names)} columns: put texts that "
                     f"contain {delimiter!r} into double quotes"
@@ -285,6 +299,7 @@ def parquet_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str,
     number = 0
     try:
         file = pq.ParquetFile(path)
+        # The other columns, which may be large, are not decoded.
         chosen = choose_columns(file.schema_arrow.names, columns, path)
         for batch in file.iter_batches(columns=list(chosen)):
             for record in batch.to_pylist():

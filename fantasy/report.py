@@ -142,6 +142,8 @@ def measure_model(
 
     # In windows of T tokens, as during finetuning, so that the loss is that of the log.
     held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
+    if not math.isfinite(held_out_loss):
+        raise not_finite_error(model)
     figures = {"held-out perplexity": perplexity(held_out_loss)}
     figures |= measure_samples(samples, training)
 
@@ -149,6 +151,8 @@ def measure_model(
     figures["general perplexity"] = None
     if general_tokens is not None:
         general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
+        if not math.isfinite(general_loss):
+            raise not_finite_error(model)
         figures["general perplexity"] = perplexity(general_loss)
     return figures, samples
 

@@ -190,6 +190,13 @@ def test_wrong_columns_of_parquet_files_are_errors(tmp_path):
         read_texts(path, columns=("content",))
 
 
+def test_a_flag_without_effect_is_an_error(read):
+    with pytest.raises(UserError, match="--text_column is for .json, .jsonl, .csv, .tsv, .parquet"):
+        read("a.txt", "One", columns=("content",))
+    with pytest.raises(UserError, match="--separator is for .txt files: .*a.csv has no such file"):
+        read("a.csv", "text\nOne", separator="\n")
+
+
 # ---------------------------------------------------------------------------------------------
 # Folders
 
