@@ -44,6 +44,7 @@ FLAGS = {
         init_from data out_dir B T total_batch_size learning_rates search_epochs num_epochs patience
         warmup_fraction weight_decay grad_clip dropout lora_rank resume seed device dtype compile
         num_samples general_data general_tokens
+        text_column separator
     """,
     "sample": """
         model prompt prompt_file num_samples max_tokens temperature top_k top_p seed stream out
