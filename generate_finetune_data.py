@@ -88,9 +88,10 @@ def main(config: Config):
     if config.dry_run:
         show_dry_run(config)
         return
-    # Read before the files are touched, so that a missing key changes nothing.
-    key = "" if config.offline else read_api_key()
+    # Read before the files are touched, so that a missing key or a wrong URL changes nothing.
+    key = ""
     if not config.offline:
+        key = read_api_key()
         read_base_url(config)
     with DescriptionStore(config.out_dir, config.offline) as store:
         stored = len(store.records)
@@ -154,8 +155,7 @@ def check_url(name: str, text: str):
         is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:  # unbalanced brackets, or a port that is not a number below 65,536
         is_valid = False
-    # Blanks and the like can't be sent. The text may contain a password or key: it is not quoted
-    # unless it is obviously none.
+    # Blanks and the like can't be sent. A password or a key in the URL is not quoted.
     if not is_valid or not re.fullmatch(r"[!-~]+", text):
         quoted = "" if "@" in text or "?" in text else f", not {text!r}"
         raise UserError(f"{name} must be like http://localhost:8000/v1{quoted}")

@@ -11,7 +11,7 @@ Servers differ in what they call compatible. The differences are handled here:
 
 OpenAI's client does the retries. It repeats a request after a connection error, a timeout, or the
 status 408, 409, 429 or 5xx, up to max_retries times. First it waits as long as the server asks in
-Retry-After, or else 0.5, 1, 2, 4, 8, 8, ... seconds, minus a random part of up to a quarter.
+Retry-After (up to ten minutes), or else 0.5, 1, 2, 4, 8, 8, ... seconds, minus a random part of up to a quarter.
 """
 
 import asyncio
@@ -198,13 +198,14 @@ class ChatClient:
         response = error.response
         status = error.status_code
         said = self.hide(server_message(response))
+        shown_status = response.extensions.get("name", status)
         if status == 401:
-            return f"{url} refuses the key (401: {said}): check OPENAI_API_KEY"
+            return f"{url} refuses the key (401): check OPENAI_API_KEY; the server says: {said}"
         if status == 402 or is_out_of_quota(response):
             return f"{url}: the account's quota is used up ({status}: {said})"
         if is_path_missing(response):
             return (
-                f"{url} is not a path for chat completions ({status_name(response)}: {said}): "
+                f"{url} is not a path for chat completions ({shown_status}): {said}; "
                 "check base_url, which often ends in /v1"
             )
         if status == 404:
@@ -219,7 +220,7 @@ class ChatClient:
         advice = ""
         if re.search(r"max_(completion_)?tokens|context.{,3}(length|window|size)", said):
             advice = ": lower max_answer_tokens"
-        return f"{url} refuses the request ({status_name(response)}): {said}{advice}"
+        return f"{url} refuses the request ({shown_status}): {said}{advice}"
 
     def stop(self):
         """End the tasks that wait to send a request. Answers that are on their way still arrive."""
@@ -361,14 +362,17 @@ class Connection(openai.DefaultAsyncHttpxClient):
                 f"{' or '.join(proxy_variables())} names a SOCKS proxy: for this, pip install "
                 "socksio; or unset the variable"
             ) from error
+        except OSError as error:  # no such file, or no certificates in it
+            variables = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if environ.get(name)]
+            raise UserError(
+                f"{' or '.join(variables) or 'TLS'} is not valid ({error.strerror or error})"
+            ) from error
         except Exception as error:
             # Without the value, which may contain a password.
-            names = [*proxy_variables(), "SSL_CERT_FILE", "SSL_CERT_DIR"]
-            variables = " or ".join(name for name in names if environ.get(name))
-            if not variables:
+            if not proxy_variables():
                 raise
             raise UserError(
-                f"{variables} is not valid: a proxy is given like http://host:8080"
+                f"{' or '.join(proxy_variables())} is not valid: give a proxy like http://host:8080"
             ) from error
         self.max_retries = max_retries
         self.hide = hide

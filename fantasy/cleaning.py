@@ -31,7 +31,10 @@ AGREEMENT = (
     r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|got it|understood|gladly"
     r"|no problem|happy to help)\b(?=\s*[!,.:—–-]|\s*$)"
 )
-INTRODUCTION = r"(?:here(?:['’]s| is| are| you go)|below is|this is|i['’]ve|i have|i['’]ll)\b"
+INTRODUCTION = (
+    r"(?:here(?:['’]s| is| are| you go)|below is|this is|i['’]ve|i have|i['’]ll"
+    r"|i(?:['’]d| would) be (?:happy|glad) to)\b"
+)
 # Words that a text about a place does not use for itself.
 TASK_WORDS = r"\b(?:descriptions?|passage|version|request(?:ed)?|words?|prose|draft|paragraphs?)\b"
 CLOSING_REMARK = re.compile(
@@ -43,7 +46,6 @@ CLOSING_REMARK = re.compile(
 )
 RULE = re.compile(r"(?:[-*_=~]\s*){3,}$|```\w*$")  # a horizontal line, or a code fence
 MAX_TITLE_WORDS = 12
-MAX_PREAMBLE_WORDS = 40
 
 # What prose does not contain: headings, lists, quotes, tables, code, tags, special tokens, links.
 MARKUP = re.compile(
@@ -54,9 +56,15 @@ MARKUP = re.compile(
 PREAMBLE = re.compile(
     rf"(?:{AGREEMENT}|(?:{INTRODUCTION})[^.!?\n]*{TASK_WORDS})", re.I
 )  # at the start of a text
+# A line that is nothing but a preamble.
+PREAMBLE_LINE = re.compile(
+    rf"(?=\S)(?:{AGREEMENT}[\s!,.:—–-]*)?"
+    rf"(?:{INTRODUCTION}[^.!?:\n]*(?:{TASK_WORDS}[^.!?:\n]*[.!:]*|:))?",
+    re.I,
+)
 # An introduction in the line of the text itself.
 INLINE_PREAMBLE = re.compile(
-    rf"(?:{AGREEMENT}\W*)?{INTRODUCTION}[^.!?:\n]*{TASK_WORDS}[^.!?:\n]*:\s*", re.I
+    rf"(?:{AGREEMENT}[\s!,.:—–-]*)?{INTRODUCTION}[^.!?:\n]*{TASK_WORDS}[^.!?:\n]*:\s*", re.I
 )
 
 
@@ -84,7 +92,9 @@ def without_frame(text: str) -> str:
         before = text
         text = without_first_line(text)
         text = without_last_line(text)
-    text = INLINE_PREAMBLE.sub("", text, count=1) if INLINE_PREAMBLE.match(text) else text
+    inline = INLINE_PREAMBLE.match(text)
+    if inline:
+        text = text[inline.end() :]
     # Emphasis: *word*, **word**, _word_
     text = re.sub(r"(\*{1,3})(?=\S)([^*\n]+?)(?<=\S)\1", r"\2", text)
     text = re.sub(r"(?<!\w)(_{1,3})(?=[^\s_])([^_\n]+?)(?<=\S)\1(?!\w)", r"\2", text)
@@ -114,17 +124,13 @@ def without_first_line(text: str) -> str:
     if not rest:
         return text
     plain = line.strip("*_ ")
-    num_words = len(plain.split())
     # A heading, bold or italic from end to end, a label, or a short line that is not a sentence.
     is_bold = re.fullmatch(r"(\*{1,3}|_{1,3})[^*_]+\1:?", line) is not None
-    is_title = num_words <= MAX_TITLE_WORDS and (
+    is_title = len(plain.split()) <= MAX_TITLE_WORDS and (
         is_bold or re.search(r"[^.!?…,;\"”’')—–-]$", plain) is not None
     )
     is_heading = re.match(r"#{1,6}\s", line) is not None
-    is_introduction = PREAMBLE.match(plain) or (
-        re.match(INTRODUCTION, plain, re.I) and plain.endswith(":")
-    )
-    is_preamble = num_words <= MAX_PREAMBLE_WORDS and bool(is_introduction)
+    is_preamble = PREAMBLE_LINE.fullmatch(plain) is not None
     if RULE.match(line) or is_heading or is_title or is_preamble:
         return rest
     return text

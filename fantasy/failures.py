@@ -96,7 +96,7 @@ def server_message(response) -> str:
         if not is_page(response):
             return (response.text or "empty response") + moved
         title = re.search(r"<title[^>]*>(.*?)</title", response.text, re.I | re.S)
-        named = f" titled {title[1].strip()!r}" if title else ""
+        named = f" titled {' '.join(title[1].split())!r}" if title else ""
         return f"a web page{named} instead of JSON{moved}"
     # OpenRouter passes on the answer of another server in metadata.raw.
     raw = ""
@@ -112,7 +112,7 @@ def server_message(response) -> str:
 
 
 def is_page(response) -> bool:
-    is_html = "html" in response.headers.get("content-type", "")
+    is_html = "html" in response.headers.get("content-type", "") and "<" in response.text
     return is_html or response.text.lstrip()[:15].lower().startswith(("<!doctype", "<html"))
 
 
