@@ -11,7 +11,8 @@ Servers differ in what they call compatible. The differences are handled here:
 
 OpenAI's client does the retries. It repeats a request after a connection error, a timeout, or the
 status 408, 409, 429 or 5xx, up to max_retries times. First it waits as long as the server asks in
-Retry-After (up to ten minutes), or else 0.5, 1, 2, 4, 8, 8, ... seconds, minus a random part of up to a quarter.
+Retry-After (up to ten minutes), or else 0.5, 1, 2, 4, 8, 8, ... seconds, minus a random part of up
+to a quarter.
 """
 
 import asyncio
@@ -189,7 +190,9 @@ class ChatClient:
         """What went wrong, once OpenAI's client has given up, and what to do about it."""
         url = shown(error.request.url)
         retries = retry_count(error.request)
-        after = f", after {retries} retries" if retries else ""
+        after = ""
+        if retries:
+            after = ", after 1 retry" if retries == 1 else f", after {retries} retries"
         if isinstance(error, openai.APIConnectionError):
             cause = error.__cause__ or error
             return f"{url}: {self.hide(diagnose(cause, error.request).message)}{after}"
@@ -449,12 +452,14 @@ class Connection(openai.DefaultAsyncHttpxClient):
     def failed(self, task: asyncio.Task, request, name: str, message: str, asked: str = ""):
         """Report a failed attempt, after which OpenAI's client waits or gives up."""
         wait = f" (Retry-After: {asked})" if asked else ""
+        is_early = not self.has_answered and not re.search("status [45]|rate limit", name)
+        retries = min(EARLY_RETRIES, self.max_retries) if is_early else self.max_retries
         said = self.hide(message)
         details = "" if said == name else f": {said}"
         self.on_retry(
             name,
             f"{shown(request.url)}: {name}{wait}{details}; a request is retried up to "
-            f"{self.max_retries} times",
+            f"{retries} times",
         )
         self.waiting.add(task)
         # `stop` could not cancel this task while its request was on its way.

@@ -54,10 +54,10 @@ def diagnose(error: BaseException, request) -> Failure:
             )
             return Failure("TLS error", message, may_pass=False)
         if isinstance(cause, ssl.SSLError):
-            reason = (cause.reason or str(cause)).replace("_", " ").lower()
-            hint = ": perhaps the server speaks http, not https" if "version" in reason else ""
+            tls_reason = str(cause.reason or cause).replace("_", " ").lower()
+            hint = ": perhaps the server speaks http, not https" if "version" in tls_reason else ""
             is_lost = isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-            return Failure("TLS error", f"TLS error ({reason}){hint}", may_pass=is_lost)
+            return Failure("TLS error", f"TLS error ({tls_reason}){hint}", may_pass=is_lost)
         if isinstance(cause, ConnectionRefusedError):
             return Failure("connection refused", "connection refused: is the server running?")
     if "ConnectTimeout" in names:

@@ -731,8 +731,8 @@ def test_partial_token_counts_do_not_matter(imitate, tmp_path, usage, counts):
         (dict(error=dict(message="model x not found", code=404)), "has no model 'gpt-4.1'", 2),
         (dict(error=dict(message="bad", type="invalid_request_error")), "in status 200): bad", 2),
         (dict(error=dict(message="you owe us", code="insufficient_quota")), "quota is used up", 2),
-        (dict(error="the GPU is on fire"), "error in status 200, after 1 retries: the GPU is", 4),
-        (dict(error=dict(message="busy", code=503)), "after 1 retries: busy", 4),
+        (dict(error="the GPU is on fire"), "error in status 200, after 1 retry: the GPU is", 4),
+        (dict(error=dict(message="busy", code=503)), "after 1 retry: busy", 4),
         (dict(detail="Internal trouble"), "Internal trouble", 4),
         ("<html><title>Open\n WebUI</title></html>", "a web page titled 'Open WebUI' instead", 2),
         ("<!DOCTYPE html><html></html>", "a web page instead of JSON", 2),
@@ -771,7 +771,7 @@ def test_errors_in_status_200_are_retried_once_the_server_has_answered(imitate, 
         (dict(error=dict(message="no credit")), 402, "quota is used up (402: no credit)"),
         (dict(error="not here"), 501, "refuses the request (501): not here"),
         (dict(message="no\x1b[2J access"), 403, "refuses the request (403): no [2J access"),
-        (dict(error=dict(message="needs 40 GiB")), 500, "status 500, after 1 retries: needs 40"),
+        (dict(error=dict(message="needs 40 GiB")), 500, "status 500, after 1 retry: needs 40"),
         (
             dict(error=dict(message="Provider error", metadata=dict(raw="context too long"))),
             400,
@@ -842,9 +842,11 @@ def test_a_path_that_does_not_exist_with_v1_either(imitate):
 
 def test_causes_of_failed_connections_are_shown_soon(imitate, serve, tmp_path):
     started = time.monotonic()
+    _, output = imitate(None, base_url="http://127.0.0.1:9/v1", error="connection refused")
+    assert "a request is retried up to 3 times" in output
     for url, cause in {
         "http://no-such-host.invalid/v1": "the host name no-such-host.invalid is unknown",
-        "http://127.0.0.1:9/v1": "connection refused: is the server running?, after 3 retries",
+        "http://localhost:9/v1": "connection refused: is the server running?, after 3 retries",
     }.items():
         imitate(None, base_url=url, error=cause)
     # TLS without TLS, and with a certificate that nobody knows
