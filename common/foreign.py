@@ -98,8 +98,8 @@ class ForeignEncoding(tiktoken.Encoding):
     def __getstate__(self) -> str:
         return self.text
 
-    def __setstate__(self, text: str):
-        self.__init__(text)
+    def __setstate__(self, value: object):
+        self.__dict__ = ForeignEncoding(str(value)).__dict__
 
 
 class ForeignBPE:
@@ -315,11 +315,11 @@ def read_vocab_and_merges(folder: Path, settings: dict) -> dict:
         )
 
     # Special tokens: those that have a role, and those that were added later.
-    specials = {END_OF_TEXT}
+    specials: set[str] = {END_OF_TEXT}
     for role, value in settings.items():
         if role.endswith("_token") or role == "additional_special_tokens":
             values = value if isinstance(value, list) else [value]
-            specials |= {content_of(token) for token in values if token}
+            specials |= {str(content_of(token)) for token in values if token}
     ids = {token: vocab[token] for token in specials if token in vocab}
     ids |= read_json(folder / "added_tokens.json")
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -354,10 +354,15 @@ def apply_settings(description: dict, settings: dict):
     description["padding"] = None
     description["model"].pop("dropout", None)
 
-    if isinstance(settings.get("add_prefix_space"), bool):
+    # GPT-2's class decides about the space before a text, whatever tokenizer.json says.
+    tokenizer_class = settings.get("tokenizer_class") or "GPT2Tokenizer"
+    add_prefix_space = settings.get("add_prefix_space")
+    if add_prefix_space is None and "tokenizer_class" in settings:
+        add_prefix_space = False
+    if tokenizer_class.startswith("GPT2") and isinstance(add_prefix_space, bool):
         for step in steps_of(description["pre_tokenizer"]):
             if step["type"] == "ByteLevel":
-                step["add_prefix_space"] = settings["add_prefix_space"]
+                step["add_prefix_space"] = add_prefix_space
 
     added = {token["content"]: token for token in description.get("added_tokens") or []}
     for number, fields in (settings.get("added_tokens_decoder") or {}).items():

@@ -8,6 +8,7 @@ save_tokenizer(enc, "exported")          # tokenizer.json, vocab.json, merges.tx
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -202,7 +203,7 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
         vocab = library.get_vocab()
         merges = merge_pairs(enc.description)
         # This class takes every step from tokenizer.json; GPT2Tokenizer replaces some.
-        config = dict(tokenizer_class="PreTrainedTokenizerFast")
+        config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
     else:
         end_of_text = END_OF_TEXT
         chars = byte_to_char()
