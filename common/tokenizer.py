@@ -39,8 +39,8 @@ from common.hub import TOKENIZER, download
 if TYPE_CHECKING:
     import pyarrow
 
-# sha256 of GPT-2's vocabulary in the format of vocab.tiktoken
-GPT2_CHECKSUM = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+# sha256 of GPT-2's vocabulary, in the format of vocab.tiktoken, and merges; see simplify
+GPT2_CHECKSUM = "83568348561f72762689c638ebb30a596c915ce12ad0d300a48642b92c91fea2"
 MIN_VOCAB_SIZE = 257  # all bytes, and <|endoftext|>
 CUT = "\0cut\0"  # special token at which encode_texts cuts a text
 WHITESPACE = r"\s\v\x{85}\pZ"  # the characters of \s in GPT-2's pattern, as Arrow spells them
@@ -157,8 +157,10 @@ def simplify(foreign: ForeignEncoding) -> tiktoken.Encoding:
     enc = encoding_of(ranks)
     pairs = merge_pairs(description)
     merges = [(spelled_bytes(left), spelled_bytes(right)) for left, right in pairs]
-    if hashlib.sha256(tokenizer_to_text(enc).encode()).hexdigest() == GPT2_CHECKSUM:
+    content = tokenizer_to_text(enc) + repr(merges)
+    if hashlib.sha256(content.encode()).hexdigest() == GPT2_CHECKSUM:
         enc.name = "gpt2"
+        return enc
     return enc if merges == recover_merges(ranks) else foreign
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -12,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export
-from common import checkpoint, tokenizer
+import fineweb
+from common import checkpoint, shards, tokenizer
 from common.console import UserError
 from common.huggingface import load_pretrained, save_pretrained, save_tokenizer
 
@@ -280,8 +282,9 @@ def test_without_a_tokenizer_gpt2s_is_used_only_if_the_size_matches(tmp_path, ca
 
 def test_gpt2s_number_of_tokens_does_not_mean_gpt2s_tokenizer(tmp_path):
     library = train_library(270)
-    library.add_special_tokens([f"<{n}>" for n in range(50257 - 270)])
-    save_model(tmp_path, 50257, library)
+    description = json.loads(library.to_str())
+    description["model"]["vocab"] |= {f"<{n}>": n for n in range(270, 50257)}
+    save_model(tmp_path, 50257, Tokenizer.from_str(json.dumps(description)))
     _, enc = checkpoint.load_model(tmp_path)
     assert enc.encode_ordinary("the cat") == library.encode("the cat").ids
 
@@ -352,3 +355,32 @@ def test_a_hub_model_comes_with_its_tokenizer(tmp_path, monkeypatch):
     (tmp_path / "cache" / "model.safetensors").unlink()
     assert tokenizer.load_tokenizer("somebody/model").n_vocab == 270
     assert not (tmp_path / "cache" / "model.safetensors").exists()
+
+
+def test_shards_are_made_with_the_tokenizer_of_a_model(tmp_path):
+    library = train_library(270, added=["[PAD]"])
+    save_model(tmp_path / "model", 280, library)
+    texts = [f"the naïve cat {n} sat on the mat </s>" for n in range(20)]
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n:02}.txt").write_text(text, "utf-8")
+    config = fineweb.Config(
+        source="text",
+        data_files=(str(tmp_path / "*.txt"),),
+        out_dir=str(tmp_path / "shards"),
+        tokenizer=str(tmp_path / "model"),
+        num_workers=1,
+    )
+    for _ in range(2):  # the second run resumes
+        fineweb.main(config)
+
+    _, enc = checkpoint.load_model(tmp_path / "model")
+    shards_enc = shards.shards_tokenizer(tmp_path / "shards")
+    assert tokenizer.tokenizer_to_text(shards_enc) == tokenizer.tokenizer_to_text(enc)
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    assert manifest["tokenizer"] == "foreign_tokenizer.json"
+    assert (manifest["vocab_size"], manifest["end_of_text"]) == (271, 0)
+    library.encode_special_tokens = True  # </s> inside a document is text
+    expected = [token for text in texts for token in (0, *library.encode(text).ids)]
+    names = [shard["name"] for shard in manifest["shards"]]
+    tokens = [token for name in names for token in np.load(tmp_path / "shards" / name).tolist()]
+    assert tokens == expected
