@@ -76,23 +76,28 @@ class ForeignEncoding(tiktoken.Encoding):
     Raises UserError if the tokenizer is not a byte-level BPE, or is damaged.
     """
 
-    def __init__(self, text: str, source: str | Path = "the tokenizer"):
+    def __init__(
+        self,
+        text: str,
+        source: str | Path = "the tokenizer",
+        library: Tokenizer | None = None,  # made from `text` if absent
+    ):
         self.text = text
         description = json.loads(text)
         self.description = description["tokenizer"]
         self.end_of_text = description["end_of_text"]
-        library = make_library(self.description, source)
+        library = library or make_library(self.description, source)
         end_of_text_id = library.token_to_id(self.end_of_text)
         if end_of_text_id is None:
             raise UserError(f"{source} has no token {self.end_of_text!r}")
 
         # The fields of tiktoken.Encoding, on which its methods rely.
         added = library.get_added_tokens_decoder()
-        self.name = f"foreign{max(library.get_vocab().values()) + 1}"
         self._special_tokens = {token.content: i for i, token in added.items() if token.special}
         self._special_tokens[END_OF_TEXT] = end_of_text_id
         self._special_token_values = set(self._special_tokens.values())
         self.max_token_value = max(library.get_vocab().values())
+        self.name = f"foreign{self.max_token_value + 1}"
         self._core_bpe = ForeignBPE(library, self.end_of_text)
 
     def __getstate__(self) -> str:
@@ -170,8 +175,8 @@ def reject_other_kinds(description: dict, source: str | Path):
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise UserError(f"{source} is not a tokenizer: it has no model with a vocabulary")
-    steps = {step.get("type") for key in ("pre_tokenizer", "normalizer")
-             for step in steps_of(description.get(key))}  # fmt: skip
+    steps = steps_of(description.get("pre_tokenizer")) + steps_of(description.get("normalizer"))
+    step_types = {step.get("type") for step in steps}
     kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
     suffix = model.get("end_of_word_suffix")
     if kind == "Unigram":
@@ -184,7 +189,7 @@ def reject_other_kinds(description: dict, source: str | Path):
         kind = f"BPE of words that end in {suffix}"
     elif kind == "BPE" and model.get("continuing_subword_prefix"):
         kind = f"BPE of words continued by {model['continuing_subword_prefix']}"
-    elif kind == "BPE" and "ByteLevel" not in steps:
+    elif kind == "BPE" and "ByteLevel" not in step_types:
         kind = "BPE of characters, not of bytes"
     elif kind == "BPE":
         return
@@ -213,6 +218,9 @@ def merge_pairs(description: dict) -> list[tuple[str, str]]:
 
 def read_tokenizer(path: str | Path) -> ForeignEncoding | None:
     """The tokenizer of a Hugging Face folder, or of a tokenizer.json file; None if it has none.
+
+    tokenizer.json decides how texts are split, as in transformers 4. For models of GPT-2's class,
+    transformers 5 splits by GPT-2's pattern, whatever the file says.
 
     Raises UserError if it is not a byte-level BPE, or has no end-of-text token.
     """
@@ -254,11 +262,8 @@ def read_tokenizer(path: str | Path) -> ForeignEncoding | None:
             f"{source} has no end-of-text token: name one of its tokens as eos_token in "
             f"{folder / 'tokenizer_config.json'}"
         )
-    return ForeignEncoding(to_text(description, end_of_text), source)
-
-
-def to_text(description: dict, end_of_text: str) -> str:
-    return json.dumps(dict(end_of_text=end_of_text, tokenizer=description), ensure_ascii=False)
+    text = json.dumps(dict(end_of_text=end_of_text, tokenizer=description), ensure_ascii=False)
+    return ForeignEncoding(text, source, library)
 
 
 def read_json(path: Path) -> dict:
