@@ -48,7 +48,10 @@ from common.tokenizer import (
 )
 
 PENDING_BYTES = 2**28  # upper bound on the text that waits for the workers
-VOCABULARY = "vocab.tiktoken"  # in the folder of the shards, unless the tokenizer is GPT-2's
+# File of the tokenizer in the folder of the shards, unless it is GPT-2's: the first, or the second
+# for a tokenizer of another model that does not fit into the format of the first.
+VOCABULARY = "vocab.tiktoken"
+FOREIGN_VOCABULARY = "foreign_tokenizer.json"
 
 
 @dataclass
@@ -63,7 +66,8 @@ class Config:
     # folder of the shards; empty = named by source and subset, like datasets/edu_fineweb10B
     out_dir: str = ""
     shard_size: int = 100_000_000  # tokens per shard
-    tokenizer: str = "gpt2"  # gpt2, or a vocab.tiktoken file
+    # gpt2; a vocab.tiktoken or tokenizer.json file; a Hugging Face folder, or a model on the hub
+    tokenizer: str = "gpt2"
     # learn a vocabulary of this size from the source and use it instead; 0 = off
     train_tokenizer: int = 0
     # maximum number of characters to learn the vocabulary from
@@ -209,12 +213,13 @@ def store_tokenizer(enc: tiktoken.Encoding, out_dir: Path) -> str:
     text = tokenizer_to_text(enc)
     if text == "gpt2":
         return "gpt2"
-    path = out_dir / VOCABULARY
+    name = FOREIGN_VOCABULARY if text.startswith("{") else VOCABULARY
+    path = out_dir / name
     if not path.exists():
         write_text(path, text)
-    if path.read_text() != text:
+    if path.read_text("utf-8") != text:
         raise UserError(f"{path} is another vocabulary: choose another out_dir")
-    return VOCABULARY
+    return name
 
 
 def check_disk(source: Source, writer: ShardWriter):
@@ -269,7 +274,9 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
     context = multiprocessing.get_context("spawn")
     # tiktoken pickles GPT-2's tokenizer as its name, and each worker would load its files again.
     # One of our own is pickled with its tokens.
-    by_value = encoding_of(enc._mergeable_ranks)
+    by_value = enc
+    if tokenizer_to_text(enc) == "gpt2":
+        by_value = encoding_of(enc._mergeable_ranks)
     pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
     try:
         # Workers inherit the blocked signals. Ctrl-C then stops only this process, and the
