@@ -90,8 +90,8 @@ class Shards:
     def read_first(self, num_tokens: int) -> np.ndarray:
         """The first num_tokens tokens of the split, from as many shards as needed.
 
-        Fewer if the split is shorter. Raises UserError if they are fewer than two: a model could
-        not predict any of them.
+        Fewer if the split is shorter. Raises UserError if it has only one or none: a model could
+        not predict any.
         """
         parts = []
         num_read = 0
@@ -100,7 +100,7 @@ class Shards:
             num_read += len(parts[-1])
             if num_read == num_tokens:
                 break
-        if num_read < 2:
+        if num_read < min(2, num_tokens):
             raise UserError(
                 f"{self.paths[0]} has too few tokens ({num_read}): at least 2 are needed, "
                 "shard more text"
