@@ -201,12 +201,12 @@ def draw_samples(
 
 
 def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.ndarray | None:
-    """The first `count` predicted tokens of a validation shard, (count + 1,).
+    """The first `count` predicted tokens of the validation shards, (count + 1,).
 
     None, with a message, if there are no shards or they were made with another tokenizer.
     """
     try:
-        shards = open_shards(folder, "val")
+        tokens = open_shards(folder, "val").read_first(count + 1)
         shards_enc = shards_tokenizer(folder)
     except (OSError, UserError) as error:
         say(f"no general perplexity: {error}")
@@ -214,7 +214,7 @@ def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.nda
     if tokenizer_to_text(shards_enc) != tokenizer_to_text(enc):
         say(f"no general perplexity: {folder} was made with another tokenizer")
         return None
-    return shards.read(0, 0, min(count + 1, shards.lengths[0]))
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from common import console
 
 FLAGS = {
     "fineweb": """
-        source subset data_files out_dir shard_size tokenizer train_tokenizer train_tokenizer_chars
+        source subset data_files text_column out_dir shard_size tokenizer train_tokenizer train_tokenizer_chars
         num_workers
     """,
     "train_gpt2": """
