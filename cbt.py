@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
@@ -263,7 +264,7 @@ def evaluate(
 ) -> tuple[list[Metric], list[dict]]:
     """Accuracy by protocol and kind of word; for each question its answer and both predictions."""
     metrics = []
-    lines = []
+    lines: list[dict[str, Any]] = []
     for n, question in enumerate(examples):
         lines.append(
             dict(ind=n, kind=question.kind, answer=question.answer, candidates=question.candidates)

@@ -206,8 +206,8 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
     sizes = [size for size in OPENAI_MODELS if any(line[-1].get(size) for line in lines)]
     head = ("model", "benchmark", "metric", "figure", *[f"{size}, published" for size in sizes])
     rows = []
-    for *start, published in lines:
-        rows.append((*start, *[published.get(size, "") for size in sizes]))
+    for *cells, published in lines:
+        rows.append((*cells, *[published.get(size, "") for size in sizes]))
     return table(head, rows)
 
 

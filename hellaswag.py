@@ -168,7 +168,7 @@ def result_line(metrics: list[Metric]) -> dict:
 
     The fields of the harness rendering have the prefix "harness_".
     """
-    line = {}
+    line: dict[str, float | None] = {}
     for metric in metrics:
         style, name = metric.name.split()
         prefix = key_prefix(style)

@@ -66,7 +66,7 @@ def main(config: Config):
     out_dir = Path(config.out_dir or runs[0].folder)
     out_dir.mkdir(parents=True, exist_ok=True)
     benchmarks = benchmark_pictures(runs, config.size)
-    pictures = {
+    pictures: dict[str, tuple[str, Draw]] = {
         "training_loss": ("loss", draw_training_loss),
         "validation_loss": ("val", partial(draw_validation_loss, size=config.size)),
         "learning_rate": ("lr", draw_learning_rate),
@@ -85,7 +85,7 @@ def main(config: Config):
 
 def benchmark_pictures(runs: list[Run], size: str) -> dict[str, Draw]:
     """A picture for each benchmark that some run has results of, by file name."""
-    pictures = {}
+    pictures: dict[str, Draw] = {}
     for name, reference in REFERENCES.items():
         # The validation loss has a picture of its own.
         if name != "val" and runs_with(reference.stream, runs):

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,10 @@ class Benchmark:
     reference: Reference  # title, headline metric and published figures
     # load(data, limit): the examples of a file, the first `limit` of them; of the default data if
     # `data` is None. Raises OSError or UserError.
-    load: Callable[[str | None, int | None], Any]
+    load: Callable[..., Any]
     evaluate: Evaluate
     # data_fingerprint(data): what distinguishes the data from other data, for example a checksum
-    data_fingerprint: Callable[[str | None], str]
+    data_fingerprint: Callable[..., str]
     evaluate_headline: Evaluate  # for training: computes only what the headline metric needs
     # result_line(metrics): what NAME_results.jsonl holds of one evaluation
     result_line: Callable[[list[Metric]], dict] = result_line
@@ -86,7 +87,7 @@ class Benchmark:
         It covers the benchmark's file and the shared code, without comments and layout.
         """
         digest = hashlib.sha256()
-        for source in (inspect.getmodule(self.load), inspect.getmodule(Benchmark), scoring):
+        for source in (sys.modules[self.load.__module__], sys.modules[__name__], scoring):
             tree = ast.parse(inspect.getsource(source))
             digest.update(ast.dump(tree).encode())
         return digest.hexdigest()
