@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from common import scoring
 from common.checkpoint import NotFinite
 from common.console import UserError
+from common.optim import Diverged
 from common.runtime import Runtime
 from common.scoring import Request, score, stream_loss
 from model import GPT, GPTConfig
@@ -247,3 +248,7 @@ def test_ranks_share_the_work_of_stream_loss(monkeypatch):
     ]
     assert sum(parts) == pytest.approx(whole, abs=1e-6)
     assert min(parts) > 0
+
+
+def test_training_ends_with_the_exit_code_of_a_run_that_diverged():
+    assert NotFinite.exit_code == Diverged.exit_code
