@@ -315,7 +315,11 @@ class Finetuner:
 
     def validate(self) -> float:
         """Mean loss on the held-out texts, in nats per token."""
-        return stream_loss(self.eval_model, self.val_tokens, self.config.B, self.config.T, self.rt)
+        config = self.config
+        try:
+            return stream_loss(self.eval_model, self.val_tokens, config.B, config.T, self.rt)
+        except checkpoint.NotFinite:  # the caller decides: in the search, it tries another rate
+            return math.inf
 
     def reset(self, loaded: dict | None = None) -> torch.optim.Optimizer:
         """Load the initial weights and return a new optimizer, or load both from a checkpoint."""

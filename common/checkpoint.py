@@ -252,12 +252,22 @@ def fingerprint(name: str) -> str:
     return " ".join(map(checksum, weight_files)) or name
 
 
-def not_finite_error(model: GPT) -> UserError:
+class NotFinite(UserError):
+    """A model computes NaN or infinity, so it has no results.
+
+    During training this means that the run diverged: the exit code is that of optim.Diverged.
+    """
+
+    exit_code = 3
+
+
+def not_finite_error(model: GPT) -> NotFinite:
     """The error to raise when a model computes NaN or infinity; names the broken weight, if any."""
     for name, tensor in model.state_dict().items():
+        name = name.removeprefix("_orig_mod.")  # torch.compile adds it
         if not tensor.isfinite().all():
-            return UserError(f"{model.source} is broken: its tensor {name} is not finite")
-    return UserError(
+            return NotFinite(f"{model.source} is broken: its tensor {name} is not finite")
+    return NotFinite(
         f"{model.source} computes values that are not finite, although its weights are: try "
         "--dtype float32"
     )

@@ -99,6 +99,15 @@ def parse(config_class: type, doc: str | None) -> Any:
         return tyro.cli(config_class, description=doc, use_underscores=True, config=markers)
 
 
+def check_at_least(config: Any, least: float, *names: str):
+    """Raise UserError if a flag, or one of its values, is too small. None is allowed."""
+    for name in names:
+        value = getattr(config, name)
+        for single in value if isinstance(value, tuple) else (value,):
+            if single is not None and not single >= least:  # NaN is not
+                raise UserError(f"{name} is {value}, must be at least {least}")
+
+
 def fail(message: str, code: int = 1):
     """End this process with one line on stderr.
 

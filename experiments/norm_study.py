@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common import checkpoint
-from common.console import Progress, cli, table
+from common.console import Progress, check_at_least, cli, table
 from common.optim import Diverged
 from common.runtime import Runtime
 from common.shards import manifest_checksum, open_shards, shards_tokenizer
@@ -53,7 +53,6 @@ from experiments.sweep import (
     Run,
     StudyFolder,
     SweepConfig,
-    check_at_least,
     check_different,
     finish_axes,
     mean_and_deviation,

@@ -46,7 +46,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import checkpoint
-from common.console import Progress, UserError, cli, say, table, write_text
+from common.console import Progress, UserError, check_at_least, cli, say, table, write_text
 from common.optim import Diverged
 from common.runtime import Runtime
 from common.scoring import stream_loss
@@ -71,7 +71,6 @@ from experiments.sweep import (
     Run,
     StudyFolder,
     TrainingConfig,
-    check_at_least,
     finish_axes,
     mean_and_deviation,
     settings_of,
