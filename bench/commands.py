@@ -56,7 +56,7 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
 
 def read_texts(kind: str, data_files: tuple[str, ...]) -> list[str]:
     source = open_source(kind, data_files=data_files)
-    return [text for _, batch in source.batches(SOURCE_START) for text in batch.to_pylist()]
+    return [text for batch in source.batches(SOURCE_START) for text in batch.texts.to_pylist()]
 
 
 def write_shards(flags: list[str], folder: Path):

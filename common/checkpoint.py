@@ -5,7 +5,7 @@ torch.load(..., weights_only=True). Every checkpoint has
 
     model       state dict with GPT-2's parameter names, float32
     config      the fields of GPTConfig
-    tokenizer   "gpt2", or the text of the vocab.tiktoken file
+    tokenizer   "gpt2", the text of a vocab.tiktoken file, or JSON (ForeignEncoding)
     step        optimizer steps taken
 
 Those that training can resume from also have
@@ -30,8 +30,8 @@ import tiktoken
 import torch
 
 from common.console import UserError, checksum, write_atomically
-from common.huggingface import load_pretrained
-from common.tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_text
+from common.huggingface import load_model_tokenizer, load_pretrained
+from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from model import GPT, GPTConfig
 
 REQUIRED_KEYS = {"model", "config", "tokenizer", "step"}
@@ -232,13 +232,9 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
         return model, tokenizer_from_text(checkpoint["tokenizer"])
     model = load_pretrained(name_or_path, dropout)
     model.source = str(name_or_path)
-    vocabulary = path / "vocab.tiktoken"  # export.py writes it
-    enc = load_tokenizer(vocabulary if vocabulary.exists() else "gpt2")
-    if enc.n_vocab != model.config.vocab_size:
-        raise UserError(
-            f"{name_or_path} has a vocabulary of {model.config.vocab_size} tokens, its tokenizer "
-            f"{enc.n_vocab}"
-        )
+    enc = load_model_tokenizer(name_or_path, model.config.vocab_size)
+    # Embeddings without a token are padding: the model must not choose them.
+    model.config.vocab_size = enc.n_vocab
     return model, enc
 
 

@@ -249,14 +249,17 @@ def read_text(path: str | Path) -> str:
         raise FileNotFoundError(f"no file {path}")
     else:
         data = Path(path).read_bytes()
-    encoding = "utf-8-sig"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
     try:
-        return data.decode(encoding)
+        return data.decode(encoding_of_text(data))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}, is not UTF-8: convert the file") from error
+
+
+def encoding_of_text(start: bytes) -> str:
+    """The encoding of a text by its first bytes: utf-8-sig, or utf-16 after its byte-order mark."""
+    is_utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def read_lines(path: str | Path) -> list[str]:

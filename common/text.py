@@ -1,32 +1,48 @@
 """Sources of text: documents in a fixed order, from the hub, from files or from Python itself.
 
     source = open_source("parquet", data_files=("corpus/*.parquet",))
-    for position, texts in source.batches(SOURCE_START):
-        ...     # texts: a pyarrow.StringArray of consecutive documents, the first at `position`
+    for batch in source.batches(SOURCE_START):
+        ...     # batch.texts: a pyarrow.StringArray of consecutive documents
 
-Each kind of source is a class below. The `datasets` library reads the documents as a stream that
-can be entered again where an earlier run stopped.
+Each kind of source is a class below. Text and JSON files are read here, block by block; the
+`datasets` library streams the others. Both can be entered again where an earlier run stopped.
 """
 
 import ast
+import codecs
 import glob
+import io
+import itertools
 import json
 import os
+import re
 import sysconfig
 import time
+import zlib
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.console import UserError, say
+from common.console import UserError, encoding_of_text, say
 from common.shards import Position
+from common.tokenizer import END_OF_TEXT
 
 BATCH_DOCUMENTS = 64  # documents in a batch; a worker process tokenizes one batch at a time
+BATCH_CHARS = 2**20  # a batch of texts from files ends when it has more characters
+BLOCK_BYTES = 2**20  # bytes read from a text file at a time
+PART_CHARS = 2**22  # a longer document of a text file is handled in parts
 MAX_RETRIES = 8  # consecutive attempts to resume after a lost connection
+
+# <|endoftext|> at the end of a line.
+SEPARATOR = re.compile(re.escape(END_OF_TEXT) + r"[ \t]*(?:\n|\Z)")
+# A text up to its last character before a space or line break.
+LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+NOT_SPACE = re.compile(r"\S")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class HubDataset(NamedTuple):
@@ -42,21 +58,32 @@ HUB = {
 HUB_TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
 
 
-def open_source(kind: str, subset: str = "", data_files: tuple[str, ...] = ()) -> "Source":
+class Batch(NamedTuple):
+    position: Position  # of the first text
+    texts: pa.StringArray
+    # Is the first text the next part of the document whose last part was in the batch before?
+    is_continuation: bool = False
+
+
+def open_source(
+    kind: str, subset: str = "", data_files: tuple[str, ...] = (), text_column: str = "text"
+) -> "Source":
     """The source of a kind: a name in HUB (with a subset), a name in FILE_SOURCES, or pydoc.
 
     Raises FileNotFoundError if a pattern in data_files matches nothing, UserError if data_files
-    is missing or the kind has no use for it.
+    is missing or the kind has no use for it or for text_column.
     """
     files = [name for pattern in data_files for name in expand(pattern)]
     if bool(files) != (kind in FILE_SOURCES):
         raise UserError(
             "--data_files GLOB is needed for the sources parquet, json and text, and only for these"
         )
+    if text_column != "text" and kind not in ("parquet", "json"):
+        raise UserError("--text_column is only for the sources parquet and json")
     if kind in HUB:
         return HubSource(kind, subset)
     if kind in FILE_SOURCES:
-        return FILE_SOURCES[kind](kind, files)
+        return FILE_SOURCES[kind](kind, files, text_column)
     return PydocSource(kind)
 
 
@@ -65,27 +92,23 @@ def open_source(kind: str, subset: str = "", data_files: tuple[str, ...] = ()) -
 
 
 class Source:
-    """Documents in a fixed order. Subclasses say how to open the stream and what its texts are."""
+    """Documents in a fixed order. Subclasses read them, from any position on."""
 
     is_remote = False  # read over the network?
-    batch_documents = BATCH_DOCUMENTS
 
-    def __init__(self, kind: str, files: list[str] | None = None):
+    def __init__(self, kind: str, files: list[str] | None = None, text_column: str = "text"):
         self.kind = kind
         self.prefix = kind  # of the shards' file names
         self.files = files or []
+        self.text_column = text_column
 
-    def open(self):
-        """The documents as a `datasets.IterableDataset` with the column "text"."""
+    def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        """Yields each batch and the position after it, without retries."""
         raise NotImplementedError
-
-    def parse(self, column: pa.StringArray) -> pa.StringArray:
-        """The texts of the documents, from the stream's column."""
-        return column
 
     @cached_property
     def text_bytes(self) -> int | None:
-        """Estimated size of the text in bytes, None if it is not on this machine."""
+        """Estimated size of the text in bytes, None if unknown before the text is read."""
         return None
 
     def estimate_tokens(self, vocab_size: int) -> int | None:
@@ -100,8 +123,8 @@ class Source:
         """The place of the first damage, for an error message."""
         return "the source"
 
-    def batches(self, start: Position) -> Iterator[tuple[Position, pa.StringArray]]:
-        """Read from `start` on. Yields batches of texts, each with the position of its first one.
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Read from `start` on.
 
         After a lost connection, it resumes at the last position. Raises OSError if that fails
         repeatedly, or if nothing was read before; UserError if the data is not what it should be.
@@ -112,12 +135,14 @@ class Source:
         while True:
             try:
                 # `position` is the first document that the caller has not got.
-                for batch_position, texts, next_position in self._read(position):
-                    yield batch_position, texts
+                for batch, next_position in self._read(position):
+                    yield batch
                     position = next_position
                     num_failures = 0
                     has_read = True
                 return
+            except UserError:
+                raise
             except Exception as error:
                 # A local file that can't be read is damaged or not permitted: no use in retrying.
                 if not self.is_remote or not is_connection_error(error):
@@ -136,18 +161,34 @@ class Source:
                 # 2, 4, 8 ... 60 seconds
                 time.sleep(min(60, 2**num_failures))
 
-    def _read(self, position: Position) -> Iterator[tuple[Position, pa.StringArray, Position]]:
-        """Yields (position, texts, next position) of each batch, without retries."""
+    def _explain(self, error: Exception) -> Exception:
+        """Turn a library's error about the data into a UserError that says where it is."""
+        # ImportError: a URL whose scheme needs a package that is not installed.
+        # TypeError: `datasets` can't cast a column.
+        is_about_data = isinstance(error, (ValueError, OSError, EOFError, ImportError, zlib.error))
+        is_about_data |= isinstance(error, TypeError) and "cast" in str(error)
+        if is_about_data or type(error).__module__.startswith(("datasets", "pyarrow")):
+            reason = error.__cause__ or error
+            return UserError(f"{self.damaged_place()} can't be read as {self.kind}: {reason}")
+        return error
+
+
+class StreamSource(Source):
+    """Documents from a stream of the `datasets` library."""
+
+    def open(self):
+        """The documents as a `datasets.IterableDataset` with the column text_column."""
+        raise NotImplementedError
+
+    def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         dataset = self.open().with_format("arrow")
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
-        for table in dataset.iter(batch_size=self.batch_documents):
-            column_type = table["text"].type
-            if str(column_type) not in ("string", "large_string", "string_view", "null"):
-                raise UserError(f"the field 'text' contains {column_type}, not only strings")
+        for table in dataset.iter(batch_size=BATCH_DOCUMENTS):
+            check_column_type(table[self.text_column].type, self.text_column, "the source")
             # Only the first batch after a resume has documents to skip.
-            column = table["text"].combine_chunks()[position["skip"] :].cast(pa.string())
-            texts = self.parse(column)
+            column = table[self.text_column].combine_chunks()[position["skip"] :]
+            texts = column.cast(pa.string())
             texts.validate(full=True)  # raises if a text is not UTF-8
             next_position = Position(
                 document=position["document"] + len(texts),
@@ -155,20 +196,11 @@ class Source:
                 state=dataset.state_dict(),
                 skip=0,
             )
-            yield position, texts, next_position
+            yield Batch(position, texts), next_position
             position = next_position
 
-    def _explain(self, error: Exception) -> Exception:
-        """Turn a library's error about the data into a UserError that says where it is."""
-        # ImportError: a URL whose scheme needs a package that is not installed.
-        is_about_data = isinstance(error, (UserError, ValueError, OSError, ImportError))
-        if is_about_data or type(error).__module__.startswith(("datasets", "pyarrow")):
-            reason = error.__cause__ or error
-            return UserError(f"{self.damaged_place()} can't be read as {self.kind}: {reason}")
-        return error
 
-
-class HubSource(Source):
+class HubSource(StreamSource):
     """FineWeb and FineWeb-Edu, streamed from the Hugging Face hub."""
 
     is_remote = True
@@ -188,112 +220,252 @@ class HubSource(Source):
         return int(HUB_TOKENS[self.subset])
 
 
-class FileSource(Source):
-    """Files, local or at URLs, all of one format."""
+class ParquetSource(StreamSource):
+    """Parquet files, local or at URLs, with a document per row in the column text_column."""
 
-    loader: str  # builder of the `datasets` library
-    options: dict = {}  # and its options
-
-    def __init__(self, kind: str, files: list[str]):
-        super().__init__(kind, files)
-        self.is_remote = any("://" in name for name in files)
+    def __init__(self, kind: str, files: list[str], text_column: str):
+        super().__init__(kind, files, text_column)
+        self.is_remote = has_url(files)
 
     def open(self):
+        datasets = import_datasets()
+        options = {}
+        if self.is_remote:
+            names = self.files
+            with open_binary(names[0]) as file:
+                types = [self.find_type(pq.read_schema(file), names[0])]
+        else:
+            footers = self.files_with_rows
+            names = list(footers)
+            schemas = {name: footer.schema.to_arrow_schema() for name, footer in footers.items()}
+            types = [self.find_type(schema, name) for name, schema in schemas.items()]
+            # By default, it reads as many rows at a time as are in the first row group.
+            if any(footer.row_group(0).num_rows == 0 for footer in footers.values()):
+                options["batch_size"] = 1000
+        # Without a type, that of the first file would apply to all: no strings if it is all null.
+        text_type = "large_string" if "large_string" in types else "string"
+        features = datasets.Features({self.text_column: datasets.Value(text_type)})
         # Names are complete already: a * in one is part of the name.
-        names = [name if "://" in name else glob.escape(name) for name in self.files]
-        return open_stream(self.loader, data_files=names, **self.options)
+        names = [name if "://" in name else glob.escape(name) for name in names]
+        return open_stream(
+            "parquet", data_files=names, columns=[self.text_column], features=features, **options
+        )
+
+    def find_type(self, schema: pa.Schema, name: str) -> str:
+        """The type of the text column. Raises UserError if it has none for text, or is missing."""
+        if self.text_column not in schema.names:
+            columns = ", ".join(schema.names)
+            raise UserError(
+                f"{name} has no column {self.text_column!r}: choose one of its columns "
+                f"({columns}) with --text_column"
+            )
+        column_type = schema.field(self.text_column).type
+        check_column_type(column_type, self.text_column, name)
+        return str(column_type)
+
+    @cached_property
+    def files_with_rows(self) -> dict[str, pq.FileMetaData]:
+        """The footers of the files (local ones) that have rows; the others are reported."""
+        found = {}
+        for name in self.files:
+            try:
+                metadata = pq.read_metadata(name)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{name} is damaged or not a parquet file: {error}") from error
+            if metadata.num_rows:
+                found[name] = metadata
+            else:
+                say(f"{name} has no rows, skipping it")
+        if not found:
+            raise UserError("the source holds no text: none of the parquet files has rows")
+        return found
 
     @cached_property
     def text_bytes(self) -> int | None:
         if self.is_remote:
             return None
-        return sum(map(self.text_bytes_of, self.files))
-
-    def text_bytes_of(self, name: str) -> int:
-        return os.path.getsize(name)
-
-    def damaged_place(self) -> str:
-        """The first damaged file, and its line. The libraries' errors do not name them."""
-        # URLs do not exist as paths, and are not downloaded again for this.
-        for name in filter(os.path.exists, self.files):
-            place = self.find_damage(name)
-            if place:
-                return place
-        return super().damaged_place()
-
-    def find_damage(self, name: str) -> str | None:
-        """The file and the number of its first line that is not text, None if all are."""
-        number = 0
-        try:
-            with open(name, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    self.check_line(line)
-        except UnicodeDecodeError:
-            return f"{name} (not UTF-8)"
-        except (UserError, ValueError, OSError):
-            return f"{name}, line {number}," if number else name
-        return None
-
-    def check_line(self, line: str):
-        """Raise UserError or ValueError if a line of a file is not in the format."""
-
-
-class ParquetSource(FileSource):
-    """Parquet files with a column "text", a document per row."""
-
-    loader = "parquet"
-    options = dict(columns=["text"])
-
-    def text_bytes_of(self, name: str) -> int:
-        try:
-            metadata = pq.read_metadata(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name} is damaged or not a parquet file: {error}") from error
-        if "text" not in metadata.schema.names or not metadata.num_rows:
-            raise UserError(f"{name} has no column 'text', or no rows")
         # Only the text column counts, uncompressed. The footer knows its size in each row group.
         total = 0
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                if column.path_in_schema == "text":
-                    total += column.total_uncompressed_size
+        for name, metadata in self.files_with_rows.items():
+            self.find_type(metadata.schema.to_arrow_schema(), name)
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    if column.path_in_schema == self.text_column:
+                        total += column.total_uncompressed_size
         return total
 
-    def find_damage(self, name: str) -> str | None:
+    def damaged_place(self) -> str:
+        """The first damaged file. The libraries' errors do not name it."""
+        # URLs do not exist as paths, and are not downloaded again for this.
+        for name in filter(os.path.exists, self.files):
+            try:
+                for batch in pq.ParquetFile(name).iter_batches(columns=[self.text_column]):
+                    batch.validate(full=True)
+            except (ValueError, OSError):
+                return name
+        return super().damaged_place()
+
+
+class FileSource(Source):
+    """Text files of any size, local or at URLs, plain or compressed.
+
+    A position's state is the number of a file and of a text in it. Each file is cut into batches
+    from its beginning, so they are the same after a resume.
+    """
+
+    def __init__(self, kind: str, files: list[str], text_column: str):
+        super().__init__(kind, files, text_column)
+        self.is_remote = has_url(files)
+        self._current_file = "the source"  # nothing was read yet
+        self._has_surrogates = False
+
+    def damaged_place(self) -> str:
+        return self._current_file
+
+    def read_texts(self, path: str) -> Iterator[tuple[str | None, bool]]:
+        """The texts of a file, each with: is it the next part of the text before?"""
+        raise NotImplementedError
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        if self.is_remote:
+            return None
+        total = 0
+        for name in self.files:
+            size = uncompressed_size(name)
+            if size is None:
+                return None
+            total += size
+        return total
+
+    def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        state = position["state"] or {"file": 0, "text": 0}
+        if state.keys() != {"file", "text"}:
+            raise UserError(
+                "the shards were begun by an earlier version, which read text differently: "
+                "choose another out_dir"
+            )
+        for number in range(state["file"], len(self.files)):
+            num_texts = 0
+            self._current_file = self.files[number]
+            for texts, is_continuation in self._cut_into_batches(self._current_file):
+                num_texts += len(texts)
+                if number == state["file"] and num_texts <= state["text"]:
+                    continue  # before the position
+                # Only the first batch after a resume has texts to skip.
+                skip = position["skip"]
+                array = self._to_array(texts[skip:])
+                next_position = Position(
+                    document=position["document"] + len(array),
+                    token=0,
+                    state={"file": number, "text": num_texts},
+                    skip=0,
+                )
+                yield Batch(position, array, is_continuation and skip == 0), next_position
+                position = next_position
+
+    def _to_array(self, texts: list[str | None]) -> pa.StringArray:
+        """Arrow array of texts. Half a surrogate pair, which JSON permits, becomes U+FFFD."""
         try:
-            for batch in pq.ParquetFile(name).iter_batches(columns=["text"]):
-                batch.validate(full=True)
-        except (ValueError, OSError):
-            return name
-        return None
+            return pa.array(texts, pa.string())
+        except UnicodeEncodeError:
+            if not self._has_surrogates:
+                say(f"{self._current_file}: incomplete characters (\\ud800 ...) become U+FFFD")
+            self._has_surrogates = True
+            return pa.array([text and SURROGATE.sub("\ufffd", text) for text in texts], pa.string())
+
+    def _cut_into_batches(self, name: str) -> Iterator[tuple[list[str | None], bool]]:
+        """The texts of a file in batches, each with: does its first text continue the last one?"""
+        texts = []
+        num_chars = 0
+        begins_with_part = False
+        paths = members(name)
+        for text, is_part in itertools.chain.from_iterable(map(self.read_texts, paths)):
+            is_full = len(texts) == BATCH_DOCUMENTS or num_chars >= BATCH_CHARS
+            if texts and (is_full or is_part):
+                yield texts, begins_with_part
+                texts = []
+                num_chars = 0
+            if not texts:
+                begins_with_part = is_part
+            texts.append(text)
+            num_chars += len(text or "")
+        if texts:
+            yield texts, begins_with_part
 
 
 class JsonSource(FileSource):
-    """Files of JSON objects, one per line, with a document in the field "text"."""
+    """JSON objects with a document in the field text_column: one per line, or in one array."""
 
-    # Read as lines. The JSON loader wants the other fields, which are not used, to have the same
-    # type in all objects.
-    loader = "text"
+    def read_texts(self, path: str) -> Iterator[tuple[str | None, bool]]:
+        blocks = read_blocks(path)
+        # The first block that is not blank tells which of the two it is.
+        start = ""
+        while not start.strip():
+            block = next(blocks, None)
+            if block is None:
+                return
+            start += block
+        read = json_array if start.lstrip().startswith("[") else json_lines
+        for place, value in read(plain_name(path), start, blocks):
+            yield self.text_of(value, place), False
 
-    def parse(self, column: pa.StringArray) -> pa.StringArray:
-        return pa.array(map(json_text, column.to_pylist()), pa.string())
-
-    def check_line(self, line: str):
-        (json_text(line) or "").encode()
+    def text_of(self, value: object, place: str) -> str | None:
+        match value:
+            case {self.text_column: str() | None as text}:
+                return text
+            case {self.text_column: other}:
+                kind = type(other).__name__
+                raise UserError(f"{place}: the field {self.text_column!r} is {kind}, not a string")
+            case dict():
+                fields = ", ".join(map(str, value))
+                raise UserError(
+                    f"{place}: no field {self.text_column!r}; choose one of the fields ({fields}) "
+                    "with --text_column"
+                )
+        raise UserError(f"{place}: not a JSON object, but {type(value).__name__}")
 
 
 class TextSource(FileSource):
-    """Files of plain text, one document each."""
+    """Files of plain text: one document each, or several with lines of <|endoftext|> between them.
 
-    loader = "text"
-    options = dict(sample_by="document", keep_linebreaks=True)
-    batch_documents = 1  # a file may hold a whole library
+    The line breaks next to such a line belong to it. A file without them is taken as it is.
+    """
+
+    def read_texts(self, path: str) -> Iterator[tuple[str, bool]]:
+        document = ""  # what has been read of a document, without the parts that were yielded
+        is_part = False
+        is_separated = False  # is there a separator before the document?
+        at_line_start = True
+        for block in read_blocks(path):
+            first, *others = split_at_separators(block, at_line_start)
+            at_line_start = block.endswith("\n")
+            document += first
+            if is_separated and not is_part:
+                document = document.lstrip("\n")
+            for text in others:
+                document = document.rstrip("\n")
+                if document:
+                    yield document, is_part
+                document = text.lstrip("\n")
+                is_part = False
+                is_separated = True
+            while len(document) > PART_CHARS:
+                place = place_to_cut(document)
+                yield document[:place], is_part
+                document = document[place:]
+                is_part = True
+        if is_separated:
+            document = document.rstrip("\n")
+        # An empty file counts as an empty document.
+        if document or not is_separated:
+            yield document, is_part
 
 
 FILE_SOURCES = {"parquet": ParquetSource, "json": JsonSource, "text": TextSource}
 
 
-class PydocSource(Source):
+class PydocSource(StreamSource):
     """The documentation inside every Python, which needs no network. See pydoc_texts."""
 
     def open(self):
@@ -345,14 +517,19 @@ def expand(pattern: str) -> list[str]:
     return names
 
 
-def json_text(line: str) -> str | None:
-    """The field "text" of a line of JSON, None for an empty line."""
-    if not line.strip():
-        return None
-    match json.loads(line):
-        case {"text": str() | None as text}:
-            return text
-    raise UserError("there is no field 'text' with a string")
+def has_url(files: list[str]) -> bool:
+    return any("://" in name for name in files)
+
+
+def check_column_type(column_type: pa.DataType, column: str, place: str):
+    """Raise UserError if a column does not contain strings, or nulls only."""
+    if pa.types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    if str(column_type) not in ("string", "large_string", "string_view", "null"):
+        raise UserError(
+            f"{place}: the column {column!r} contains {column_type}, not only strings; "
+            "choose another one with --text_column"
+        )
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -364,6 +541,203 @@ def is_connection_error(error: BaseException) -> bool:
         if isinstance(cause, OSError) or library in http_libraries:
             return True
     return False
+
+
+# ---------------------------------------------------------------------------------------------
+# Text files
+
+
+def members(name: str) -> list[str]:
+    """The paths by which `datasets` opens a file decompressed; several for a zip archive."""
+    manager = import_datasets().StreamingDownloadManager()
+    try:
+        path = manager.download_and_extract(name)
+    except NotImplementedError as error:
+        raise UserError(f"{name} is an archive that can't be read: unpack it") from error
+    return list(manager.iter_files(path)) if path.startswith("zip://") else [path]
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Open a local file, a URL or one of the members of a file."""
+    import_datasets()
+    from datasets.utils.file_utils import xopen
+
+    return xopen(path, "rb")
+
+
+def plain_name(path: str) -> str:
+    """The file that a path of `members` is in: gzip://a.txt::b/a.txt.gz -> b/a.txt.gz"""
+    return path.split("::")[-1]
+
+
+def uncompressed_size(name: str) -> int | None:
+    """The size of a local file in bytes: estimated for .gz, None for other compressed files."""
+    size = os.path.getsize(name)
+    path = members(name)[0]
+    if path == name:
+        return size
+    if not path.startswith("gzip://"):
+        return None
+    # A .gz file stores its size modulo 4 GiB, or that of its last part. The ratio of the beginning
+    # is an estimate for all of them, and exact for files below 1 MiB.
+    with open(name, "rb") as file:
+        head = file.read(2**20)
+    decompressor = zlib.decompressobj(wbits=31)
+    try:
+        text = decompressor.decompress(head, 2**24)
+    except zlib.error as error:
+        raise UserError(f"{name} is damaged or not a .gz file: {error}") from error
+    rest = len(decompressor.unconsumed_tail) + len(decompressor.unused_data)
+    return int(size * len(text) / max(1, len(head) - rest))
+
+
+def read_blocks(path: str) -> Iterator[str]:
+    """Read a text file block by block, with line breaks as "\\n" and without a byte-order mark.
+
+    A block consists of complete lines, or is a piece of a line that is longer than a block, or the
+    end of the file. Raises UserError if the file is neither UTF-8 nor marked as UTF-16.
+    """
+    num_lines = 0  # complete lines before the current block of bytes
+    rest = ""  # the beginning of the next line
+    with open_binary(path) as file:
+        data = file.read(BLOCK_BYTES)
+        encoding = encoding_of_text(data)
+        decoder = io.IncrementalNewlineDecoder(
+            codecs.getincrementaldecoder(encoding)(), translate=True
+        )
+        while True:
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start].decode(encoding, "ignore")
+                line = num_lines + before.count("\n") + 1
+                kind = "UTF-8" if encoding == "utf-8-sig" else "UTF-16"
+                place = f"{plain_name(path)}, line {line}"
+                raise UserError(f"{place}, is not {kind}: convert the file") from error
+            num_lines += text.count("\n")
+            text = rest + text
+            end = text.rfind("\n") + 1
+            # Of a very long line, every block is passed on, so that memory does not grow with it.
+            if end == 0 and len(text) >= BLOCK_BYTES or not data:
+                end = len(text)
+            if end:
+                yield text[:end]
+            rest = text[end:]
+            if not data:
+                return
+            data = file.read(BLOCK_BYTES)
+
+
+def split_at_separators(block: str, at_line_start: bool) -> list[str]:
+    """The texts before, between and after the lines of a block that are only <|endoftext|>."""
+    texts = []
+    start = 0
+    for match in SEPARATOR.finditer(block):
+        line = block.rfind("\n", 0, match.start()) + 1
+        begins_line = line > 0 or at_line_start
+        if begins_line and not block[line : match.start()].strip(" \t"):
+            texts.append(block[start:line])
+            start = match.end()
+    return [*texts, block[start:]]
+
+
+def place_to_cut(text: str) -> int:
+    """Where a part of a long text can end: its tokens, and those of the rest, stay the same.
+
+    GPT-2's pattern always splits a text before the first of several spaces or line breaks. If
+    there are none in PART_CHARS characters, the text is cut anyway, perhaps within a token.
+    """
+    match = LAST_SPACE.match(text, 0, PART_CHARS)
+    return match.end() if match else PART_CHARS
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON files: the values of a file, each with its place for error messages
+
+
+def json_lines(name: str, start: str, blocks: Iterator[str]) -> Iterator[tuple[str, object]]:
+    """The values on the lines of a file. `start` is the beginning of it, `blocks` the rest."""
+    number = 0
+    for lines in complete_lines(start, blocks):
+        for line in lines:
+            number += 1
+            if not line or line.isspace():
+                continue
+            place = f"{name}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}, can't be read as json: {error}") from error
+
+
+def complete_lines(start: str, blocks: Iterator[str]) -> Iterator[list[str]]:
+    """The lines of a file, those of a block at a time; lines longer than a block are joined."""
+    unfinished = []
+    for block in itertools.chain([start], blocks):
+        unfinished.append(block)
+        if block.endswith("\n"):
+            *lines, _ = "".join(unfinished).split("\n")
+            yield lines
+            unfinished = []
+    yield ["".join(unfinished)]
+
+
+def json_array(name: str, start: str, blocks: Iterator[str]) -> Iterator[tuple[str, object]]:
+    """The elements of the array that a file contains. The array is not read as a whole."""
+    decoder = json.JSONDecoder()
+    text = start
+    end = text.index("[") + 1  # of what has been parsed
+    line = 1 + text.count("\n", 0, end)  # number of the line at `end`
+    is_empty = True
+    is_closed = False
+    while not is_closed:
+        try:
+            first = skip_space(text, end)
+            if is_empty and text[first : first + 1] == "]":
+                end = first + 1
+                break
+            value, behind = decoder.raw_decode(text, first)
+            behind = skip_space(text, behind)
+            if text[behind : behind + 1] not in (",", "]"):
+                raise json.JSONDecodeError("expecting ',' or ']' after an element", text, behind)
+        except (json.JSONDecodeError, RecursionError) as error:
+            # The end of the text may be in the middle of an element.
+            position = getattr(error, "pos", 0)
+            is_cut = position > len(text) - 20 or "Unterminated string" in str(error)
+            # The text grows to twice its size: a long element is then parsed only a few times.
+            more = read_chars(blocks, len(text) - end) if is_cut else ""
+            if not more:
+                line += text.count("\n", end, position)
+                raise UserError(f"{name}, line {line}, can't be read as json: {error}") from error
+            text = text[end:] + more
+            end = 0
+            continue
+        line += text.count("\n", end, first)
+        yield f"{name}, line {line}", value
+        line += text.count("\n", first, behind)
+        end = behind + 1
+        is_empty = False
+        is_closed = text[behind] == "]"
+    if text[end:].strip() or any(block.strip() for block in blocks):
+        raise UserError(f"{name}, line {line}, can't be read as json: text after the array")
+
+
+def skip_space(text: str, start: int) -> int:
+    """The first position from `start` on that is not white space."""
+    match = NOT_SPACE.search(text, start)
+    return match.start() if match else len(text)
+
+
+def read_chars(blocks: Iterator[str], num_chars: int) -> str:
+    """The next blocks, with at least this many characters; fewer at the end."""
+    read = []
+    num_read = 0
+    for block in blocks:
+        read.append(block)
+        num_read += len(block)
+        if num_read >= num_chars:
+            break
+    return "".join(read)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def load_inputs(config: Config, rt: Runtime) -> Inputs:
         )
 
     # One token more than val_tokens, because the first one is not predicted.
-    tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
+    tokens = val.read_first(config.val_tokens + 1)
     T = min(config.T, model.config.block_size)
     if len(tokens) <= T:
         raise UserError(

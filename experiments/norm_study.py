@@ -148,7 +148,7 @@ def unigram_loss(config: Config, vocab_size: int) -> float:
         counts += np.bincount(train.read(number, 0, length), minlength=vocab_size)
     # The loss of a token depends on nothing but the token.
     losses = -np.log(counts / counts.sum())  # (vocab_size,)
-    return float(losses[val.read(0, 0, min(config.val_tokens, val.lengths[0]))].mean())
+    return float(losses[val.read_first(config.val_tokens)].mean())
 
 
 def gradients_at_init(

@@ -278,7 +278,7 @@ def validation_bytes(config: Config, folder: Path) -> int:
     lengths = [len(enc.decode_single_token_bytes(token)) for token in range(enc.eot_token)]
     bytes_of_token = np.array([*lengths, 0])  # the end-of-text token stands for no text
     val = open_shards(folder, "val")
-    tokens = val.read(0, 0, min(config.held_out_bytes, val.lengths[0]))
+    tokens = val.read_first(config.held_out_bytes)
     return int(bytes_of_token[tokens].sum())
 
 
