@@ -5,7 +5,7 @@
     python evaluate.py --models exported gpt2 --benchmarks hellaswag lambada --limit 500
     torchrun --standalone --nproc_per_node=8 evaluate.py --models gpt2-xl
 
---benchmarks lists the benchmarks. One of them is val: the loss on the validation shard in nats per
+--benchmarks lists the benchmarks. One of them is val: the loss on the validation shards in nats per
 token, and in bits per byte of its text, which also compares models of different vocabularies.
 
 The table is printed and written to out_dir as evaluation.md, the results as evaluation.json. A
@@ -61,7 +61,7 @@ class Config:
     # a file, a glob or a folder of cbtest_*_test*.txt; None = from the Hugging Face hub
     cbt_data: str | None = None
     val_data: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
-    val_tokens: int = 10485760  # tokens of the validation shard used for the validation loss
+    val_tokens: int = 10485760  # tokens of the validation shards used for the validation loss
     limit: int | None = None  # evaluate only the first examples (of each kind), this many
     B: int = 8  # sequences per forward pass of the validation loss
     out_dir: str = "log/evaluation"  # folder for evaluation.json and evaluation.md
@@ -233,7 +233,7 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
 
 @dataclass
 class ValidationText:
-    tokens: np.ndarray  # (val_tokens + 1,), less if the shard is shorter
+    tokens: np.ndarray  # (val_tokens + 1,), less if the shards have fewer
     enc: tiktoken.Encoding  # the tokenizer that the shards were made with
 
 
@@ -259,14 +259,13 @@ def validation_benchmark(config: Config) -> Benchmark:
 
 
 def load_validation(folder: str, val_tokens: int) -> ValidationText:
-    shards = open_shards(folder, "val")
-    tokens = shards.read(0, 0, min(val_tokens + 1, shards.lengths[0]))
+    tokens = open_shards(folder, "val").read_first(val_tokens + 1)
     return ValidationText(tokens, shards_tokenizer(folder))
 
 
 def validation_fingerprint(folder: str) -> str:
     # The manifest holds checksums of all shards. Shards of other projects have no manifest.
-    return manifest_checksum(folder) or checksum(open_shards(folder, "val").paths[0])
+    return manifest_checksum(folder) or " ".join(map(checksum, open_shards(folder, "val").paths))
 
 
 def evaluate_validation(

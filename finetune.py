@@ -314,11 +314,11 @@ class Finetuner:
         return np.array(ids)
 
     def validate(self) -> float:
-        """Mean loss on the held-out texts, in nats per token."""
+        """Mean loss on the held-out texts, in nats per token; infinite if it is not finite."""
         config = self.config
         try:
             return stream_loss(self.eval_model, self.val_tokens, config.B, config.T, self.rt)
-        except checkpoint.NotFinite:  # the caller decides: in the search, it tries another rate
+        except checkpoint.NotFinite:  # the caller decides: the search tries another learning rate
             return math.inf
 
     def reset(self, loaded: dict | None = None) -> torch.optim.Optimizer:

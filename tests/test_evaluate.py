@@ -127,6 +127,16 @@ def test_published_losses_only_stand_beside_fineweb_edu(tmp_path, data_dir):
     assert "3.2924" in table
 
 
+def test_the_validation_loss_is_on_all_shards_of_the_split(tmp_path):
+    for n, split in enumerate(("val", "train", "val")):
+        np.save(tmp_path / f"text_{split}_{n}.npy", np.full(10, n, np.uint16))
+    text = evaluate.load_validation(str(tmp_path), 14)
+    assert text.tokens.tolist() == [0] * 10 + [2] * 5
+    fingerprint = evaluate.validation_fingerprint(str(tmp_path))
+    np.save(tmp_path / "text_val_2.npy", np.full(10, 3, np.uint16))
+    assert evaluate.validation_fingerprint(str(tmp_path)) != fingerprint
+
+
 def test_validation_tokens_without_text_are_an_error(data_dir):
     text = evaluate.load_validation(str(data_dir), 399)
     text.tokens = np.full(5, text.enc.eot_token)
