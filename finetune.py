@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -251,7 +251,7 @@ def check_folder(out_dir: Path, resume: bool, settings: dict):
                 )
 
 
-def read_json(path: Path) -> dict | list:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -15,6 +15,7 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -144,7 +145,7 @@ def measure_model(
     held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
     if not math.isfinite(held_out_loss):
         raise not_finite_error(model)
-    figures = {"held-out perplexity": perplexity(held_out_loss)}
+    figures: dict[str, float | None] = {"held-out perplexity": perplexity(held_out_loss)}
     figures |= measure_samples(samples, training)
 
     # In windows of the whole context, as in pretraining.
@@ -185,7 +186,7 @@ def draw_samples(
     start = enc.decode([token for token in prompt if token != enc.eot_token])
     max_tokens = min(300, model.config.block_size - len(prompt))
     # Slightly sharper than the model's own distribution: less noise, still varied.
-    options = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
+    options: dict[str, Any] = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
     samples = []
     with Progress(total=count, desc="sampling", unit="sample", leave=False) as bar, rt.autocast():
         while len(samples) < count:

@@ -12,7 +12,7 @@ import pytest
 from conftest import TEXTS
 
 import fineweb
-from common import text
+from common import blocks, text
 from common.console import UserError
 from common.shards import SOURCE_START, ShardWriter
 from common.text import open_source
@@ -70,7 +70,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def test_lines_of_end_of_text_separate_documents(
     content, documents, block_bytes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(text, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     assert read("text", write(tmp_path / "a.txt", content)) == documents
 
 
@@ -83,7 +83,7 @@ def test_files_are_documents_in_the_order_of_their_names(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
 def test_byte_order_marks_and_compression(encoding, compress, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", 21)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 21)
     suffix = {bytes: "", gzip.compress: ".gz", bz2.compress: ".bz2"}[compress]
     path = write(tmp_path / f"a.txt{suffix}", compress(SEPARATED.encode(encoding)))
     assert read("text", path) == STORIES
@@ -122,8 +122,8 @@ def test_sizes_are_those_of_the_uncompressed_text(tmp_path):
 def test_a_long_document_has_the_tokens_of_the_whole(content, enc, tmp_path, monkeypatch):
     """A file above 2 GiB, at small scale: its document is read, and tokenized, in parts."""
     monkeypatch.setattr(fineweb, "worker_encoding", enc, raising=False)
-    monkeypatch.setattr(text, "PART_CHARS", 1000)
-    monkeypatch.setattr(text, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "PART_CHARS", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     path = write(tmp_path / "a.txt", content)
     batches = list(open_source("text", data_files=(str(path),)).batches(SOURCE_START))
     assert [batch.is_continuation for batch in batches] == [False] + [True] * (len(batches) - 1)
@@ -139,7 +139,7 @@ def test_a_long_document_has_the_tokens_of_the_whole(content, enc, tmp_path, mon
 
 
 def test_a_text_that_is_not_utf8_names_the_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 16)
     latin = ("good line\n" * 99 + "naïve\n").encode("latin-1")
     for path in (
         write(tmp_path / "a.txt", latin),
@@ -182,7 +182,7 @@ OBJECTS = [
     ],
 )
 def test_json_is_lines_of_objects_or_one_array(content, block_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     assert read("json", write(tmp_path / "a.json", content)) == STORIES
 
 
@@ -210,7 +210,7 @@ def test_json_without_documents(tmp_path):
 )
 @pytest.mark.parametrize("block_bytes", [3, 2**20])
 def test_malformed_json_names_the_line(content, message, block_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     with pytest.raises(UserError, match=message):
         read("json", write(tmp_path / "a.json", content))
 
@@ -276,8 +276,8 @@ def test_the_text_column_of_other_sources(tmp_path):
 def test_a_resumed_run_writes_the_same_bytes(kind, enc, tmp_path, monkeypatch):
     """Interrupted after several shards; documents in parts, several files, empty documents."""
     monkeypatch.setattr(fineweb, "worker_encoding", enc, raising=False)
-    monkeypatch.setattr(text, "PART_CHARS", 300)
-    monkeypatch.setattr(text, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "PART_CHARS", 300)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
     monkeypatch.setattr(text, "BATCH_DOCUMENTS", 3)
     words = "\n".join(TEXTS)[:6000]
     stories = [words[n * 50 : n * 60] for n in range(1, 30)]
