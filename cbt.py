@@ -27,11 +27,12 @@ from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
 from common import runtime, tasks
-from common.console import UserError, checksum, cli
+from common.console import UserError, checksum, cli, read_lines
 from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import Request, score
@@ -115,7 +116,7 @@ def from_hub(kind: str, limit: int | None) -> list[Question]:
             f"{HUB} is not available from the hub ({type(error).__name__}): check the network, or "
             "give --data FILES"
         ) from error
-    if limit:
+    if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     questions = []
     for row in rows:
@@ -144,9 +145,10 @@ def from_file(path: Path) -> list[Question]:
         )
     questions = []
     sentences = []  # of the current question
+    lines = read_lines(path)
     number = 0
     try:
-        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 if sentences:
                     raise UserError(
@@ -165,8 +167,6 @@ def from_file(path: Path) -> list[Question]:
                 sentences = []
         if sentences:
             raise UserError(f"the file ends after {len(sentences)} sentences, without a query")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
     except UserError as error:
         raise UserError(f"{path}, line {number}: {error}") from error
     if not questions:
@@ -225,13 +225,14 @@ def sequence_request(enc: tiktoken.Encoding, question: Question, block_size: int
     """Context: the first token. Continuations: all that follows, with each of the candidates.
 
     If the longest of these texts exceeds block_size, all lose the same number of tokens from their
-    beginning.
+    beginning, at most the whole text before the blank.
     """
     # The context ends before the blank. Move all but its first token to the continuations: they are
     # predicted, too. The engine computes what the continuations share only once.
     whole = query_request(enc, question, str)
     longest = len(whole.context) + max(map(len, whole.continuations))
-    context = whole.context[max(0, longest - block_size) :]
+    start = min(max(0, longest - block_size), len(whole.context) - 1)
+    context = whole.context[start:]
     continuations = [context[1:] + continuation for continuation in whole.continuations]
     return Request(context[:1], continuations)
 
@@ -263,7 +264,7 @@ def evaluate(
 ) -> tuple[list[Metric], list[dict]]:
     """Accuracy by protocol and kind of word; for each question its answer and both predictions."""
     metrics = []
-    lines = []
+    lines: list[dict[str, Any]] = []
     for n, question in enumerate(examples):
         lines.append(
             dict(ind=n, kind=question.kind, answer=question.answer, candidates=question.candidates)
@@ -299,12 +300,11 @@ def score_candidates(
     # All candidates have the same context, so the sums compare the texts' probabilities. The means
     # divide by different numbers of tokens.
     result = []
-    for request, candidate_scores in zip(requests, scores):
-        values = [s.logprob for s in candidate_scores]
-        if protocol == "sequence":
-            lengths = map(len, request.continuations)
-            values = [value / length for value, length in zip(values, lengths)]
-        result.append(values)
+    for candidate_scores in scores:
+        if protocol == "paper":
+            result.append([s.logprob for s in candidate_scores])
+        else:
+            result.append([s.logprob / s.num_tokens for s in candidate_scores])
     return result
 
 

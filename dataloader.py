@@ -236,7 +236,7 @@ class FinetuneLoader:
             raise UserError(
                 f"the training part contains {len(tokens)} tokens ({num_sequences} sequences of "
                 f"{T}), fewer than one batch of {sequences_per_step} sequences: "
-                "lower total_batch_size or T, or add descriptions"
+                "lower total_batch_size or T, or add text"
             )
 
         # After the last token, x may be any id, because y does not count there.

@@ -5,7 +5,7 @@
     python evaluate.py --models exported gpt2 --benchmarks hellaswag lambada --limit 500
     torchrun --standalone --nproc_per_node=8 evaluate.py --models gpt2-xl
 
---benchmarks lists the benchmarks. One of them is val: the loss on the validation shard in nats per
+--benchmarks lists the benchmarks. One of them is val: the loss on the validation shards in nats per
 token, and in bits per byte of its text, which also compares models of different vocabularies.
 
 The table is printed and written to out_dir as evaluation.md, the results as evaluation.json. A
@@ -28,7 +28,15 @@ import cbt
 import hellaswag
 import lambada
 from common import checkpoint, runtime
-from common.console import UserError, checksum, cli, table, write_text
+from common.console import (
+    UserError,
+    check_at_least,
+    checksum,
+    cli,
+    read_text,
+    table,
+    write_text,
+)
 from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import stream_loss
@@ -53,7 +61,7 @@ class Config:
     # a file, a glob or a folder of cbtest_*_test*.txt; None = from the Hugging Face hub
     cbt_data: str | None = None
     val_data: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
-    val_tokens: int = 10485760  # tokens of the validation shard used for the validation loss
+    val_tokens: int = 10485760  # tokens of the validation shards used for the validation loss
     limit: int | None = None  # evaluate only the first examples (of each kind), this many
     B: int = 8  # sequences per forward pass of the validation loss
     out_dir: str = "log/evaluation"  # folder for evaluation.json and evaluation.md
@@ -65,6 +73,7 @@ class Config:
         for name in self.benchmarks:
             if name not in NAMES:
                 raise UserError(f"benchmarks is {name!r}, must be one of {', '.join(NAMES)}")
+        check_at_least(self, 1, "limit", "val_tokens", "B")
 
 
 def main(config: Config):
@@ -81,7 +90,8 @@ def main(config: Config):
     for name in config.models:
         results += evaluate_model(name, benchmarks, config, stored, rt)
         if rt.is_main:
-            write_text(out_dir / "evaluation.json", json.dumps(stored, indent=1) + "\n")
+            lines = json.dumps(stored, indent=1, allow_nan=False)
+            write_text(out_dir / "evaluation.json", lines + "\n")
     text = results_table(results, benchmarks)
     if rt.is_main:
         write_text(out_dir / "evaluation.md", text + "\n")
@@ -177,12 +187,18 @@ def read_results(path: Path) -> list[dict]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return []
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(read_text(path))
         for result in results:
-            result["model"], result["benchmark"], result["metrics"]
+            result["model"], result["benchmark"]
+            [metric["value"] for metric in result["metrics"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away") from error
-    return results
+    # Versions before this one stored NaN for broken models: those have no results.
+    return [result for result in results if all_finite(result["metrics"])]
+
+
+def all_finite(metrics: list[dict]) -> bool:
+    return all(math.isfinite(metric["value"]) for metric in metrics)
 
 
 def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
@@ -206,8 +222,8 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
     sizes = [size for size in OPENAI_MODELS if any(line[-1].get(size) for line in lines)]
     head = ("model", "benchmark", "metric", "figure", *[f"{size}, published" for size in sizes])
     rows = []
-    for *start, published in lines:
-        rows.append((*start, *[published.get(size, "") for size in sizes]))
+    for *cells, published in lines:
+        rows.append((*cells, *[published.get(size, "") for size in sizes]))
     return table(head, rows)
 
 
@@ -217,7 +233,7 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
 
 @dataclass
 class ValidationText:
-    tokens: np.ndarray  # (val_tokens + 1,), less if the shard is shorter
+    tokens: np.ndarray  # (val_tokens + 1,), less if the shards have fewer
     enc: tiktoken.Encoding  # the tokenizer that the shards were made with
 
 
@@ -243,14 +259,13 @@ def validation_benchmark(config: Config) -> Benchmark:
 
 
 def load_validation(folder: str, val_tokens: int) -> ValidationText:
-    shards = open_shards(folder, "val")
-    tokens = shards.read(0, 0, min(val_tokens + 1, shards.lengths[0]))
+    tokens = open_shards(folder, "val").read_first(val_tokens + 1)
     return ValidationText(tokens, shards_tokenizer(folder))
 
 
 def validation_fingerprint(folder: str) -> str:
     # The manifest holds checksums of all shards. Shards of other projects have no manifest.
-    return manifest_checksum(folder) or checksum(open_shards(folder, "val").paths[0])
+    return manifest_checksum(folder) or " ".join(map(checksum, open_shards(folder, "val").paths))
 
 
 def evaluate_validation(
@@ -275,12 +290,15 @@ def evaluate_validation(
         tokens = np.array(ids)
         texts = [string.encode() for string in strings]
 
+    num_bytes = sum(map(len, texts))
+    if not num_bytes:
+        raise UserError("the validation tokens hold no text: raise --val_tokens")
     # Bits per byte: the loss of all predicted tokens in bits, divided by the size of the text.
     loss = stream_loss(model, tokens, B, model.config.block_size, rt)
     bits = loss * (len(tokens) - 1) / math.log(2)
     metrics = [
         Metric("loss", loss),
-        Metric("bits per byte", bits / sum(map(len, texts))),
+        Metric("bits per byte", bits / num_bytes),
     ]
     return metrics, []
 

@@ -21,8 +21,8 @@ class Config:
 
 def main(config: Config):
     model, enc = load_model(config.model)
-    save_pretrained(model, config.out)
-    save_tokenizer(enc, config.out)
+    save_pretrained(model, config.out, end_of_text=enc.eot_token)
+    save_tokenizer(enc, config.out, max_length=model.config.block_size)
     num_params = model.num_params()
     say(f"{config.out}: {num_params:,} parameters and a tokenizer of {enc.n_vocab:,} tokens")
 

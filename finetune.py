@@ -1,12 +1,13 @@
-"""Finetune a pretrained GPT-2 on descriptions, and compare it before and after.
+"""Finetune a pretrained GPT-2 on texts, and compare it before and after.
 
     python finetune.py                                 # log/model_final.pt, the pretrained model
     python finetune.py --init_from gpt2 --lora_rank 8  # OpenAI's weights, training only adapters
     torchrun --standalone --nproc_per_node=8 finetune.py --init_from gpt2-medium
+    python finetune.py --data my_texts/                # your own text: .txt, .jsonl, .csv, .parquet
     python finetune.py --resume                        # resume a run that was stopped
     python finetune.py --learning_rates 2e-4           # a single learning rate: no search
 
-1. Set up: hold out a tenth of the descriptions for validation, and load the model.
+1. Set up: hold out a tenth of the texts for validation, and load the model.
 2. Search the learning rate: train for search_epochs at each rate, from the same weights on the same
    batches, and choose the rate with the lowest validation loss.
 3. Finetune: train for num_epochs at that rate, with checkpoints after each epoch. model_best.pt is
@@ -19,34 +20,47 @@ was interrupted, and ends with the same weights.
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from common import checkpoint, cpu, lora, runtime
-from common.console import Progress, UserError, checksum, cli, table, write_text
+from common.console import Progress, UserError, cli, lock_folder, table, write_text
+from common.finetune_data import fingerprint, is_tagged, read_texts
 from common.optim import Diverged, learning_rate, make_optimizer, prepare_model, train_step
 from common.runlog import RunLog
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from dataloader import FinetuneLoader
-from fantasy.descriptions import read_descriptions
-from fantasy.report import draw_losses, draw_search, perplexity, write_report
+from fantasy.report import draw_losses, draw_search, finite_or_none, perplexity, write_report
 
 SEARCH = "finetune_hyperparameter_search"  # name of the search's files in out_dir
+# A learning rate counts as diverged if the validation loss ends this far above its start, in nats
+# per token: a perplexity that is e times higher.
+DIVERGED_ABOVE = 1.0
 
 
 @dataclass
 class Config:
     # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
     init_from: str = "log/model_final.pt"
-    # text file of <LOC> ... </LOC> blocks, as written by generate_finetune_data.py
+    # texts to train on: a file, or a folder of files. A .txt file consists of <LOC> ... </LOC>
+    # blocks, as written by generate_finetune_data.py, or of documents with <|endoftext|> between
+    # them. A .jsonl, .csv or .parquet file has a text per line or row, in the field or column
+    # "text", or in "prompt" and "completion", which are joined and both trained on
     data: str = "datasets/finetune_data.txt"
+    # names of the fields or columns to train on, if they are not text, or prompt and completion;
+    # several are joined, with a line break between them
+    text_column: tuple[str, ...] = ()
+    # what separates the documents of .txt files, if not <|endoftext|>; "\n\n" = blank lines
+    separator: str = ""
     out_dir: str = "finetune_runs"  # folder for the search, the final run and the report
 
     # batch
@@ -56,12 +70,12 @@ class Config:
     total_batch_size: int = 32768
 
     # search of the learning rate
-    search_epochs: int = 2  # passes over the training descriptions at each learning rate
+    search_epochs: int = 2  # passes over the training texts at each learning rate
     # peak learning rates to try; a single one skips the search
     learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 7e-3)
 
     # final run
-    num_epochs: int = 7  # passes over the training descriptions
+    num_epochs: int = 7  # passes over the training texts
     # stop after this many epochs without a lower validation loss; 0 = never
     patience: int = 0
 
@@ -83,7 +97,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
 
     # report
-    num_samples: int = 50  # descriptions sampled from each model, before and after finetuning
+    num_samples: int = 50  # texts sampled from each model, before and after finetuning
     # folder of shards, to measure how much general text the model has forgotten
     general_data: str = "datasets/edu_fineweb10B"
     general_tokens: int = 100_000  # tokens of its validation shard to read
@@ -94,14 +108,20 @@ class Config:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("patience", "weight_decay", "grad_clip", "lora_rank", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 0 and finite")
+        # Samples have seeds above this one, and torch's seeds have 64 bits.
+        if self.seed > 2**62:
+            raise UserError(f"seed is {self.seed}, must be from 0 to 2**62")
         if self.total_batch_size % self.T:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}"
             )
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise UserError("learning_rates needs at least one value, and all must be above 0")
+        if not self.learning_rates:
+            raise UserError("learning_rates needs at least one value")
+        for lr in self.learning_rates:
+            if not 0 < lr < math.inf:
+                raise UserError(f"learning_rates contains {lr}, must be above 0 and finite")
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, must be between 0 and 1")
         if not 0 <= self.dropout < 1:
@@ -109,18 +129,36 @@ class Config:
 
 
 def main(config: Config):
-    # Set up: data, model, and the folder of the run.
     rt = runtime.start(config.device, config.dtype)
     cpu.keep_freed_memory(rt.device)
+    with ExitStack() as stack:
+        if rt.is_main:
+            Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+            # The process that this one replaces may have died on a machine that lost its network.
+            patience = 600 if runtime.restarted() else 0
+            stack.enter_context(lock_folder(config.out_dir, patience))
+        rt.barrier()
+        run(config, rt)
+
+
+def run(config: Config, rt: Runtime):
+    """The stage, in its locked folder."""
+    # Set up: the folder, the data and the model. Nothing is written before all of it is valid.
     out_dir = Path(config.out_dir)
-    training, held_out = split(read_descriptions(config.data), config.seed)
-    tuner = Finetuner(config, training, held_out, rt)
+    settings = must_match_on_resume(config)
     if rt.is_main:
-        resume = config.resume or runtime.restarted()
-        prepare_folder(out_dir, resume, must_match_on_resume(config))
-    rt.barrier()
+        check_folder(out_dir, config.resume or runtime.restarted(), settings)
+    # The shell passes "\\n" as two characters.
+    separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
+    texts = read_texts(config.data, config.text_column, separator, rt.print)
+    training, held_out = split(texts, config.seed)
+    tuner = Finetuner(config, training, held_out, rt)
     base_val_loss = tuner.validate()
+    if not math.isfinite(base_val_loss):
+        raise checkpoint.not_finite_error(tuner.model)
     rt.print(f"validation loss before finetuning: {base_val_loss:.4f}")
+    if rt.is_main:
+        write_text(out_dir / "settings.json", json.dumps(settings, indent=1) + "\n")
 
     # Search the learning rate.
     if len(config.learning_rates) == 1:
@@ -136,6 +174,8 @@ def main(config: Config):
         f"best epoch: {best['epoch']} of {len(history)}, validation loss {best['val_loss']:.4f} "
         f"(before finetuning {base_val_loss:.4f})\nmodel: {folder}/model_best.pt"
     )
+    if best["val_loss"] >= base_val_loss:
+        warn_of_no_gain(best["val_loss"], base_val_loss, rt)
 
     # Report. Rank 0 does it alone: the other ranks leave, or they would time out waiting for it.
     runtime.leave()
@@ -150,13 +190,29 @@ def main(config: Config):
 # Set-up
 
 
-def split(descriptions: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Split at random into training descriptions and a tenth (at least one) for validation."""
+def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
+    """Split at random into training texts and a tenth (at least one) for validation.
+
+    Of fewer than ten texts, books for example, the last tenth of each is held out instead. Blocks
+    are never cut.
+    """
+    if len(texts) < 10 and not is_tagged(texts):
+        cuts = [start_of_last_tenth(text) for text in texts]
+        training = [text[:cut] for text, cut in zip(texts, cuts)]
+        held_out = [text[cut:] for text, cut in zip(texts, cuts)]
+        return training, [text for text in held_out if text.strip()]
     # Shuffled first: the file may be sorted, for example by place.
-    order = np.random.default_rng(seed).permutation(len(descriptions))
-    num_held_out = max(1, round(len(descriptions) / 10))
-    shuffled = [descriptions[i] for i in order]
+    order = np.random.default_rng(seed).permutation(len(texts))
+    num_held_out = max(1, round(len(texts) / 10))
+    shuffled = [texts[i] for i in order]
     return shuffled[num_held_out:], shuffled[:num_held_out]
+
+
+def start_of_last_tenth(text: str) -> int:
+    """Position at which the last tenth of a text begins, between two words if possible."""
+    position = len(text) - len(text) // 10
+    space = re.compile(r"\s").search(text, position)
+    return space.start() if space else position
 
 
 def must_match_on_resume(config: Config) -> dict:
@@ -166,18 +222,19 @@ def must_match_on_resume(config: Config) -> dict:
     """
     batches = ("T", "total_batch_size", "search_epochs", "num_epochs")
     optimizer = ("warmup_fraction", "weight_decay", "grad_clip", "dropout", "lora_rank", "seed")
-    settings = dict(weights=checkpoint.fingerprint(config.init_from), data=checksum(config.data))
+    settings = dict(
+        weights=checkpoint.fingerprint(config.init_from),
+        data=fingerprint(config.data),
+        text_column=list(config.text_column),  # a list, as it will be read from JSON
+        separator=config.separator,
+    )
     for name in (*batches, *optimizer):
         settings[name] = getattr(config, name)
     return settings
 
 
-def prepare_folder(out_dir: Path, resume: bool, settings: dict):
-    """Create the folder, and record the settings that a resumed run must share.
-
-    Raises UserError if it already holds a run, unless that run is resumed with equal settings.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
+def check_folder(out_dir: Path, resume: bool, settings: dict):
+    """Raise UserError if the folder holds a run, unless it is resumed with equal settings."""
     path = out_dir / "settings.json"
     if path.exists():
         if not resume:
@@ -192,10 +249,9 @@ def prepare_folder(out_dir: Path, resume: bool, settings: dict):
                     f"{out_dir} holds a run with {name}={recorded[name]}, not {value}: "
                     "choose another --out_dir"
                 )
-    write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict | list:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -232,7 +288,7 @@ class Finetuner:
         self.model.to(rt.device)
         self.train_model, self.eval_model = prepare_model(self.model, rt, config.compile)
 
-        # The data. Descriptions were split before they are joined: none is in both streams.
+        # The data. Texts were split before they are joined: none is in both streams.
         tokens = self.encode(training)
         self.val_tokens = self.encode(held_out)
         sequences = config.total_batch_size // config.T
@@ -243,22 +299,27 @@ class Finetuner:
         num_params = sum(p.numel() for p in self.model.parameters())
         num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rt.print(
-            f"{len(training)} descriptions ({len(tokens):,} tokens) to train on, "
-            f"{len(held_out)} held out; {num_trained:,} of {num_params:,} parameters are trained"
+            f"{len(training)} texts ({len(tokens):,} tokens) to train on, {len(held_out)} "
+            f"({len(self.val_tokens):,} tokens) held out; "
+            f"{num_trained:,} of {num_params:,} parameters are trained"
         )
 
-    def encode(self, descriptions: list[str]) -> np.ndarray:
+    def encode(self, texts: list[str]) -> np.ndarray:
         """One stream of token ids, (tokens,) int64: end-of-text before each text and at the end."""
         ids = []
-        for text in descriptions:
+        for text in texts:
             ids.append(self.enc.eot_token)
             ids += self.enc.encode_ordinary(text)
         ids.append(self.enc.eot_token)
         return np.array(ids)
 
     def validate(self) -> float:
-        """Mean loss on the held-out descriptions, in nats per token."""
-        return stream_loss(self.eval_model, self.val_tokens, self.config.B, self.config.T, self.rt)
+        """Mean loss on the held-out texts, in nats per token; infinite if it is not finite."""
+        config = self.config
+        try:
+            return stream_loss(self.eval_model, self.val_tokens, config.B, config.T, self.rt)
+        except checkpoint.NotFinite:  # the caller decides: the search tries another learning rate
+            return math.inf
 
     def reset(self, loaded: dict | None = None) -> torch.optim.Optimizer:
         """Load the initial weights and return a new optimizer, or load both from a checkpoint."""
@@ -369,17 +430,18 @@ def search(tuner: Finetuner, base_val_loss: float) -> float:
     config = tuner.config
     rt = tuner.rt
     path = Path(config.out_dir) / f"{SEARCH}.json"
-    results = {}
-    if path.exists():
-        results = {result["lr"]: result for result in read_json(path)}
+    results = read_results(path)
     rt.barrier()  # all ranks have read the file before rank 0 replaces it
 
     for lr in config.learning_rates:
-        if lr in results:
-            continue
-        results[lr] = try_learning_rate(tuner, lr, base_val_loss)
+        if lr not in results:
+            results[lr] = try_learning_rate(tuner, lr)
+        val_loss = results[lr]["val_loss"]
+        diverged = not math.isfinite(val_loss) or val_loss > base_val_loss + DIVERGED_ABOVE
+        results[lr]["status"] = "diverged" if diverged else "trained"
         if rt.is_main:
-            write_text(path, json.dumps([results[lr] for lr in sorted(results)], indent=1) + "\n")
+            records = [finite_or_none(results[lr]) for lr in sorted(results)]
+            write_text(path, json.dumps(records, indent=1) + "\n")
 
     # Compare the rates asked for; an earlier search may have tried others.
     tried = [results[lr] for lr in sorted(config.learning_rates)]
@@ -392,25 +454,40 @@ def search(tuner: Finetuner, base_val_loss: float) -> float:
         draw_search(path.with_suffix(".png"), tried, base_val_loss)
     if best is None:
         raise UserError(
-            "training diverged at every learning rate: give lower ones with --learning_rates"
+            "training diverged at every learning rate: --resume with lower --learning_rates"
         )
+    if best["val_loss"] >= base_val_loss:
+        warn_of_no_gain(best["val_loss"], base_val_loss, rt)
     return best["lr"]
 
 
-def try_learning_rate(tuner: Finetuner, lr: float, base_val_loss: float) -> dict:
+def read_results(path: Path) -> dict[float, dict]:
+    """The results of an earlier search by learning rate; none if there is no file."""
+    results = {}
+    if path.exists():
+        for result in read_json(path):
+            # JSON has no infinity: null is the loss of a training that was not finite.
+            for name in ("train_loss", "val_loss"):
+                if result[name] is None:
+                    result[name] = math.inf
+            results[result["lr"]] = result
+    return results
+
+
+def try_learning_rate(tuner: Finetuner, lr: float) -> dict:
     """Train for search_epochs from the initial weights.
 
-    Returns the last epoch's record, with the learning rate, a status, and the validation losses of
-    all epochs.
+    Returns the last epoch's record, with the learning rate and the validation losses of all epochs.
     """
     records = list(tuner.train(tuner.reset(), lr, tuner.config.search_epochs))
-    val_loss = records[-1]["val_loss"]
-    # Worse than without any training counts as diverged, too.
-    diverged = not math.isfinite(val_loss) or val_loss > base_val_loss
-    return records[-1] | dict(
-        lr=lr,
-        status="diverged" if diverged else "trained",
-        val_losses=[record["val_loss"] for record in records],
+    val_losses = [finite_or_none(record)["val_loss"] for record in records]
+    return records[-1] | dict(lr=lr, val_losses=val_losses)
+
+
+def warn_of_no_gain(val_loss: float, base_val_loss: float, rt: Runtime):
+    rt.print(
+        f"warning: the lowest validation loss, {val_loss:.4f}, is not below {base_val_loss:.4f}, "
+        "that before finetuning: the data taught the model nothing new"
     )
 
 
@@ -456,7 +533,7 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
             raise Diverged(
                 f"epoch {record['epoch']}, step {record['step'] - 1}: loss or gradient is not "
                 "finite: the run diverged and stops; checkpoints of earlier epochs are in "
-                f"{folder}; choose a lower learning rate with --learning_rates"
+                f"{folder}; --resume with a lower learning rate in --learning_rates"
             )
         history.append(record)
         rt.print(

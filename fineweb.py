@@ -37,9 +37,10 @@ import pyarrow as pa
 import tiktoken
 
 from common.console import Progress, UserError, cli, say, write_text
-from common.shards import SOURCE_START, Position, ShardWriter
-from common.text import HUB, Source, open_source
+from common.shards import SOURCE_START, ShardWriter
+from common.text import HUB, Batch, Source, open_source
 from common.tokenizer import (
+    MIN_VOCAB_SIZE,
     encode_texts,
     encoding_of,
     load_tokenizer,
@@ -48,7 +49,10 @@ from common.tokenizer import (
 )
 
 PENDING_BYTES = 2**28  # upper bound on the text that waits for the workers
-VOCABULARY = "vocab.tiktoken"  # in the folder of the shards, unless the tokenizer is GPT-2's
+# File of the tokenizer in the folder of the shards, unless it is GPT-2's: the first, or the second
+# for a tokenizer of another model that does not fit into the format of the first.
+VOCABULARY = "vocab.tiktoken"
+FOREIGN_VOCABULARY = "foreign_tokenizer.json"
 
 
 @dataclass
@@ -57,13 +61,16 @@ class Config:
     source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "fineweb-edu"
     # subset of fineweb-edu or fineweb
     subset: str = "sample-10BT"
-    # files, globs or URLs: parquet with a column "text", json with a field "text" per line, or text
-    # files, a document each
+    # files, globs or URLs: parquet, json (an object per line, or an array of them), or text files,
+    # a document each or several with lines of <|endoftext|> between them; text and json also as .gz
     data_files: tuple[str, ...] = ()
+    # column of parquet files, or field of json objects, that holds the text
+    text_column: str = "text"
     # folder of the shards; empty = named by source and subset, like datasets/edu_fineweb10B
     out_dir: str = ""
     shard_size: int = 100_000_000  # tokens per shard
-    tokenizer: str = "gpt2"  # gpt2, or a vocab.tiktoken file
+    # gpt2; a vocab.tiktoken or tokenizer.json file; a Hugging Face folder, or a model on the hub
+    tokenizer: str = "gpt2"
     # learn a vocabulary of this size from the source and use it instead; 0 = off
     train_tokenizer: int = 0
     # maximum number of characters to learn the vocabulary from
@@ -71,9 +78,18 @@ class Config:
     num_workers: int = 0  # tokenizer processes; 0 = one per CPU core
 
     def __post_init__(self):
-        if not 2 <= self.shard_size <= 2**30 or self.num_workers < 0:
+        if not 2 <= self.shard_size <= 2**30:
+            raise UserError(f"shard_size is {self.shard_size}, must be from 2 to {2**30}")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers is {self.num_workers}, must be 0 (one per core) or more")
+        if self.train_tokenizer and self.train_tokenizer < MIN_VOCAB_SIZE:
             raise UserError(
-                "shard_size must be between 2 and 2**30, and num_workers must not be negative"
+                f"train_tokenizer is {self.train_tokenizer}, must be 0 (off) or at least "
+                f"{MIN_VOCAB_SIZE}: the bytes, and the end of text"
+            )
+        if self.train_tokenizer_chars < 1:
+            raise UserError(
+                f"train_tokenizer_chars is {self.train_tokenizer_chars}, must be at least 1"
             )
         if self.train_tokenizer and self.tokenizer != "gpt2":
             raise UserError("tokenizer and train_tokenizer exclude each other")
@@ -92,7 +108,7 @@ def main(config: Config):
     # Where the text comes from, and how it is tokenized.
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    source = open_source(config.source, config.subset, config.data_files)
+    source = open_source(config.source, config.subset, config.data_files, config.text_column)
     enc = choose_tokenizer(config, source, out_dir)
 
     # The writer verifies the shards of an earlier run, and knows where to continue.
@@ -118,8 +134,8 @@ def main(config: Config):
         desc="tokenizing",
     ) as bar:
         batches = source.batches(start)
-        for position, tokens, lengths in tokenize(batches, enc, config.num_workers):
-            writer.add(position, tokens, lengths)
+        for batch, tokens, lengths in tokenize(batches, enc, config.num_workers):
+            writer.add(batch.position, tokens, lengths, batch.is_continuation)
             bar.set_description(f"shard {writer.num_shards}", refresh=False)
             bar.update(len(tokens))
         writer.finish()
@@ -171,9 +187,9 @@ def training_texts(source: Source, max_chars: int) -> Iterator[str]:
     total = min(source.text_bytes or max_chars, max_chars)
     num_chars = 0
     with Progress(total=total, unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
-        for _, texts in source.batches(SOURCE_START):
+        for batch in source.batches(SOURCE_START):
             # Empty texts are None or "".
-            for text in filter(None, texts.to_pylist()):
+            for text in filter(None, batch.texts.to_pylist()):
                 yield text
                 num_chars += len(text)
             bar.update(num_chars - bar.n)
@@ -191,6 +207,8 @@ def manifest_header(config: Config, source: Source, enc: tiktoken.Encoding, out_
         subset=config.subset if config.source in HUB else None,
         # Local files without their folder, so that the corpus can be moved.
         data_files=[Path(f).name if os.path.exists(f) else f for f in source.files],
+        # Null for the default, because manifests made before this flag existed have no such field.
+        text_column=None if config.text_column == "text" else config.text_column,
         data_bytes=None if source.is_remote else sum(map(os.path.getsize, source.files)),
         tokenizer=store_tokenizer(enc, out_dir),
         tokenizer_sha256=hashlib.sha256(tokenizer_to_text(enc).encode()).hexdigest(),
@@ -209,12 +227,13 @@ def store_tokenizer(enc: tiktoken.Encoding, out_dir: Path) -> str:
     text = tokenizer_to_text(enc)
     if text == "gpt2":
         return "gpt2"
-    path = out_dir / VOCABULARY
+    name = FOREIGN_VOCABULARY if text.startswith("{") else VOCABULARY
+    path = out_dir / name
     if not path.exists():
         write_text(path, text)
-    if path.read_text() != text:
+    if path.read_text("utf-8") != text:
         raise UserError(f"{path} is another vocabulary: choose another out_dir")
-    return VOCABULARY
+    return name
 
 
 def check_disk(source: Source, writer: ShardWriter):
@@ -239,9 +258,9 @@ def check_disk(source: Source, writer: ShardWriter):
 
 
 def tokenize(
-    batches: Iterator[tuple[Position, pa.StringArray]], enc: tiktoken.Encoding, num_workers: int
-) -> Iterator[tuple[Position, np.ndarray, list[int]]]:
-    """Tokenize batches of texts. Yields (position, tokens, lengths) in the order of the batches.
+    batches: Iterator[Batch], enc: tiktoken.Encoding, num_workers: int
+) -> Iterator[tuple[Batch, np.ndarray, list[int]]]:
+    """Tokenize batches of texts. Yields (batch, tokens, lengths) in the order of the batches.
 
     It reads a few batches ahead, bounded in number and in bytes: memory does not grow with the
     source.
@@ -249,17 +268,18 @@ def tokenize(
     with worker_pool(enc, num_workers) as pool:
         # Batches in the pool. The workers may finish them in any order; the oldest is yielded
         # first.
-        pending = deque()  # (position, future, bytes of text)
-        for position, texts in batches:
-            pending.append((position, pool.submit(encode_batch, texts), texts.nbytes))
+        pending = deque()  # (batch, future)
+        for batch in batches:
+            pending.append((batch, pool.submit(encode_batch, batch.texts, batch.is_continuation)))
             while (
-                len(pending) > 3 * num_workers or sum(size for *_, size in pending) > PENDING_BYTES
+                len(pending) > 3 * num_workers
+                or sum(waiting.texts.nbytes for waiting, _ in pending) > PENDING_BYTES
             ):
-                oldest_position, future, _ = pending.popleft()
-                yield oldest_position, *future.result()
+                oldest, future = pending.popleft()
+                yield oldest, *future.result()
         while pending:
-            oldest_position, future, _ = pending.popleft()
-            yield oldest_position, *future.result()
+            oldest, future = pending.popleft()
+            yield oldest, *future.result()
 
 
 @contextmanager
@@ -269,7 +289,9 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
     context = multiprocessing.get_context("spawn")
     # tiktoken pickles GPT-2's tokenizer as its name, and each worker would load its files again.
     # One of our own is pickled with its tokens.
-    by_value = encoding_of(enc._mergeable_ranks)
+    by_value = enc
+    if tokenizer_to_text(enc) == "gpt2":
+        by_value = encoding_of(enc._mergeable_ranks)
     pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
     try:
         # Workers inherit the blocked signals. Ctrl-C then stops only this process, and the
@@ -305,8 +327,16 @@ def exit_with_parent():
     os._exit(1)
 
 
-def encode_batch(texts: pa.StringArray) -> tuple[np.ndarray, list[int]]:
-    return encode_texts(worker_encoding, texts)
+def encode_batch(
+    texts: pa.StringArray, is_continuation: bool = False
+) -> tuple[np.ndarray, list[int]]:
+    """Tokens of all texts, and the number of tokens of each. See encode_texts."""
+    tokens, lengths = encode_texts(worker_encoding, texts)
+    if is_continuation:
+        # Only the first part of a document begins with <|endoftext|>.
+        tokens = tokens[1:]
+        lengths[0] -= 1
+    return tokens, lengths
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ and the model. At the end, out_dir/finetune_data.txt is made from all of them: t
 in <LOC> blocks. An interrupted run can be started again and resumes. Descriptions by the grammar
 and by a model can't be mixed in one file.
 
+The reasoning of a model, and a preamble, title or closing remark around a description, are removed.
 The model is asked again if an answer is a refusal, empty, malformed, too short, too long or cut
-off, if it contains a delimiter, or if it nearly repeats an earlier one (a Jaccard similarity of
-their word 5-grams of 0.3 or more).
+off, if it contains a delimiter or markup, or if it nearly repeats an earlier one (a Jaccard
+similarity of their word 5-grams of 0.3 or more).
 """
 
 import asyncio
+import json
+import math
 import os
 import random
 import re
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from common.console import Progress, UserError, cli, say
+from fantasy.cleaning import MARKUP, PREAMBLE, without_frame
 from fantasy.descriptions import DELIMITER, OFFLINE, DescriptionStore
 from fantasy.grammar import as_text, describe
 from fantasy.locations import PromptSeed, load_tables, prompt_seeds
@@ -33,6 +37,9 @@ from fantasy.locations import PromptSeed, load_tables, prompt_seeds
 # Limits on what a model that does not follow the prompt can cost.
 MAX_ATTEMPTS = 6  # answers rejected for one seed before another seed takes its place
 MAX_REJECTED_IN_A_ROW = 100  # rejected answers in a row before the run ends
+# Answers that a wrong setting explains. As many of them at the start of a run end it.
+HOPELESS = ("cut off", "only reasoning", "malformed")
+MAX_HOPELESS = 5
 TOKENS_PER_WORD = 4 / 3  # estimate for English
 # How models begin an answer in which they decline, without marking it as a refusal.
 REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)|sorry,|i can(['’]t|not) |as an ai\b", re.I)
@@ -48,7 +55,8 @@ SYSTEM_PROMPT = (
 class Config:
     num_samples: int = 1000  # number of descriptions, including those already in out_dir
     model: str = "gpt-4.1"  # name of the model on the server
-    base_url: str | None = None  # URL of an OpenAI-compatible server; None = OpenAI
+    # URL of an OpenAI-compatible server; None = the environment's OPENAI_BASE_URL, or OpenAI
+    base_url: str | None = None
     concurrency: int = 16  # maximum number of requests at the same time
     out_dir: str = "datasets"  # folder for finetune_data.jsonl and finetune_data.txt
     dry_run: bool = False  # only show one prompt and estimate the cost
@@ -56,6 +64,13 @@ class Config:
     seed: int = 0  # random seed for the order of places and cultures, and for the grammar
     min_words: int = 150  # minimum words per description
     max_words: int = 400  # maximum words per description
+    # maximum tokens of an answer, reasoning included; None = 8 * max_words
+    max_answer_tokens: int | None = None
+    temperature: float | None = None  # sampling temperature; None = the server's default
+    # additional HTTP headers, a JSON object; $OPENAI_API_KEY in a value stands for the key
+    extra_headers: str = "{}"
+    # additional fields of each request, a JSON object like {"reasoning_effort": "low"}
+    extra_body: str = "{}"
     timeout: float = 120  # seconds without data from the server before a request is repeated
     # retries of a failed request, after waits of 0.5 to 8 s (together two minutes), or as long as
     # the server asks
@@ -73,8 +88,11 @@ def main(config: Config):
     if config.dry_run:
         show_dry_run(config)
         return
-    # Read before the files are touched, so that a missing key changes nothing.
-    key = "" if config.offline else read_api_key()
+    # Read before the files are touched, so that a missing key or a wrong URL changes nothing.
+    key = ""
+    if not config.offline:
+        key = read_api_key()
+        read_base_url(config)
     with DescriptionStore(config.out_dir, config.offline) as store:
         stored = len(store.records)
         if stored:
@@ -93,31 +111,96 @@ def main(config: Config):
 
 def check(config: Config):
     """Raise UserError if the settings make no sense."""
-    num_seeds = len(prompt_seeds(config.seed))
-    if config.num_samples < 1 or config.concurrency < 1:
-        raise UserError("num_samples and concurrency must be at least 1")
-    if config.num_samples > num_seeds:
+    check_range("seed", config.seed, 0)
+    # There are as many seeds as pairs of place and culture.
+    check_range("num_samples", config.num_samples, 1, len(prompt_seeds(config.seed)))
+    check_range("concurrency", config.concurrency, 1)
+    check_range("min_words", config.min_words, 1)
+    if config.max_words <= config.min_words:
         raise UserError(
-            f"num_samples must be at most {num_seeds:,}, the number of pairs of place and culture"
+            f"max_words is {config.max_words}, must be greater than min_words ({config.min_words})"
         )
-    if not 1 <= config.min_words < config.max_words:
-        raise UserError("min_words must be at least 1, and max_words greater than min_words")
-    if config.timeout <= 0 or config.max_retries < 0:
-        raise UserError("timeout must be greater than 0, and max_retries at least 0")
+    if config.max_answer_tokens is not None:
+        check_range("max_answer_tokens", config.max_answer_tokens, 1)
+    if config.temperature is not None:
+        check_range("temperature", config.temperature, 0)
+    if not 0 < config.timeout < math.inf:
+        raise UserError(f"timeout is {config.timeout}, must be greater than 0 and finite")
+    check_range("max_retries", config.max_retries, 0)
+    check_range("input_price", config.input_price, 0)
+    check_range("output_price", config.output_price, 0)
     if config.model == OFFLINE:
         raise UserError(f"a model can't be called {OFFLINE}: for the grammar, give --{OFFLINE}")
+    if not config.model.strip():
+        raise UserError("model is empty: give the name of a model on the server")
     if config.dry_run and config.offline:
         raise UserError("dry_run and offline exclude each other: offline costs nothing")
-    if config.base_url is not None and not is_url(config.base_url):
-        raise UserError(f"base_url must be like http://localhost:8000/v1, not {config.base_url!r}")
+    if config.base_url is not None:
+        check_url("base_url", config.base_url)
+    read_headers(config)
+    read_body(config)
 
 
-def is_url(text: str) -> bool:
+def check_range(name: str, value: float, low: float, high: float = math.inf):
+    # A comparison with NaN is false.
+    if low <= value <= high and value < math.inf:
+        return
+    wanted = f"at least {low}" if high == math.inf else f"between {low} and {high:,}"
+    raise UserError(f"{name} is {value}, must be {wanted}")
+
+
+def check_url(name: str, text: str):
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:  # unbalanced brackets, or a port that is not a number below 65,536
-        return False
+        is_valid = False
+    # Blanks and the like can't be sent. A password or a key in the URL is not quoted.
+    if not is_valid or not re.fullmatch(r"[!-~]+", text):
+        quoted = "" if "@" in text or "?" in text else f", not {text!r}"
+        raise UserError(f"{name} must be like http://localhost:8000/v1{quoted}")
+
+
+def read_base_url(config: Config) -> str:
+    """The URL of the server, from the flag or the environment."""
+    if config.base_url is not None:
+        return config.base_url
+    from fantasy.failures import OPENAI_URL
+
+    url = os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
+    check_url("OPENAI_BASE_URL (an environment variable)", url)
+    return url
+
+
+def read_object(name: str, text: str) -> dict:
+    """The JSON object in a flag. Errors do not quote it, because it may contain a key."""
+    example = '{"name": "value"}'
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name} is not JSON ({error}): give an object like {example}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is not a JSON object like {example}")
+    return value
+
+
+def read_headers(config: Config, key: str = "") -> dict[str, str]:
+    headers = {}
+    for name, value in read_object("extra_headers", config.extra_headers).items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise UserError(f"extra_headers: {name!r} is not a name of an HTTP header")
+        if not isinstance(value, str) or not re.fullmatch(r"[ -~]*", value):
+            raise UserError(f"extra_headers: the value of {name} must be a string of ASCII")
+        headers[name] = value.replace("$OPENAI_API_KEY", key)
+    return headers
+
+
+def read_body(config: Config) -> dict:
+    body = read_object("extra_body", config.extra_body)
+    for name in ("model", "messages", "stream"):
+        if name in body:
+            raise UserError(f"extra_body must not contain {name}")
+    return body
 
 
 def read_api_key() -> str:
@@ -224,19 +307,25 @@ class Generation:
         key: str,
     ):
         # Imported here, because it takes a second that --help and --offline do not need.
-        from fantasy.chat import ChatClient
+        from fantasy.chat import ChatClient, Request
+        from fantasy.failures import Server
 
         self.config = config
         self.store = store
         self.seeds = seeds
         self.bar = bar
+        # By default, an acceptable answer is never as long. The limit stops a model that does not
+        # end.
+        self.max_answer_tokens = config.max_answer_tokens or 8 * config.max_words
         self.chat = ChatClient(
-            key,
-            config.base_url,
-            config.model,
-            # An acceptable answer is never as long. The limit stops a model that does not end.
-            max_tokens=8 * config.max_words,
-            timeout=config.timeout,
+            Server(key, read_base_url(config), read_headers(config, key)),
+            Request(
+                config.model,
+                self.max_answer_tokens,
+                config.timeout,
+                config.temperature,
+                read_body(config),
+            ),
             max_retries=config.max_retries,
             on_retry=self.on_retry,
         )
@@ -245,6 +334,7 @@ class Generation:
         self.error: Exception | None = None  # the error that ends the run
         self.rejected: Counter[str] = Counter()  # reason -> number of answers
         self.rejected_in_a_row = 0
+        self.num_accepted = 0
         self.retried: Counter[str] = Counter()  # kind of failure -> number of requests
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -296,63 +386,83 @@ class Generation:
             # Rejected answers cost money too.
             self.prompt_tokens += answer.prompt_tokens
             self.completion_tokens += answer.completion_tokens
-            reason = self.reason_to_reject(answer)
+            # What surrounds the description is removed. A delimiter in it must still be noticed.
+            text = answer.text
+            if not DELIMITER.search(text):
+                text = without_frame(text)
+            reason = self.reason_to_reject(answer, text)
             if reason is None:
                 # No await since the answer arrived, so nothing can cancel this worker before the
                 # answer is in the file.
                 self.store.add(
                     about,
-                    answer.text,
+                    text,
                     answer.prompt_tokens,
                     answer.completion_tokens,
                     self.config.model,
                 )
                 self.rejected_in_a_row = 0
+                self.num_accepted += 1
                 self.show_progress()
                 return True
-            self.reject(reason)
+            self.reject(reason, answer.detail)
         return False
 
-    def reason_to_reject(self, answer) -> str | None:
-        """Why an answer can't be accepted, None if it can."""
+    def reason_to_reject(self, answer, text: str) -> str | None:
+        """Why an answer, with this text, can't be accepted; None if it can."""
         # What the server reports comes first: a text that was cut off may also look too short.
         if answer.problem:
             return answer.problem
-        num_words = len(answer.text.split())
+        num_words = len(text.split())
         if num_words == 0:
             return "empty"
-        if REFUSAL.match(answer.text):
+        if REFUSAL.match(text):
             return "refusal"
-        if DELIMITER.search(answer.text):
+        if DELIMITER.search(text):
             return "delimiter"
+        if PREAMBLE.match(text):
+            return "preamble"
+        if MARKUP.search(text):
+            return "markup"
         if num_words > self.config.max_words:
             return "too long"
         if num_words < self.config.min_words:
             return "too short"
-        if self.store.is_near_duplicate(answer.text):
+        if self.store.is_near_duplicate(text):
             return "near-duplicate"
         return None
 
-    def reject(self, reason: str):
+    def reject(self, reason: str, detail: str):
         """Count a rejected answer. Raises UserError if there were too many in a row."""
         self.rejected[reason] += 1
         self.rejected_in_a_row += 1
         self.show_progress()
-        if self.rejected_in_a_row >= MAX_REJECTED_IN_A_ROW:
+        # Some answers of any model are cut off. If the first ones are, then all will be.
+        is_hopeless = not self.num_accepted and set(self.rejected) <= set(HOPELESS)
+        limit = MAX_HOPELESS if is_hopeless else MAX_REJECTED_IN_A_ROW
+        if self.rejected_in_a_row >= limit:
+            last = f"; the last one: {detail}" if detail else ""
             raise UserError(
-                f"{MAX_REJECTED_IN_A_ROW} answers in a row were rejected "
-                f"({format_counts(self.rejected)}): check base_url, or try another model or other "
-                "min_words and max_words"
+                f"{self.rejected_in_a_row} answers in a row were rejected "
+                f"({format_counts(self.rejected)}{last}): {self.advice(reason)}"
             )
 
-    def on_retry(self, failure: str, wait: str):
+    def advice(self, reason: str) -> str:
+        """What to do if answers are rejected for this reason again and again."""
+        limit = f"max_answer_tokens (it is {self.max_answer_tokens:,})"
+        if reason == "cut off":
+            return f"raise {limit}, or choose another model"
+        if reason == "only reasoning":
+            return (
+                f"raise {limit}, or let the model think less, often with "
+                '--extra_body \'{"reasoning_effort": "low"}\''
+            )
+        return "check base_url, or try another model or other min_words and max_words"
+
+    def on_retry(self, failure: str, message: str):
         """Count a failed attempt, and tell the user about the first of its kind."""
         if not self.retried[failure]:
-            asked = f" (Retry-After: {wait})" if wait else ""
-            say(
-                f"warning: {self.chat.url}: {failure}{asked}; a request is retried up to "
-                f"{self.config.max_retries} times"
-            )
+            say(f"warning: {message}")
         self.retried[failure] += 1
         self.show_progress()
 

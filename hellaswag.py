@@ -78,7 +78,10 @@ def data_fingerprint(path: str | None) -> str:
 
 
 def parse(example: dict) -> dict:
-    """The fields that are used, checked. Raises UserError."""
+    """The fields that are used, checked. Raises UserError.
+
+    Some copies of the data, among them the one on the Hugging Face hub, have labels like "3".
+    """
     fields = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
     kept = {field: example[field] for field in fields}
     endings = example["endings"]
@@ -86,8 +89,9 @@ def parse(example: dict) -> dict:
         raise UserError("endings must be four texts")
     if not all(isinstance(ending, str) and ending for ending in endings):
         raise UserError("endings must be four texts")
-    if example["label"] not in (0, 1, 2, 3):
+    if str(example["label"]) not in ("0", "1", "2", "3"):
         raise UserError(f"the label is {example['label']!r}, must be 0, 1, 2 or 3")
+    kept["label"] = int(example["label"])
     return kept | dict(ind=example.get("ind"))
 
 
@@ -98,14 +102,15 @@ def parse(example: dict) -> dict:
 @dataclass
 class Rendering:
     request: Request
-    lengths: list[int]  # of the four endings
+    # of the four endings in characters; None = the number of their tokens that are scored
+    lengths: list[int] | None
 
 
 # The ending is tokenized by itself, and its length is its number of tokens.
 def completion(enc: tiktoken.Encoding, example: dict) -> Rendering:
     context = enc.encode_ordinary(example["ctx"])
     endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
-    return Rendering(Request(context or [enc.eot_token], endings), list(map(len, endings)))
+    return Rendering(Request(context or [enc.eot_token], endings), lengths=None)
 
 
 # The whole text is tokenized, and the length of an ending is its number of characters.
@@ -153,8 +158,9 @@ def evaluate(
         prefix = key_prefix(style)
         for line, rendering, ending_scores in zip(lines, renderings, scores):
             sums = np.array([s.logprob for s in ending_scores])  # (4,)
+            lengths = rendering.lengths or [s.num_tokens for s in ending_scores]
             line[prefix + "pred"] = int(sums.argmax())
-            line[prefix + "pred_norm"] = int((sums / rendering.lengths).argmax())
+            line[prefix + "pred_norm"] = int((sums / lengths).argmax())
             line[prefix + "sums"] = sums.tolist()
 
         for name, key in (("acc", "pred"), ("acc_norm", "pred_norm")):
@@ -168,7 +174,7 @@ def result_line(metrics: list[Metric]) -> dict:
 
     The fields of the harness rendering have the prefix "harness_".
     """
-    line = {}
+    line: dict[str, float | None] = {}
     for metric in metrics:
         style, name = metric.name.split()
         prefix = key_prefix(style)

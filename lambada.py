@@ -78,9 +78,10 @@ def data_fingerprint(path: str | None) -> str:
 
 
 def parse(line: dict) -> tuple[str, str]:
-    context, blank, word = line["text"].rpartition(" ")
-    if not context or not word:
-        raise UserError("the text must have at least two words, and end with one")
+    # Some copies of the data have a line end after the last word. It is not part of the word.
+    context, blank, word = line["text"].rstrip().rpartition(" ")
+    if not context.strip():
+        raise UserError("the text must have at least two words, with a blank between them")
     return context, blank + word
 
 

@@ -2,7 +2,10 @@
 
     python plot.py                                           # log/
     python plot.py log other_run --out_dir pictures          # compare two runs
-    python plot.py build-nanogpt/log/log.txt --size 124M     # a log.txt alone, of any project
+    python plot.py build-nanogpt/log/log.txt --size 124M     # a log alone, of another project
+
+Logs of other projects may be build-nanogpt's log.txt, llm.c's main.log, transformers'
+trainer_state.json, or what nanoGPT, build-nanogpt and llm.c print, saved to a file.
 
 A picture is drawn if the logs hold data for it: losses, learning rate, throughput, gradient norm,
 and each benchmark that was evaluated during training. log_plot.png shows the losses and the
@@ -10,7 +13,7 @@ benchmarks side by side. Grey lines are the figures published for OpenAI's model
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, cycle
@@ -24,11 +27,11 @@ from matplotlib.figure import Figure  # without pyplot, drawing needs no display
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from common.console import UserError, cli, say, write_atomically
+from common.logs import read_points
 from common.published import PARAMETERS, REFERENCES, Reference
 
-# The same series has other names in log.txt ("train") and hellaswag_results.jsonl ("acc_norm") than
-# in metrics.jsonl, whose names are used here.
-OTHER_NAMES = {"train": "loss", "acc_norm": "hella"}
+# The logs in a run folder: ours, llm.c's and transformers'.
+LOG_FILES = ("log.txt", "metrics.jsonl", "main.log", "trainer_state.json")
 # Models to compare with: OpenAI's GPT-2 and the GPT-3 closest in size.
 SIZES = {
     "124M": ("gpt2", "gpt3-small"),
@@ -42,7 +45,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 @dataclass
 class Config:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ("log",)  # run folders, or log.txt files
+    runs: tyro.conf.Positional[tuple[str, ...]] = ("log",)  # run folders, or log files
     out_dir: str | None = None  # folder for the pictures; None = the first run's folder
     # size of OpenAI's models to compare with
     size: Literal["124M", "350M", "774M", "1558M"] = "124M"
@@ -66,7 +69,7 @@ def main(config: Config):
     out_dir = Path(config.out_dir or runs[0].folder)
     out_dir.mkdir(parents=True, exist_ok=True)
     benchmarks = benchmark_pictures(runs, config.size)
-    pictures = {
+    pictures: dict[str, tuple[str, Draw]] = {
         "training_loss": ("loss", draw_training_loss),
         "validation_loss": ("val", partial(draw_validation_loss, size=config.size)),
         "learning_rate": ("lr", draw_learning_rate),
@@ -85,7 +88,7 @@ def main(config: Config):
 
 def benchmark_pictures(runs: list[Run], size: str) -> dict[str, Draw]:
     """A picture for each benchmark that some run has results of, by file name."""
-    pictures = {}
+    pictures: dict[str, Draw] = {}
     for name, reference in REFERENCES.items():
         # The validation loss has a picture of its own.
         if name != "val" and runs_with(reference.stream, runs):
@@ -121,46 +124,28 @@ def read_series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     files = [path]
     if not path.is_file():
-        files = [path / "log.txt", path / "metrics.jsonl", path / "hellaswag_results.jsonl"]
-    if not any(file.exists() for file in files[:2]):
-        raise FileNotFoundError(
-            f"no log at {path}: it is neither a file nor a folder with log.txt or metrics.jsonl"
-        )
+        files = [path / name for name in LOG_FILES]
+        if not any(file.exists() for file in files):
+            raise FileNotFoundError(
+                f"no log at {path}: it is neither a file nor a folder with one of "
+                f"{', '.join(LOG_FILES)}"
+            )
+        files.append(path / "hellaswag_results.jsonl")
 
     points = {}  # name -> step -> value
     for file in files:
         for step, name, value in read_points(file):
-            if isinstance(value, int | float) and np.isfinite(value):
-                points.setdefault(OTHER_NAMES.get(name, name), {})[step] = value
+            points.setdefault(name, {})[step] = value
     if "loss" not in points and "val" not in points:
         raise UserError(
-            f"{path} holds no losses: it is empty, or its lines are not 'step train value'"
+            f"{path} holds no losses: it is empty, or no log of the kinds that plot.py reads; see "
+            "--help"
         )
     series = {}
     for name, by_step in points.items():
         steps = sorted(by_step)
         series[name] = (np.array(steps), np.array([by_step[step] for step in steps]))
     return series
-
-
-def read_points(file: Path) -> Iterator[tuple[int, str, object]]:
-    """(step, name, value) of everything that a log file holds; nothing if it does not exist."""
-    if file.exists():
-        for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
-            yield from read_line(line)
-
-
-def read_line(line: str) -> list[tuple[int, str, object]]:
-    """The points on a line: "step name value", or a JSON object with a step. Else none."""
-    try:
-        if line.startswith("{"):
-            record = json.loads(line)
-            return [(int(record["step"]), name, value) for name, value in record.items()]
-        step, name, value = line.split()
-        # A crash may have cut off the last digits of a line without an end.
-        return [(int(step), name, float(value))] if line.endswith("\n") else []
-    except (ValueError, KeyError, TypeError):
-        return []
 
 
 def read_source(folder: Path) -> str | None:
@@ -250,12 +235,16 @@ def draw_throughput(ax: Axes, runs: list[Run]):
     draw_curves(ax, runs, "tokens_per_sec", "{name}: median {median:,.0f} tokens/s", smooth=True)
     ax.set_ylim(bottom=0)
     finish(ax, "Throughput (faint: each step, strong: moving average)", "tokens/s")
-    with_mfu = runs_with("mfu", runs)
-    if not with_mfu:
+    # A second axis on the right shows the same throughput as a share of the device's peak, if both
+    # are known and not zero.
+    for run in runs_with("mfu", runs_with("tokens_per_sec", runs)):
+        mfu = np.median(run.series["mfu"][1])
+        rate = np.median(run.series["tokens_per_sec"][1])
+        if mfu > 0 and rate > 0:
+            break
+    else:
         return
-    # A second axis on the right shows the same throughput as a share of the device's peak.
-    run = with_mfu[0]
-    mfu_per_rate = np.median(run.series["mfu"][1]) / np.median(run.series["tokens_per_sec"][1])
+    mfu_per_rate = mfu / rate
     functions = (lambda rate: rate * mfu_per_rate, lambda mfu: mfu / mfu_per_rate)  # and back
     right = ax.secondary_yaxis("right", functions=functions)
     right.yaxis.set(label_text=f"MFU of run {run.name}", major_formatter=PercentFormatter(1))
@@ -263,7 +252,8 @@ def draw_throughput(ax: Axes, runs: list[Run]):
 
 def draw_grad_norm(ax: Axes, runs: list[Run]):
     draw_curves(ax, runs, "grad_norm", smooth=True)
-    ax.set_yscale("log")
+    if any((run.series["grad_norm"][1] > 0).any() for run in runs_with("grad_norm", runs)):
+        ax.set_yscale("log")
     title = "Gradient norm (faint: each step, strong: moving average)"
     finish(ax, title, "gradient norm before clipping")
 
@@ -308,10 +298,13 @@ def finish_losses(ax: Axes, title: str):
     low = min(map(np.min, curves))
     high = max(map(np.max, curves))
     top = max(np.quantile(curve, 0.98, method="higher") for curve in curves)
-    margin = max(0.05 * (top - low), 0.002 * top)
+    margin = max(0.05 * (top - low), 0.002 * abs(top)) or 0.1
     if high > top + margin:
         ax.plot([], [], " ", label=f"(above the picture: up to {high:.2f})")
-    ax.set(yscale="log", ylim=(max(low - margin, 0.9 * low), top + margin))
+    if low > 0:
+        ax.set(yscale="log", ylim=(max(low - margin, 0.9 * low), top + margin))
+    else:  # which a logarithmic axis cannot show
+        ax.set_ylim(low - margin, top + margin)
     finish(ax, title, "loss (nats per token)")
 
 

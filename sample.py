@@ -118,8 +118,9 @@ def encode_prompts(
     jobs = []
     num_too_long = 0
     for prompt in prompts:
-        # <|endoftext|> in a prompt is the token, which separates documents in training.
-        ids = enc.encode(prompt, allowed_special={END_OF_TEXT}) or [enc.eot_token]
+        # Special tokens in a prompt are tokens: <|endoftext|>, which separates documents in
+        # training, and those of the model's tokenizer.
+        ids = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
         if len(ids) + config.max_tokens <= model.config.block_size:
             jobs += [(prompt.replace(END_OF_TEXT, ""), ids)] * config.num_samples
             continue

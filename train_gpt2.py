@@ -514,11 +514,11 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
 
 
 def read_val_tokens(config: Config) -> np.ndarray | None:
-    """The first val_tokens + 1 tokens of the validation shard; None if not needed."""
+    """The first val_tokens + 1 tokens of the validation shards; None if not needed."""
     if not config.val_every:
         return None
     shards = open_shards(config.data_dir, "val")
-    return shards.read(0, 0, min(config.val_tokens + 1, shards.lengths[0]))
+    return shards.read_first(config.val_tokens + 1)
 
 
 def load_benchmarks(config: Config, rt: Runtime) -> list[tuple[Benchmark, Any]]:

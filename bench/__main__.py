@@ -36,7 +36,7 @@ from bench.measure import Figure
 from bench.peers import find_scripts
 from bench.train import memory, train
 from common import runtime
-from common.console import UserError, cli, say, table, write_text
+from common.console import UserError, check_at_least, cli, say, table, write_text
 from common.runtime import Runtime
 
 # To add a row, write a function like these and list it: row(config, rt) -> figures.
@@ -68,8 +68,7 @@ class Config:
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"there is no row {row!r}: choose from {', '.join(ROWS)}")
-        if self.rounds < 1 or self.hellaswag_limit < 1:
-            raise UserError("rounds and hellaswag_limit must be at least 1")
+        check_at_least(self, 1, "rounds", "hellaswag_limit")
 
 
 def main(config: Config):

@@ -56,13 +56,13 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
 
 def read_texts(kind: str, data_files: tuple[str, ...]) -> list[str]:
     source = open_source(kind, data_files=data_files)
-    return [text for _, batch in source.batches(SOURCE_START) for text in batch.to_pylist()]
+    return [text for batch in source.batches(SOURCE_START) for text in batch.texts.to_pylist()]
 
 
 def write_shards(flags: list[str], folder: Path):
     """Run fineweb.py into a new folder, so that it has nothing to resume."""
     out_dir = Path(tempfile.mkdtemp(dir=folder))
-    command = [sys.executable, ROOT / "fineweb.py", *flags, "--out_dir", out_dir]
+    command: list = [sys.executable, ROOT / "fineweb.py", *flags, "--out_dir", out_dir]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise UserError(f"fineweb.py failed: {result.stderr.strip().splitlines()[-1]}")
@@ -113,11 +113,11 @@ def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
     """Run train_gpt2.py in a new folder, and stop it when it has logged its first step."""
     # Nothing but training: a validation, HellaSwag or a sample would come before the first step.
     log_dir = Path(tempfile.mkdtemp(dir=folder))
-    flags = "--B 4 --T 256 --total_batch_size 1024".split()
+    flags: list = "--B 4 --T 256 --total_batch_size 1024".split()
     flags += "--val_every 0 --hellaswag_every 0 --sample_every 0".split()
     flags += ["--data_dir", data_dir, "--log_dir", log_dir]
     flags += ["--device", rt.device.type, "--compile", compile]
-    command = [sys.executable, ROOT / "train_gpt2.py", *flags]
+    command: list = [sys.executable, ROOT / "train_gpt2.py", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -8,7 +8,7 @@ import functools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ def dtypes_of(device: torch.device) -> list[torch.dtype]:
     return [torch.float32, torch.bfloat16]
 
 
-def medians(candidates: dict[str, Candidate], rounds: int, title: str) -> dict[str, float]:
+def medians(candidates: Mapping[str, Candidate], rounds: int, title: str) -> dict[str, float]:
     """Median seconds of each candidate.
 
     The candidates run in turn, round after round, so that a change in the machine's speed affects

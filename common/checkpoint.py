@@ -5,7 +5,7 @@ torch.load(..., weights_only=True). Every checkpoint has
 
     model       state dict with GPT-2's parameter names, float32
     config      the fields of GPTConfig
-    tokenizer   "gpt2", or the text of the vocab.tiktoken file
+    tokenizer   "gpt2", the text of a vocab.tiktoken file, or JSON (ForeignEncoding)
     step        optimizer steps taken
 
 Those that training can resume from also have
@@ -30,8 +30,8 @@ import tiktoken
 import torch
 
 from common.console import UserError, checksum, write_atomically
-from common.huggingface import load_pretrained
-from common.tokenizer import load_tokenizer, tokenizer_from_text, tokenizer_to_text
+from common.huggingface import load_model_tokenizer, load_pretrained
+from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from model import GPT, GPTConfig
 
 REQUIRED_KEYS = {"model", "config", "tokenizer", "step"}
@@ -232,13 +232,9 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
         return model, tokenizer_from_text(checkpoint["tokenizer"])
     model = load_pretrained(name_or_path, dropout)
     model.source = str(name_or_path)
-    vocabulary = path / "vocab.tiktoken"  # export.py writes it
-    enc = load_tokenizer(vocabulary if vocabulary.exists() else "gpt2")
-    if enc.n_vocab != model.config.vocab_size:
-        raise UserError(
-            f"{name_or_path} has a vocabulary of {model.config.vocab_size} tokens, its tokenizer "
-            f"{enc.n_vocab}"
-        )
+    enc = load_model_tokenizer(name_or_path, model.config.vocab_size)
+    # Embeddings without a token are padding: the model must not choose them.
+    model.config.vocab_size = enc.n_vocab
     return model, enc
 
 
@@ -256,12 +252,22 @@ def fingerprint(name: str) -> str:
     return " ".join(map(checksum, weight_files)) or name
 
 
-def not_finite_error(model: GPT) -> UserError:
+class NotFinite(UserError):
+    """A model computes NaN or infinity, so it has no results.
+
+    During training this means that the run diverged: the exit code is that of optim.Diverged.
+    """
+
+    exit_code = 3
+
+
+def not_finite_error(model: GPT) -> NotFinite:
     """The error to raise when a model computes NaN or infinity; names the broken weight, if any."""
     for name, tensor in model.state_dict().items():
+        name = name.removeprefix("_orig_mod.")  # torch.compile adds it
         if not tensor.isfinite().all():
-            return UserError(f"{model.source} is broken: its tensor {name} is not finite")
-    return UserError(
+            return NotFinite(f"{model.source} is broken: its tensor {name} is not finite")
+    return NotFinite(
         f"{model.source} computes values that are not finite, although its weights are: try "
         "--dtype float32"
     )

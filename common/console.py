@@ -99,6 +99,15 @@ def parse(config_class: type, doc: str | None) -> Any:
         return tyro.cli(config_class, description=doc, use_underscores=True, config=markers)
 
 
+def check_at_least(config: Any, least: float, *names: str):
+    """Raise UserError if a flag, or one of its values, is too small. None is allowed."""
+    for name in names:
+        value = getattr(config, name)
+        for single in value if isinstance(value, tuple) else (value,):
+            if single is not None and not single >= least:  # NaN is not
+                raise UserError(f"{name} is {value}, must be at least {least}")
+
+
 def fail(message: str, code: int = 1):
     """End this process with one line on stderr.
 
@@ -240,14 +249,17 @@ def read_text(path: str | Path) -> str:
         raise FileNotFoundError(f"no file {path}")
     else:
         data = Path(path).read_bytes()
-    encoding = "utf-8-sig"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
     try:
-        return data.decode(encoding)
+        return data.decode(encoding_of_text(data))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}, is not UTF-8: convert the file") from error
+
+
+def encoding_of_text(start: bytes) -> str:
+    """The encoding of a text by its first bytes: utf-8-sig, or utf-16 after its byte-order mark."""
+    is_utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def read_lines(path: str | Path) -> list[str]:

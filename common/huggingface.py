@@ -1,12 +1,14 @@
 """GPT-2 models and tokenizers in Hugging Face's folder layout, read and written.
 
 model = load_pretrained("gpt2")          # OpenAI's weights from the hub; also a local folder
+enc = load_model_tokenizer("gpt2", 50257)  # the tokenizer that belongs to a model
 save_pretrained(model, "exported")       # config.json and model.safetensors
 save_tokenizer(enc, "exported")          # tokenizer.json, vocab.json, merges.txt, ...
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -15,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
-from common.console import UserError
-from common.tokenizer import END_OF_TEXT, byte_to_char, recover_merges, tokenizer_to_text
+from common.console import UserError, say
+from common.foreign import END_OF_TEXT, ForeignEncoding, byte_to_char, merge_pairs
+from common.hub import TOKENIZER, WEIGHTS, download
+from common.tokenizer import load_folder, load_gpt2, recover_merges, tokenizer_to_text
 from model import GPT, OPENAI_MODELS, GPTConfig
 
 # Settings that vary among Hugging Face's configurations, but are fixed in ours.
@@ -35,9 +39,7 @@ def load_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
 
     Raises UserError if it is not a GPT-2 or is damaged, OSError if it is not available.
     """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = download(str(name_or_folder))
+    folder = find_folder(name_or_folder, WEIGHTS)
     hf, tensors = read_folder(folder)
     for key, value in FIXED.items():
         if hf.get(key, value) != value:
@@ -74,20 +76,35 @@ def load_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
     return model
 
 
-def download(name: str) -> Path:
-    """The folder of a hub model in the local cache, downloaded if it is not there yet."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def find_folder(name_or_folder: str | Path, files: list[str]) -> Path:
+    """The folder itself, or that of a hub model in the local cache, with `files` downloaded."""
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    name = str(name_or_folder)
+    return download(f"openai-community/{name}" if name in OPENAI_MODELS else name, files)
 
-    repo = f"openai-community/{name}" if name in OPENAI_MODELS else name
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise OSError(
-            f"no model {name!r}: it is not a local folder, and {repo} is not available from the "
-            f"hub ({type(error).__name__}); check the name and the network, or set HF_HOME to a "
-            "cache that holds it"
-        ) from error
+
+def load_model_tokenizer(name_or_folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
+    """The tokenizer that belongs to a Hugging Face model with vocab_size embeddings.
+
+    If the folder has no tokenizer, and GPT-2's has as many tokens, it is GPT-2's. Raises UserError
+    if it is of another kind, or has more tokens than the model.
+    """
+    enc = load_folder(find_folder(name_or_folder, TOKENIZER))
+    if enc is None and vocab_size != GPTConfig.vocab_size:
+        raise UserError(
+            f"{name_or_folder} has no tokenizer, and its vocabulary of {vocab_size} tokens is not "
+            f"GPT-2's of {GPTConfig.vocab_size}: add the model's tokenizer.json"
+        )
+    if enc is None:
+        if str(name_or_folder) not in OPENAI_MODELS:
+            say(f"{name_or_folder} has no tokenizer: using GPT-2's, which has as many tokens")
+        return load_gpt2()
+    if enc.n_vocab > vocab_size:
+        raise UserError(
+            f"{name_or_folder} has a vocabulary of {vocab_size} tokens, its tokenizer {enc.n_vocab}"
+        )
+    return enc
 
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -108,12 +125,15 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return hf, tensors
 
 
-def save_pretrained(model: GPT, folder: str | Path):
+def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = None):
     """Write config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
 
-    Pruned heads are written as zeros. Raises UserError for a Post-LN model.
+    end_of_text is the id of the end-of-text token, by default the last one. Pruned heads are
+    written as zeros. Raises UserError for a Post-LN model.
     """
     c = model.config
+    if end_of_text is None:
+        end_of_text = c.vocab_size - 1
     if c.norm != "pre":
         raise UserError("a Post-LN model can't be exported: Hugging Face's GPT-2 is Pre-LN only")
     folder = Path(folder)
@@ -137,8 +157,8 @@ def save_pretrained(model: GPT, folder: str | Path):
         n_layer=c.n_layer,
         n_head=c.n_head,
         n_embd=c.n_embd,
-        bos_token_id=c.vocab_size - 1,
-        eos_token_id=c.vocab_size - 1,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
         resid_pdrop=c.dropout,
         embd_pdrop=c.dropout,
         attn_pdrop=c.dropout,
@@ -163,37 +183,52 @@ def pad_heads(name: str, tensor: torch.Tensor, n_embd: int) -> torch.Tensor:
     return tensor
 
 
-def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path):
+def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int | None = None):
     """Write the files from which transformers' AutoTokenizer builds the same tokenizer.
 
-    vocab.tiktoken is added for our own scripts.
+    max_length is the context of the model: transformers cuts longer texts if asked to. For our own
+    scripts, vocab.tiktoken is added to tokenizers that fit into its format.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    chars = byte_to_char()
+    # Files of an earlier export would contradict the new ones.
+    for name in ("vocab.tiktoken", "added_tokens.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
 
-    def spell(token: bytes) -> str:
-        return "".join(chars[byte] for byte in token)
+    if isinstance(enc, ForeignEncoding):
+        end_of_text = enc.end_of_text
+        text = json.dumps(enc.description, indent=2, ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(text, "utf-8")
+        library = Tokenizer.from_str(text)
+        vocab = library.get_vocab()
+        merges = merge_pairs(enc.description)
+        # This class takes every step from tokenizer.json; GPT2Tokenizer replaces some.
+        config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
+    else:
+        end_of_text = END_OF_TEXT
+        chars = byte_to_char()
 
-    vocab = {spell(token): rank for token, rank in enc._mergeable_ranks.items()}
-    merges = [(spell(left), spell(right)) for left, right in recover_merges(enc._mergeable_ranks)]
+        def spell(token: bytes) -> str:
+            return "".join(chars[byte] for byte in token)
 
-    library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([END_OF_TEXT])
-    library.save(str(folder / "tokenizer.json"))
+        ranks = enc._mergeable_ranks
+        vocab = {spell(token): rank for token, rank in ranks.items()}
+        merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
+        library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens([END_OF_TEXT])
+        library.save(str(folder / "tokenizer.json"))
+        vocab[END_OF_TEXT] = enc.eot_token
+        config = dict(
+            tokenizer_class="GPT2Tokenizer", add_prefix_space=False, unk_token=END_OF_TEXT
+        )
+        (folder / "vocab.tiktoken").write_text(tokenizer_to_text(enc))
 
-    full_vocab = json.dumps(vocab | {END_OF_TEXT: enc.eot_token}, ensure_ascii=False)
-    (folder / "vocab.json").write_text(full_vocab, "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
     merge_lines = "".join(f"{left} {right}\n" for left, right in merges)
     (folder / "merges.txt").write_text("#version: 0.2\n" + merge_lines, "utf-8")
-    config = dict(
-        tokenizer_class="GPT2Tokenizer",
-        add_prefix_space=False,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-    )
+    config |= dict(bos_token=end_of_text, eos_token=end_of_text)
+    if max_length:
+        config["model_max_length"] = max_length
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "vocab.tiktoken").write_text(tokenizer_to_text(enc))

@@ -29,8 +29,11 @@ there is nothing but the shared part (a single ending, or several equal ones), i
 read either.
 
 Rows of similar length form a batch, and logits are computed only at columns that predict something.
+
+A model that computes NaN or infinity has no scores and no loss: NotFinite is raised.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.checkpoint import not_finite_error
 from common.console import Progress, UserError
 from common.runtime import Runtime
 from model import GPT, IGNORE
@@ -61,6 +65,7 @@ class Request:
 
 class Score(NamedTuple):
     logprob: float  # log-probability of the whole continuation, in nats
+    num_tokens: int  # tokens that it is the sum of: at most block_size
     greedy: bool  # whether each of its tokens is the most likely one
     chosen: bool  # whether each of its tokens is the one that `choose` returns
 
@@ -90,25 +95,24 @@ class Row:
 def make_rows(request: Request, first_index: int, block_size: int) -> list[Row]:
     """The rows of a request, whose continuations are numbered from `first_index` on.
 
-    This is one row, or one per continuation if the context must be cut from the left to fit into
-    block_size: then each continuation keeps as much context as it can.
+    This is one row, or one per continuation if the text must be cut from the left to fit into
+    block_size: then each continuation keeps as much context as it can. A continuation that does not
+    fit by itself keeps its last block_size tokens, and the token before them as context, as in
+    lm-evaluation-harness.
     """
     context = request.context
     continuations = request.continuations
     if not context or not all(continuations):
         raise UserError("a context and each of its continuations must hold at least one token")
-    longest = max(map(len, continuations))
-    if longest > block_size:
-        raise UserError(
-            f"a continuation of {longest} tokens is longer than the model's context of {block_size}"
-        )
-    # The last token of a continuation is not read, hence the 1.
-    if len(context) + longest - 1 <= block_size:
+    # The last token of a continuation is predicted but not read, hence the 1.
+    num_kept = block_size + 1
+    if len(context) + max(map(len, continuations)) <= num_kept:
         return [make_row(context, continuations, first_index)]
     rows = []
     for number, continuation in enumerate(continuations):
-        start = len(context) + len(continuation) - 1 - block_size
-        rows.append(make_row(context[max(0, start) :], [continuation], first_index + number))
+        kept = (context + continuation)[-num_kept:]
+        start = len(kept) - min(len(continuation), block_size)
+        rows.append(make_row(kept[:start], [kept[start:]], first_index + number))
     return rows
 
 
@@ -186,15 +190,23 @@ def score(
 ) -> list[list[Score]]:
     """A Score for each continuation of each request. All ranks return the same, for any world size.
 
-    If context and continuation are longer than block_size, the context is cut from the left.
-    Without `choose`, Score.chosen equals Score.greedy. Raises UserError for an empty context or
-    continuation, and for a continuation longer than block_size.
+    If context and continuation are longer than block_size, they are cut from the left; see
+    make_rows. Without `choose`, Score.chosen equals Score.greedy. Raises NotFinite if the model
+    computes NaN or infinity, UserError for an empty context or continuation.
     """
+    block_size = model.config.block_size
     rows = []
     lengths = []  # of all continuations
     for request in requests:
-        rows += make_rows(request, len(lengths), model.config.block_size)
+        rows += make_rows(request, len(lengths), block_size)
         lengths += map(len, request.continuations)
+    num_cut = sum(length > block_size for length in lengths)
+    if num_cut:
+        report_once(
+            f"{desc}: {num_cut} of {len(lengths)} continuations are longer than the context of "
+            f"{model.source}, and only their last {block_size} tokens count",
+            rt,
+        )
     # The largest batch comes first: if memory runs out, it does so at once.
     rows.sort(key=len, reverse=True)
     batches = make_batches(rows, MAX_TOKENS[rt.device.type])
@@ -211,12 +223,26 @@ def score(
             bar.update(min(len(batch) * rt.world_size, bar.total - bar.n))
     model.train(was_training)
 
-    totals = rt.sum(sums).cpu().tolist()
+    # Any NaN or infinity in a forward pass reaches the log-probabilities, on all ranks.
+    totals = rt.sum(sums).cpu()
+    if not totals.isfinite().all():
+        raise not_finite_error(model)
     flat = []
-    for (logprob, greedy, chosen), length in zip(totals, lengths):
-        flat.append(Score(logprob, greedy == length, chosen == length))
+    for (logprob, greedy, chosen), length in zip(totals.tolist(), lengths):
+        num_tokens = min(length, block_size)
+        flat.append(Score(logprob, num_tokens, greedy == num_tokens, chosen == num_tokens))
     in_order = iter(flat)
     return [[next(in_order) for _ in request.continuations] for request in requests]
+
+
+reported: set[str] = set()
+
+
+def report_once(message: str, rt: Runtime):
+    """Print a message that training would otherwise repeat in every evaluation."""
+    if message not in reported:
+        reported.add(message)
+        rt.print(message)
 
 
 def score_batch(model: GPT, batch: list[Row], rt: Runtime, choose: Choose | None) -> np.ndarray:
@@ -308,7 +334,8 @@ def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> 
     """Mean loss in nats per token of a 1-D stream, read in consecutive windows of T tokens.
 
     Every token but the first is predicted once, from the earlier tokens of its window. The ranks
-    share the windows, and all return the same. Raises UserError for fewer than two tokens.
+    share the windows, and all return the same. Raises NotFinite if the loss is NaN or infinite,
+    UserError for fewer than two tokens.
     """
     if len(tokens) < 2:
         raise UserError("a stream of fewer than two tokens has no loss")
@@ -332,4 +359,7 @@ def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> 
             loss = loss.double()
         total += loss * count
     model.train(was_training)
-    return float(rt.sum([float(total)])) / predicted
+    mean = float(rt.sum([float(total)])) / predicted
+    if not math.isfinite(mean):
+        raise not_finite_error(model)
+    return mean

@@ -1,13 +1,14 @@
 """Token shards on disk: a folder of .npy files and the manifest that describes them.
 
 A shard is a one-dimensional array of uint16 (uint32 if the vocabulary has more than 65,536 tokens)
-with `train` or `val` in its file name. The manifest names the tokenizer and lists the shards, each
-with its number of tokens, its checksum and the position in the source at which the next one
-begins. docs/formats.md lists all fields. Folders of .npy shards from other projects need no
-manifest; their tokenizer is then taken to be GPT-2's.
+with the word `train` or `val` in its file name. The manifest names the tokenizer and lists the
+shards, each with its number of tokens, its checksum and the position in the source at which the
+next one begins. docs/formats.md lists all fields. Folders of .npy shards from other projects need
+no manifest; their tokenizer is then taken to be GPT-2's.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shorten
@@ -21,6 +22,9 @@ from common.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 GPT2_VOCAB_SIZE = 50257
+# words in the names of shards
+SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
+MIN_TOKENS = 20  # of a corpus: its tenth for validation then has a token to predict
 
 
 class Position(TypedDict):
@@ -37,7 +41,9 @@ class Position(TypedDict):
         next position: document=101, token=5, state=S, skip=1
     """
 
-    document: int  # number of the document, counted from the start of the source
+    # number of the document, counted from the start of the source; each part of a document that
+    # is read in parts counts
+    document: int
     token: int  # tokens of this document that are in earlier shards
     state: dict | None  # state of the stream before the batch; None = at the start of the source
     skip: int  # documents between that state and this document
@@ -81,20 +87,41 @@ class Shards:
             )
         return tokens
 
+    def read_first(self, num_tokens: int) -> np.ndarray:
+        """The first num_tokens tokens of the split, from as many shards as needed.
+
+        Fewer if the split is shorter. Raises UserError if it has only one or none: a model could
+        not predict any.
+        """
+        parts = []
+        num_read = 0
+        for shard, length in enumerate(self.lengths):
+            parts.append(self.read(shard, 0, min(length, num_tokens - num_read)))
+            num_read += len(parts[-1])
+            if num_read == num_tokens:
+                break
+        if num_read < min(2, num_tokens):
+            raise UserError(
+                f"{self.paths[0]} has too few tokens ({num_read}): at least 2 are needed, "
+                "shard more text"
+            )
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
 
 def open_shards(folder: str | Path, split: str) -> Shards:
-    """The shards of split `train` or `val` in a folder: the files with the split in their names.
+    """The shards of split `train` or `val` in a folder, by the words in their names.
 
     Raises FileNotFoundError if there are none, UserError if one is damaged or contradicts the
-    manifest.
+    manifest, or has the words of both splits in its name.
     """
     folder = Path(folder)
     all_paths = find_shards(folder)
-    paths = [path for path in all_paths if split in path.name]
+    paths = [path for path in all_paths if split_of(path) == split]
     if not paths:
         found = "only other shards" if all_paths else "no shards"
         raise FileNotFoundError(
-            f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py"
+            f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py, "
+            f"or name files like text_{split}_000.npy"
         )
 
     # The manifest, if there is one, must agree with the files.
@@ -110,6 +137,19 @@ def open_shards(folder: str | Path, split: str) -> Shards:
         lengths.append(len(tokens))
     vocab_size = manifest["vocab_size"] if manifest else GPT2_VOCAB_SIZE
     return Shards(split, paths, lengths, vocab_size)
+
+
+def split_of(path: Path) -> str | None:
+    """The split in the name of a shard, `train` or `val`; None if the name has neither.
+
+    Only complete words count: pretrain_val_000.npy is for validation, retrieval_train_000.npy for
+    training.
+    """
+    words = set(re.findall("[a-z]+", path.stem.lower()))
+    splits = [split for split, synonyms in SPLIT_WORDS.items() if words & synonyms]
+    if len(splits) > 1:
+        raise UserError(f"{path} has the words of both train and val in its name: rename it")
+    return splits[0] if splits else None
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -284,13 +324,20 @@ class ShardWriter:
             return SOURCE_START
         return self.manifest["shards"][-1]["next"]["position"]
 
-    def add(self, position: Position, tokens: np.ndarray, lengths: list[int]):
+    def add(
+        self,
+        position: Position,
+        tokens: np.ndarray,
+        lengths: list[int],
+        is_continuation: bool = False,
+    ):
         """Append the tokens of a batch of documents and write each shard that becomes full.
 
-        position    of the first document of the batch
-        tokens      of all documents, one after the other; the first position["token"] of them are
-                    in an earlier shard already
-        lengths     number of tokens of each document
+        position            of the first document of the batch
+        tokens              of all documents, one after the other; the first position["token"] of
+                            them are in an earlier shard already
+        lengths             number of tokens of each document
+        is_continuation     is the first one only the next part of a document?
         """
         # num_taken counts the tokens of the batch that are in the buffer or in a shard.
         num_taken = position["token"]
@@ -301,11 +348,14 @@ class ShardWriter:
             self.num_buffered += len(part)
             num_taken += len(part)
             if self.num_buffered == self.shard_size:
-                self._finish_shard(position, lengths, num_taken)
-        self.manifest["documents"] += int(np.count_nonzero(lengths))
-        self.manifest["empty_documents"] += lengths.count(0)
+                self._finish_shard(position, lengths, num_taken, is_continuation)
+        documents, empty = count_documents(lengths, is_continuation)
+        self.manifest["documents"] += documents
+        self.manifest["empty_documents"] += empty
 
-    def _finish_shard(self, position: Position, lengths: list[int], num_taken: int):
+    def _finish_shard(
+        self, position: Position, lengths: list[int], num_taken: int, is_continuation: bool
+    ):
         """Write the full buffer. `num_taken` tokens of the batch are in this or earlier shards."""
         # The next shard begins in the first document that does not end by here. Empty documents
         # (length 0) at this place belong to the finished shard, hence side="right".
@@ -319,10 +369,11 @@ class ShardWriter:
             skip=position["skip"] + num_done,
         )
         # self.manifest counts only complete batches, so the documents of this one are added here.
+        documents, empty = count_documents(lengths[:num_done], is_continuation)
         after = dict(
             position=next_position,
-            documents=self.manifest["documents"] + int(np.count_nonzero(lengths[:num_done])),
-            empty_documents=self.manifest["empty_documents"] + lengths[:num_done].count(0),
+            documents=self.manifest["documents"] + documents,
+            empty_documents=self.manifest["empty_documents"] + empty,
         )
         split = "train" if self.manifest["shards"] else "val"
         shard = self._write_shard(split, self.num_shards, self.buffer, after)
@@ -333,9 +384,14 @@ class ShardWriter:
         """Write what is left in the buffer, and mark the manifest as complete."""
         if self.num_tokens == 0:
             raise UserError("the source holds no text: no documents, or only empty ones")
+        if self.num_tokens < MIN_TOKENS:
+            raise UserError(
+                f"the source holds only {self.num_tokens} tokens of text, too few to set a tenth "
+                f"aside for validation: at least {MIN_TOKENS} are needed, give more text"
+            )
         shards = list(self.manifest["shards"])
         rest = self.buffer[: self.num_buffered]
-        # Both branches leave at least one token for training, unless there is only one at all.
+        # Both branches leave at least one token for training.
         if self.num_tokens < 2 * self.shard_size:
             shards = self._split_small_corpus(shards, rest)
         elif len(rest):
@@ -373,3 +429,11 @@ class ShardWriter:
             shards=shards, complete=complete, tokens=sum(shard["tokens"] for shard in shards)
         )
         write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+
+
+def count_documents(lengths: list[int], is_continuation: bool) -> tuple[int, int]:
+    """How many documents begin in a batch, and how many of its documents are empty."""
+    empty = lengths.count(0)
+    # The first length may be that of a document's next part.
+    continued = 1 if is_continuation and lengths else 0
+    return len(lengths) - empty - continued, empty

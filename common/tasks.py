@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,15 @@ import tiktoken
 
 from common import runtime, scoring
 from common.checkpoint import load_model
-from common.console import Progress, UserError, say, table, write_text
+from common.console import (
+    Progress,
+    UserError,
+    check_at_least,
+    read_lines,
+    say,
+    table,
+    write_text,
+)
 from common.published import Reference
 from common.runtime import Runtime
 from common.scoring import Request
@@ -68,10 +77,10 @@ class Benchmark:
     reference: Reference  # title, headline metric and published figures
     # load(data, limit): the examples of a file, the first `limit` of them; of the default data if
     # `data` is None. Raises OSError or UserError.
-    load: Callable[[str | None, int | None], Any]
+    load: Callable[..., Any]
     evaluate: Evaluate
     # data_fingerprint(data): what distinguishes the data from other data, for example a checksum
-    data_fingerprint: Callable[[str | None], str]
+    data_fingerprint: Callable[..., str]
     evaluate_headline: Evaluate  # for training: computes only what the headline metric needs
     # result_line(metrics): what NAME_results.jsonl holds of one evaluation
     result_line: Callable[[list[Metric]], dict] = result_line
@@ -86,7 +95,7 @@ class Benchmark:
         It covers the benchmark's file and the shared code, without comments and layout.
         """
         digest = hashlib.sha256()
-        for source in (inspect.getmodule(self.load), inspect.getmodule(Benchmark), scoring):
+        for source in (sys.modules[self.load.__module__], sys.modules[__name__], scoring):
             tree = ast.parse(inspect.getsource(source))
             digest.update(ast.dump(tree).encode())
         return digest.hexdigest()
@@ -102,6 +111,7 @@ def run(config, benchmark: Benchmark) -> list[Metric] | None:
     `config` is the Config of the benchmark's file: model, data, limit, device, dtype and
     save_predictions.
     """
+    check_at_least(config, 1, "limit")
     rt = runtime.start(config.device, config.dtype)
     examples = load_on_all_ranks(lambda: benchmark.load(config.data, config.limit), rt)
     model, enc = load_model(config.model)
@@ -206,18 +216,14 @@ def read_jsonl(path: str | Path, parse: Callable[[dict], Any], limit: int | None
     Raises UserError, naming the line, if a line is malformed, lacks a field or is rejected by
     `parse` with a UserError; and if the file has no lines.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    lines = read_lines(path)
     parsed = []
     try:
-        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip() and (limit is None or len(parsed) < limit):
                 parsed.append(parse(json.loads(line)))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also for an integer of thousands of digits
         raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
     except KeyError as error:
         raise UserError(f"{path}, line {number}, has no field {error}") from error
     except (UserError, TypeError, AttributeError) as error:

@@ -1,32 +1,48 @@
 """Sources of text: documents in a fixed order, from the hub, from files or from Python itself.
 
     source = open_source("parquet", data_files=("corpus/*.parquet",))
-    for position, texts in source.batches(SOURCE_START):
-        ...     # texts: a pyarrow.StringArray of consecutive documents, the first at `position`
+    for batch in source.batches(SOURCE_START):
+        ...     # batch.texts: a pyarrow.StringArray of consecutive documents
 
-Each kind of source is a class below. The `datasets` library reads the documents as a stream that
-can be entered again where an earlier run stopped.
+Each kind of source is a class below. Text and JSON files are read here, block by block; the
+`datasets` library streams the others. Both can be entered again where an earlier run stopped.
 """
 
-import ast
 import glob
-import json
+import itertools
 import os
-import sysconfig
+import re
 import time
+import zlib
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common import blocks
+from common.blocks import (
+    import_datasets,
+    json_array,
+    json_lines,
+    members,
+    open_binary,
+    place_to_cut,
+    plain_name,
+    read_blocks,
+    split_at_separators,
+    uncompressed_size,
+)
 from common.console import UserError, say
+from common.pydoc_texts import pydoc_texts
 from common.shards import Position
 
 BATCH_DOCUMENTS = 64  # documents in a batch; a worker process tokenizes one batch at a time
+BATCH_CHARS = 2**20  # a batch of texts from files ends when it has more characters
 MAX_RETRIES = 8  # consecutive attempts to resume after a lost connection
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class HubDataset(NamedTuple):
@@ -42,21 +58,32 @@ HUB = {
 HUB_TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
 
 
-def open_source(kind: str, subset: str = "", data_files: tuple[str, ...] = ()) -> "Source":
+class Batch(NamedTuple):
+    position: Position  # of the first text
+    texts: pa.StringArray
+    # Is the first text the next part of the document whose last part was in the batch before?
+    is_continuation: bool = False
+
+
+def open_source(
+    kind: str, subset: str = "", data_files: tuple[str, ...] = (), text_column: str = "text"
+) -> "Source":
     """The source of a kind: a name in HUB (with a subset), a name in FILE_SOURCES, or pydoc.
 
     Raises FileNotFoundError if a pattern in data_files matches nothing, UserError if data_files
-    is missing or the kind has no use for it.
+    is missing or the kind has no use for it or for text_column.
     """
     files = [name for pattern in data_files for name in expand(pattern)]
     if bool(files) != (kind in FILE_SOURCES):
         raise UserError(
             "--data_files GLOB is needed for the sources parquet, json and text, and only for these"
         )
+    if text_column != "text" and kind not in ("parquet", "json"):
+        raise UserError("--text_column is only for the sources parquet and json")
     if kind in HUB:
         return HubSource(kind, subset)
     if kind in FILE_SOURCES:
-        return FILE_SOURCES[kind](kind, files)
+        return FILE_SOURCES[kind](kind, files, text_column)
     return PydocSource(kind)
 
 
@@ -65,27 +92,23 @@ def open_source(kind: str, subset: str = "", data_files: tuple[str, ...] = ()) -
 
 
 class Source:
-    """Documents in a fixed order. Subclasses say how to open the stream and what its texts are."""
+    """Documents in a fixed order. Subclasses read them, from any position on."""
 
     is_remote = False  # read over the network?
-    batch_documents = BATCH_DOCUMENTS
 
-    def __init__(self, kind: str, files: list[str] | None = None):
+    def __init__(self, kind: str, files: list[str] | None = None, text_column: str = "text"):
         self.kind = kind
         self.prefix = kind  # of the shards' file names
         self.files = files or []
+        self.text_column = text_column
 
-    def open(self):
-        """The documents as a `datasets.IterableDataset` with the column "text"."""
+    def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        """Yields each batch and the position after it, without retries."""
         raise NotImplementedError
-
-    def parse(self, column: pa.StringArray) -> pa.StringArray:
-        """The texts of the documents, from the stream's column."""
-        return column
 
     @cached_property
     def text_bytes(self) -> int | None:
-        """Estimated size of the text in bytes, None if it is not on this machine."""
+        """Estimated size of the text in bytes, None if unknown before the text is read."""
         return None
 
     def estimate_tokens(self, vocab_size: int) -> int | None:
@@ -100,8 +123,8 @@ class Source:
         """The place of the first damage, for an error message."""
         return "the source"
 
-    def batches(self, start: Position) -> Iterator[tuple[Position, pa.StringArray]]:
-        """Read from `start` on. Yields batches of texts, each with the position of its first one.
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Read from `start` on.
 
         After a lost connection, it resumes at the last position. Raises OSError if that fails
         repeatedly, or if nothing was read before; UserError if the data is not what it should be.
@@ -112,12 +135,14 @@ class Source:
         while True:
             try:
                 # `position` is the first document that the caller has not got.
-                for batch_position, texts, next_position in self._read(position):
-                    yield batch_position, texts
+                for batch, next_position in self._read(position):
+                    yield batch
                     position = next_position
                     num_failures = 0
                     has_read = True
                 return
+            except UserError:
+                raise
             except Exception as error:
                 # A local file that can't be read is damaged or not permitted: no use in retrying.
                 if not self.is_remote or not is_connection_error(error):
@@ -136,18 +161,34 @@ class Source:
                 # 2, 4, 8 ... 60 seconds
                 time.sleep(min(60, 2**num_failures))
 
-    def _read(self, position: Position) -> Iterator[tuple[Position, pa.StringArray, Position]]:
-        """Yields (position, texts, next position) of each batch, without retries."""
+    def _explain(self, error: Exception) -> Exception:
+        """Turn a library's error about the data into a UserError that says where it is."""
+        # ImportError: a URL whose scheme needs a package that is not installed.
+        # TypeError: `datasets` can't cast a column.
+        is_about_data = isinstance(error, (ValueError, OSError, EOFError, ImportError, zlib.error))
+        is_about_data |= isinstance(error, TypeError) and "cast" in str(error)
+        if is_about_data or type(error).__module__.startswith(("datasets", "pyarrow")):
+            reason = error.__cause__ or error
+            return UserError(f"{self.damaged_place()} can't be read as {self.kind}: {reason}")
+        return error
+
+
+class StreamSource(Source):
+    """Documents from a stream of the `datasets` library."""
+
+    def open(self):
+        """The documents as a `datasets.IterableDataset` with the column text_column."""
+        raise NotImplementedError
+
+    def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         dataset = self.open().with_format("arrow")
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
-        for table in dataset.iter(batch_size=self.batch_documents):
-            column_type = table["text"].type
-            if str(column_type) not in ("string", "large_string", "string_view", "null"):
-                raise UserError(f"the field 'text' contains {column_type}, not only strings")
+        for table in dataset.iter(batch_size=BATCH_DOCUMENTS):
+            check_column_type(table[self.text_column].type, self.text_column, "the source")
             # Only the first batch after a resume has documents to skip.
-            column = table["text"].combine_chunks()[position["skip"] :].cast(pa.string())
-            texts = self.parse(column)
+            column = table[self.text_column].combine_chunks()[position["skip"] :]
+            texts = column.cast(pa.string())
             texts.validate(full=True)  # raises if a text is not UTF-8
             next_position = Position(
                 document=position["document"] + len(texts),
@@ -155,20 +196,11 @@ class Source:
                 state=dataset.state_dict(),
                 skip=0,
             )
-            yield position, texts, next_position
+            yield Batch(position, texts), next_position
             position = next_position
 
-    def _explain(self, error: Exception) -> Exception:
-        """Turn a library's error about the data into a UserError that says where it is."""
-        # ImportError: a URL whose scheme needs a package that is not installed.
-        is_about_data = isinstance(error, (UserError, ValueError, OSError, ImportError))
-        if is_about_data or type(error).__module__.startswith(("datasets", "pyarrow")):
-            reason = error.__cause__ or error
-            return UserError(f"{self.damaged_place()} can't be read as {self.kind}: {reason}")
-        return error
 
-
-class HubSource(Source):
+class HubSource(StreamSource):
     """FineWeb and FineWeb-Edu, streamed from the Hugging Face hub."""
 
     is_remote = True
@@ -188,112 +220,252 @@ class HubSource(Source):
         return int(HUB_TOKENS[self.subset])
 
 
-class FileSource(Source):
-    """Files, local or at URLs, all of one format."""
+class ParquetSource(StreamSource):
+    """Parquet files, local or at URLs, with a document per row in the column text_column."""
 
-    loader: str  # builder of the `datasets` library
-    options: dict = {}  # and its options
-
-    def __init__(self, kind: str, files: list[str]):
-        super().__init__(kind, files)
-        self.is_remote = any("://" in name for name in files)
+    def __init__(self, kind: str, files: list[str], text_column: str):
+        super().__init__(kind, files, text_column)
+        self.is_remote = has_url(files)
 
     def open(self):
+        datasets = import_datasets()
+        options = {}
+        if self.is_remote:
+            names = self.files
+            with open_binary(names[0]) as file:
+                types = [self.find_type(pq.read_schema(file), names[0])]
+        else:
+            footers = self.files_with_rows
+            names = list(footers)
+            schemas = {name: footer.schema.to_arrow_schema() for name, footer in footers.items()}
+            types = [self.find_type(schema, name) for name, schema in schemas.items()]
+            # By default, it reads as many rows at a time as are in the first row group.
+            if any(footer.row_group(0).num_rows == 0 for footer in footers.values()):
+                options["batch_size"] = 1000
+        # Without a type, that of the first file would apply to all: no strings if it is all null.
+        text_type = "large_string" if "large_string" in types else "string"
+        features = datasets.Features({self.text_column: datasets.Value(text_type)})
         # Names are complete already: a * in one is part of the name.
-        names = [name if "://" in name else glob.escape(name) for name in self.files]
-        return open_stream(self.loader, data_files=names, **self.options)
+        names = [name if "://" in name else glob.escape(name) for name in names]
+        return open_stream(
+            "parquet", data_files=names, columns=[self.text_column], features=features, **options
+        )
+
+    def find_type(self, schema: pa.Schema, name: str) -> str:
+        """The type of the text column. Raises UserError if it has none for text, or is missing."""
+        if self.text_column not in schema.names:
+            columns = ", ".join(schema.names)
+            raise UserError(
+                f"{name} has no column {self.text_column!r}: choose one of its columns "
+                f"({columns}) with --text_column"
+            )
+        column_type = schema.field(self.text_column).type
+        check_column_type(column_type, self.text_column, name)
+        return str(column_type)
+
+    @cached_property
+    def files_with_rows(self) -> dict[str, pq.FileMetaData]:
+        """The footers of the files (local ones) that have rows; the others are reported."""
+        found = {}
+        for name in self.files:
+            try:
+                metadata = pq.read_metadata(name)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{name} is damaged or not a parquet file: {error}") from error
+            if metadata.num_rows:
+                found[name] = metadata
+            else:
+                say(f"{name} has no rows, skipping it")
+        if not found:
+            raise UserError("the source holds no text: none of the parquet files has rows")
+        return found
 
     @cached_property
     def text_bytes(self) -> int | None:
         if self.is_remote:
             return None
-        return sum(map(self.text_bytes_of, self.files))
-
-    def text_bytes_of(self, name: str) -> int:
-        return os.path.getsize(name)
-
-    def damaged_place(self) -> str:
-        """The first damaged file, and its line. The libraries' errors do not name them."""
-        # URLs do not exist as paths, and are not downloaded again for this.
-        for name in filter(os.path.exists, self.files):
-            place = self.find_damage(name)
-            if place:
-                return place
-        return super().damaged_place()
-
-    def find_damage(self, name: str) -> str | None:
-        """The file and the number of its first line that is not text, None if all are."""
-        number = 0
-        try:
-            with open(name, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    self.check_line(line)
-        except UnicodeDecodeError:
-            return f"{name} (not UTF-8)"
-        except (UserError, ValueError, OSError):
-            return f"{name}, line {number}," if number else name
-        return None
-
-    def check_line(self, line: str):
-        """Raise UserError or ValueError if a line of a file is not in the format."""
-
-
-class ParquetSource(FileSource):
-    """Parquet files with a column "text", a document per row."""
-
-    loader = "parquet"
-    options = dict(columns=["text"])
-
-    def text_bytes_of(self, name: str) -> int:
-        try:
-            metadata = pq.read_metadata(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name} is damaged or not a parquet file: {error}") from error
-        if "text" not in metadata.schema.names or not metadata.num_rows:
-            raise UserError(f"{name} has no column 'text', or no rows")
         # Only the text column counts, uncompressed. The footer knows its size in each row group.
         total = 0
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                if column.path_in_schema == "text":
-                    total += column.total_uncompressed_size
+        for name, metadata in self.files_with_rows.items():
+            self.find_type(metadata.schema.to_arrow_schema(), name)
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    if column.path_in_schema == self.text_column:
+                        total += column.total_uncompressed_size
         return total
 
-    def find_damage(self, name: str) -> str | None:
+    def damaged_place(self) -> str:
+        """The first damaged file. The libraries' errors do not name it."""
+        # URLs do not exist as paths, and are not downloaded again for this.
+        for name in filter(os.path.exists, self.files):
+            try:
+                for batch in pq.ParquetFile(name).iter_batches(columns=[self.text_column]):
+                    batch.validate(full=True)
+            except (ValueError, OSError):
+                return name
+        return super().damaged_place()
+
+
+class FileSource(Source):
+    """Text files of any size, local or at URLs, plain or compressed.
+
+    A position's state is the number of a file and of a text in it. Each file is cut into batches
+    from its beginning, so they are the same after a resume.
+    """
+
+    def __init__(self, kind: str, files: list[str], text_column: str):
+        super().__init__(kind, files, text_column)
+        self.is_remote = has_url(files)
+        self._current_file = "the source"  # nothing was read yet
+        self._has_surrogates = False
+
+    def damaged_place(self) -> str:
+        return self._current_file
+
+    def read_texts(self, path: str) -> Iterator[tuple[str | None, bool]]:
+        """The texts of a file, each with: is it the next part of the text before?"""
+        raise NotImplementedError
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        if self.is_remote:
+            return None
+        total = 0
+        for name in self.files:
+            size = uncompressed_size(name)
+            if size is None:
+                return None
+            total += size
+        return total
+
+    def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        state = position["state"] or {"file": 0, "text": 0}
+        if state.keys() != {"file", "text"}:
+            raise UserError(
+                "the shards were begun by an earlier version, which read text differently: "
+                "choose another out_dir"
+            )
+        for number in range(state["file"], len(self.files)):
+            num_texts = 0
+            self._current_file = self.files[number]
+            for texts, is_continuation in self._cut_into_batches(self._current_file):
+                num_texts += len(texts)
+                if number == state["file"] and num_texts <= state["text"]:
+                    continue  # before the position
+                # Only the first batch after a resume has texts to skip.
+                skip = position["skip"]
+                array = self._to_array(texts[skip:])
+                next_position = Position(
+                    document=position["document"] + len(array),
+                    token=0,
+                    state={"file": number, "text": num_texts},
+                    skip=0,
+                )
+                yield Batch(position, array, is_continuation and skip == 0), next_position
+                position = next_position
+
+    def _to_array(self, texts: list[str | None]) -> pa.StringArray:
+        """Arrow array of texts. Half a surrogate pair, which JSON permits, becomes U+FFFD."""
         try:
-            for batch in pq.ParquetFile(name).iter_batches(columns=["text"]):
-                batch.validate(full=True)
-        except (ValueError, OSError):
-            return name
-        return None
+            return pa.array(texts, pa.string())
+        except UnicodeEncodeError:
+            if not self._has_surrogates:
+                say(f"{self._current_file}: incomplete characters (\\ud800 ...) become U+FFFD")
+            self._has_surrogates = True
+            return pa.array([text and SURROGATE.sub("\ufffd", text) for text in texts], pa.string())
+
+    def _cut_into_batches(self, name: str) -> Iterator[tuple[list[str | None], bool]]:
+        """The texts of a file in batches, each with: does its first text continue the last one?"""
+        texts = []
+        num_chars = 0
+        begins_with_part = False
+        paths = members(name)
+        for text, is_part in itertools.chain.from_iterable(map(self.read_texts, paths)):
+            is_full = len(texts) == BATCH_DOCUMENTS or num_chars >= BATCH_CHARS
+            if texts and (is_full or is_part):
+                yield texts, begins_with_part
+                texts = []
+                num_chars = 0
+            if not texts:
+                begins_with_part = is_part
+            texts.append(text)
+            num_chars += len(text or "")
+        if texts:
+            yield texts, begins_with_part
 
 
 class JsonSource(FileSource):
-    """Files of JSON objects, one per line, with a document in the field "text"."""
+    """JSON objects with a document in the field text_column: one per line, or in one array."""
 
-    # Read as lines. The JSON loader wants the other fields, which are not used, to have the same
-    # type in all objects.
-    loader = "text"
+    def read_texts(self, path: str) -> Iterator[tuple[str | None, bool]]:
+        file_blocks = read_blocks(path)
+        # The first block that is not blank tells which of the two it is.
+        start = ""
+        while not start.strip():
+            block = next(file_blocks, None)
+            if block is None:
+                return
+            start += block
+        read = json_array if start.lstrip().startswith("[") else json_lines
+        for place, value in read(plain_name(path), start, file_blocks):
+            yield self.text_of(value, place), False
 
-    def parse(self, column: pa.StringArray) -> pa.StringArray:
-        return pa.array(map(json_text, column.to_pylist()), pa.string())
-
-    def check_line(self, line: str):
-        (json_text(line) or "").encode()
+    def text_of(self, value: object, place: str) -> str | None:
+        match value:
+            case {self.text_column: str() | None as text}:
+                return text
+            case {self.text_column: other}:
+                kind = type(other).__name__
+                raise UserError(f"{place}: the field {self.text_column!r} is {kind}, not a string")
+            case dict():
+                fields = ", ".join(map(str, value))
+                raise UserError(
+                    f"{place}: no field {self.text_column!r}; choose one of the fields ({fields}) "
+                    "with --text_column"
+                )
+        raise UserError(f"{place}: not a JSON object, but {type(value).__name__}")
 
 
 class TextSource(FileSource):
-    """Files of plain text, one document each."""
+    """Files of plain text: one document each, or several with lines of <|endoftext|> between them.
 
-    loader = "text"
-    options = dict(sample_by="document", keep_linebreaks=True)
-    batch_documents = 1  # a file may hold a whole library
+    The line breaks next to such a line belong to it. A file without them is taken as it is.
+    """
+
+    def read_texts(self, path: str) -> Iterator[tuple[str, bool]]:
+        document = ""  # what has been read of a document, without the parts that were yielded
+        is_part = False
+        is_separated = False  # is there a separator before the document?
+        at_line_start = True
+        for block in read_blocks(path):
+            first, *others = split_at_separators(block, at_line_start)
+            at_line_start = block.endswith("\n")
+            document += first
+            if is_separated and not is_part:
+                document = document.lstrip("\n")
+            for text in others:
+                document = document.rstrip("\n")
+                if document:
+                    yield document, is_part
+                document = text.lstrip("\n")
+                is_part = False
+                is_separated = True
+            while len(document) > blocks.PART_CHARS:
+                place = place_to_cut(document)
+                yield document[:place], is_part
+                document = document[place:]
+                is_part = True
+        if is_separated:
+            document = document.rstrip("\n")
+        # An empty file counts as an empty document.
+        if document or not is_separated:
+            yield document, is_part
 
 
 FILE_SOURCES = {"parquet": ParquetSource, "json": JsonSource, "text": TextSource}
 
 
-class PydocSource(Source):
+class PydocSource(StreamSource):
     """The documentation inside every Python, which needs no network. See pydoc_texts."""
 
     def open(self):
@@ -310,20 +482,6 @@ class PydocSource(Source):
 
 # ---------------------------------------------------------------------------------------------
 # Helpers
-
-
-def import_datasets():
-    """The `datasets` library, without its progress bars and log messages."""
-    # Imported here: it takes a second, and worker processes import this module too.
-    import datasets
-    from huggingface_hub.utils import logging
-
-    # Our own error messages say what went wrong.
-    logging.set_verbosity_error()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    datasets.config.TORCH_AVAILABLE = False  # otherwise it imports torch, which takes seconds
-    return datasets
 
 
 def open_stream(path: str, **options):
@@ -345,14 +503,19 @@ def expand(pattern: str) -> list[str]:
     return names
 
 
-def json_text(line: str) -> str | None:
-    """The field "text" of a line of JSON, None for an empty line."""
-    if not line.strip():
-        return None
-    match json.loads(line):
-        case {"text": str() | None as text}:
-            return text
-    raise UserError("there is no field 'text' with a string")
+def has_url(files: list[str]) -> bool:
+    return any("://" in name for name in files)
+
+
+def check_column_type(column_type: pa.DataType, column: str, place: str):
+    """Raise UserError if a column does not contain strings, or nulls only."""
+    if pa.types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    if str(column_type) not in ("string", "large_string", "string_view", "null"):
+        raise UserError(
+            f"{place}: the column {column!r} contains {column_type}, not only strings; "
+            "choose another one with --text_column"
+        )
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -364,58 +527,3 @@ def is_connection_error(error: BaseException) -> bool:
         if isinstance(cause, OSError) or library in http_libraries:
             return True
     return False
-
-
-# ---------------------------------------------------------------------------------------------
-# Python's own documentation
-
-
-SKIPPED_FOLDERS = set(
-    "site-packages dist-packages test tests idle_test lib2to3 pydoc_data __pycache__".split()
-)
-
-
-@lru_cache
-def pydoc_texts() -> list[str]:
-    """Python's help topics and the docstrings of the standard library, sorted by name; 2 MB.
-
-    A document is a topic, or all docstrings of a module. Modules are parsed, never imported.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    topics = help_topics(library)
-    modules = {}
-    for path in library.rglob("*.py"):
-        relative = path.relative_to(library)
-        if not SKIPPED_FOLDERS & set(relative.parts):
-            modules[relative.as_posix()] = path
-
-    # Sorted, because rglob's order depends on the file system.
-    texts = []
-    for name in sorted([*modules, *topics], key=str.lower):
-        text = docstrings(modules[name]) if name in modules else topics[name].strip()
-        if text:
-            texts.append(text)
-    return texts
-
-
-def help_topics(library: Path) -> dict[str, str]:
-    """The topics of Python's `help()`: name -> text."""
-    path = library / "pydoc_data" / "topics.py"
-    if not path.exists():
-        return {}
-    # The file is one assignment of a dict.
-    statements = ast.parse(path.read_text("utf-8")).body
-    assignment = next(s for s in statements if isinstance(s, ast.Assign))
-    return ast.literal_eval(assignment.value)
-
-
-def docstrings(path: Path) -> str:
-    """The docstrings of a module, its classes and its functions."""
-    # Not every file there is valid Python for this version.
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return ""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))

@@ -1,15 +1,17 @@
-"""Tokenizers: GPT-2's byte-level BPE, or one of any size trained here by the same method.
+"""Tokenizers: GPT-2's byte-level BPE, one of any size trained here, or that of another model.
 
     enc = load_tokenizer("gpt2")                            # tiktoken's, 50,257 tokens
     enc = load_tokenizer("datasets/pydoc/vocab.tiktoken")   # trained by fineweb.py
+    enc = load_tokenizer("some/folder")                     # Hugging Face's tokenizer.json
     enc.encode_ordinary("Hello"), enc.decode([15496]), enc.eot_token, enc.n_vocab
 
-Both are a tiktoken.Encoding. Tokenizers trained here use GPT-2's splitting pattern, and their last
-token is <|endoftext|>.
+All are a tiktoken.Encoding. Tokenizers trained here use GPT-2's splitting pattern, and their last
+token is <|endoftext|>. Those of other models may differ from that; see common/foreign.py.
 """
 
 import base64
 import binascii
+import hashlib
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
@@ -22,12 +24,23 @@ from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting pattern
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from common.console import UserError
+from common.console import UserError, read_text
+from common.foreign import (
+    CHAR_TO_BYTE,
+    END_OF_TEXT,
+    ForeignEncoding,
+    merge_pairs,
+    read_tokenizer,
+    spelled_bytes,
+    steps_of,
+)
+from common.hub import TOKENIZER, download
 
 if TYPE_CHECKING:
     import pyarrow
 
-END_OF_TEXT = "<|endoftext|>"
+# sha256 of GPT-2's vocabulary, in the format of vocab.tiktoken, and merges; see simplify
+GPT2_CHECKSUM = "83568348561f72762689c638ebb30a596c915ce12ad0d300a48642b92c91fea2"
 MIN_VOCAB_SIZE = 257  # all bytes, and <|endoftext|>
 CUT = "\0cut\0"  # special token at which encode_texts cuts a text
 WHITESPACE = r"\s\v\x{85}\pZ"  # the characters of \s in GPT-2's pattern, as Arrow spells them
@@ -41,19 +54,35 @@ CUT_TEXT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\
 
 
 def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
-    """The tokenizer `gpt2`, or the one in a vocab.tiktoken file.
+    """The tokenizer `gpt2`, that of a file or folder, or that of a model on the hub.
 
-    Raises OSError if it is not available, UserError if the file is not a vocabulary.
+    Files are vocab.tiktoken, tokenizer.json, or vocab.json with merges.txt next to it. Raises
+    OSError if the tokenizer is not available, UserError if it is not a byte-level BPE.
     """
-    if str(name_or_path) != "gpt2":
-        try:
-            return tokenizer_from_text(Path(name_or_path).read_text("ascii"))
-        except FileNotFoundError as error:
+    if str(name_or_path) == "gpt2":
+        return load_gpt2()
+    path = Path(name_or_path)
+    if path.is_file():
+        return load_file(path)
+    if not path.is_dir():
+        # Only a name like "owner/model" can be on the hub.
+        is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.suffix
+        if not is_hub_name:
             raise OSError(
-                f"no tokenizer {str(name_or_path)!r}: give gpt2, or a vocab.tiktoken file"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name_or_path} is not a vocab.tiktoken file") from error
+                f"no tokenizer {str(name_or_path)!r}: give gpt2, a vocab.tiktoken or "
+                "tokenizer.json file, a folder with one of them, or the name of a model on the hub"
+            )
+        path = download(str(name_or_path), TOKENIZER)
+    enc = load_folder(path)
+    if enc is None:
+        raise UserError(
+            f"{name_or_path} has no tokenizer: vocab.tiktoken, tokenizer.json, or vocab.json and "
+            "merges.txt"
+        )
+    return enc
+
+
+def load_gpt2() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
@@ -64,13 +93,87 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
         ) from error
 
 
+def load_folder(folder: Path) -> tiktoken.Encoding | None:
+    """The tokenizer of a folder with vocab.tiktoken or Hugging Face's files; None without them."""
+    if (folder / "vocab.tiktoken").exists():  # export.py writes it
+        return load_file(folder / "vocab.tiktoken")
+    foreign = read_tokenizer(folder)
+    return foreign and simplify(foreign)
+
+
+def load_file(path: Path) -> tiktoken.Encoding:
+    """The tokenizer of a file, whose content tells its format."""
+    # merges.txt is the only one that does not.
+    text = "" if path.name == "merges.txt" else read_text(path)
+    is_checkpoint_text = text.startswith('{"end_of_text"')
+    if path.name == "merges.txt" or text.lstrip().startswith("{") and not is_checkpoint_text:
+        foreign = read_tokenizer(path)
+        assert foreign
+        return simplify(foreign)
+    try:
+        return tokenizer_from_text(text)
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from error
+
+
+def simplify(foreign: ForeignEncoding) -> tiktoken.Encoding:
+    """The same tokenizer in the form of those trained here, if it has that form.
+
+    Then GPT-2's is `gpt2` again, and one exported from here the one that was exported.
+
+    tiktoken merges any two neighbours that together are a token; Hugging Face's files list the
+    pairs to merge. Both give the same ids on all texts if the pairs, in the order of the ids, are
+    those that recover_merges finds. Why: suppose that tiktoken merges two neighbours x and y of a
+    text into a token t, which the file makes of other parts. No merge has crossed the borders of
+    t's bytes so far, so the same merges, in the same order, would have happened if these bytes
+    were the whole text. But that text is what recover_merges has looked at: its last two parts are
+    those in the file.
+    """
+    description = foreign.description
+    splits = steps_of(description["pre_tokenizer"])
+    added = description["added_tokens"]
+    has_gpt2s_splits = len(splits) == 1 and splits[0].get("type") == "ByteLevel"
+    if (
+        description.get("normalizer")
+        or not has_gpt2s_splits
+        or splits[0].get("add_prefix_space", True)
+        or not splits[0].get("use_regex", True)
+        or [token["content"] for token in added] != [END_OF_TEXT]
+        or not added[0]["special"]
+        or foreign.end_of_text != END_OF_TEXT
+    ):
+        return foreign
+
+    # The ids must run without a gap, <|endoftext|> last, and all bytes must have a token.
+    vocab = {token: i for token, i in description["model"]["vocab"].items() if token != END_OF_TEXT}
+    if any(char not in CHAR_TO_BYTE for token in vocab for char in token):
+        return foreign
+    ranks = {spelled_bytes(token): i for token, i in vocab.items()}
+    if sorted(ranks.values()) != list(range(foreign.eot_token)):
+        return foreign
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        return foreign
+
+    enc = encoding_of(ranks)
+    pairs = merge_pairs(description)
+    merges = [(spelled_bytes(left), spelled_bytes(right)) for left, right in pairs]
+    content = tokenizer_to_text(enc) + repr(merges)
+    if hashlib.sha256(content.encode()).hexdigest() == GPT2_CHECKSUM:
+        enc.name = "gpt2"
+        return enc
+    return enc if merges == recover_merges(ranks) else foreign
+
+
 def tokenizer_to_text(enc: tiktoken.Encoding) -> str:
     """A tokenizer as checkpoints store it: `gpt2`, or the text of its vocab.tiktoken file.
 
-    A line of that file is a token in base64 and its rank, which is also its id.
+    A line of that file is a token in base64 and its rank, which is also its id. A tokenizer of
+    another model that does not fit into this format is JSON; see ForeignEncoding.
     """
     if enc.name == "gpt2":
         return "gpt2"
+    if isinstance(enc, ForeignEncoding):
+        return enc.text
     # <|endoftext|> has no line: its id follows from the number of lines.
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
@@ -79,7 +182,12 @@ def tokenizer_to_text(enc: tiktoken.Encoding) -> str:
 def tokenizer_from_text(text: str) -> tiktoken.Encoding:
     """The inverse of tokenizer_to_text. Raises UserError if the text is not a vocabulary."""
     if text.strip() == "gpt2":
-        return load_tokenizer("gpt2")
+        return load_gpt2()
+    if text.startswith("{"):
+        try:
+            return ForeignEncoding(text)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"not a tokenizer: its JSON is damaged ({error!r})") from error
     try:
         pairs = [line.split() for line in text.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -135,12 +243,13 @@ def encode_texts(
     in both patterns, or begin the word's piece in both.
 
     CUT is a special token with the id n_vocab, filtered out at the end. A text with a null
-    character could contain CUT itself, so its whole batch is split by GPT-2's pattern.
+    character could contain CUT itself, so its whole batch is split by GPT-2's pattern. Tokenizers
+    of other models split in their way.
     """
     import pyarrow.compute as pc  # imported here: only sharding needs it
 
     has_null_character = any("\0" in text for text in texts.to_pylist() if text)
-    if has_null_character:
+    if has_null_character or isinstance(enc, ForeignEncoding):
         splitter = enc
         special_tokens = set()
     else:
@@ -215,9 +324,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Enc
         )
 
     # The library spells each byte as a printable character; tiktoken wants the bytes.
-    to_byte = {char: byte for byte, char in byte_to_char().items()}
     vocab = library.get_vocab(with_added_tokens=False)
-    ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
+    ranks = {spelled_bytes(token): rank for token, rank in vocab.items()}
     return encoding_of(ranks), library
 
 
@@ -246,18 +354,3 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
-
-
-def byte_to_char() -> dict[int, str]:
-    """The printable character by which GPT-2, and so Hugging Face's files, write each byte.
-
-    Printable bytes are themselves. The others become characters from 256 on: a space is "Ġ".
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    not_printable = [byte for byte in range(256) if byte not in printable]
-    chars = {byte: chr(byte) for byte in printable}
-    return chars | {byte: chr(256 + n) for n, byte in enumerate(not_printable)}

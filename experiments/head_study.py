@@ -48,7 +48,7 @@ from matplotlib.ticker import PercentFormatter
 
 import hellaswag
 from common import checkpoint
-from common.console import Progress, UserError, cli, say, table, write_atomically
+from common.console import Progress, UserError, check_at_least, cli, say, table, write_atomically
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import Shards, manifest_checksum, open_shards, shards_tokenizer
@@ -68,7 +68,6 @@ from experiments.pruning import (
 from experiments.sweep import (
     StudyConfig,
     StudyFolder,
-    check_at_least,
     finish_axes,
     read_windows,
     settings_of,
@@ -107,6 +106,7 @@ class Config(StudyConfig):
         super().__post_init__()
         check_at_least(self, 2, "T", "val_tokens")
         check_at_least(self, 1, "num_sequences", "random_orders")
+        check_at_least(self, 0, "hellaswag_limit")
         if not self.prune_fractions or not all(0 < f < 1 for f in self.prune_fractions):
             raise UserError(
                 f"prune_fractions is {self.prune_fractions}: give one or more between 0 and 1"
@@ -184,7 +184,7 @@ def load_inputs(config: Config, rt: Runtime) -> Inputs:
         )
 
     # One token more than val_tokens, because the first one is not predicted.
-    tokens = val.read(0, 0, min(config.val_tokens + 1, val.lengths[0]))
+    tokens = val.read_first(config.val_tokens + 1)
     T = min(config.T, model.config.block_size)
     if len(tokens) <= T:
         raise UserError(

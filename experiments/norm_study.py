@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common import checkpoint
-from common.console import Progress, cli, table
+from common.console import Progress, check_at_least, cli, table
 from common.optim import Diverged
 from common.runtime import Runtime
 from common.shards import manifest_checksum, open_shards, shards_tokenizer
@@ -53,7 +53,6 @@ from experiments.sweep import (
     Run,
     StudyFolder,
     SweepConfig,
-    check_at_least,
     check_different,
     finish_axes,
     mean_and_deviation,
@@ -149,7 +148,7 @@ def unigram_loss(config: Config, vocab_size: int) -> float:
         counts += np.bincount(train.read(number, 0, length), minlength=vocab_size)
     # The loss of a token depends on nothing but the token.
     losses = -np.log(counts / counts.sum())  # (vocab_size,)
-    return float(losses[val.read(0, 0, min(config.val_tokens, val.lengths[0]))].mean())
+    return float(losses[val.read_first(config.val_tokens)].mean())
 
 
 def gradients_at_init(

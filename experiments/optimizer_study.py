@@ -29,6 +29,7 @@ The runs' checkpoints are removed.
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,14 +39,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.console import UserError, cli, table
+from common.console import UserError, check_at_least, cli, table
 from common.optim import Diverged
 from common.shards import manifest_checksum, shards_tokenizer
 from experiments.sweep import (
     Run,
     StudyFolder,
     SweepConfig,
-    check_at_least,
     check_different,
     finish_axes,
     mean_and_deviation,
@@ -144,28 +144,34 @@ def make_run(config: Config, point: Point) -> Run:
 def read_run(run: Run, diverged: Diverged | None) -> dict:
     """The result of a run.
 
-    val    final validation loss; infinite if the run diverged
+    val    final validation loss; None if the run diverged
     steps  the steps at which the validation loss was measured
     vals   the validation loss at each
-    ms     milliseconds of the median step
+    ms     milliseconds of the median step; None if the first one diverged
     """
     # metrics.jsonl has an object per training step, and others for evaluations.
     steps, vals = read_stream(run.folder, "val")
     metrics = (run.folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in metrics]
+    step_times = [record["ms"] for record in records if "ms" in record]
     return dict(
-        # Infinite, so that a rate that diverged is never the best one
-        val=float("inf") if diverged else vals[-1],
+        val=None if diverged else vals[-1],
         steps=steps,
         vals=vals,
-        ms=statistics.median(record["ms"] for record in records if "ms" in record),
+        ms=statistics.median(step_times) if step_times else None,
     )
+
+
+def final_loss(study: StudyFolder, point: Point) -> float:
+    """Final validation loss of a run; infinite if it diverged, so that it is never the best."""
+    loss = study.results[point.name]["val"]
+    return math.inf if loss is None else loss
 
 
 def sweep_losses(config: Config, study: StudyFolder, optimizer: str) -> dict[float, float]:
     """Final loss of the first seed at each learning rate, in increasing order."""
     return {
-        lr: study.results[Point(optimizer, lr, 1.0, config.seeds[0]).name]["val"]
+        lr: final_loss(study, Point(optimizer, lr, 1.0, config.seeds[0]))
         for lr in sorted(config.learning_rates)
     }
 
@@ -173,7 +179,7 @@ def sweep_losses(config: Config, study: StudyFolder, optimizer: str) -> dict[flo
 def best_rate(config: Config, study: StudyFolder, optimizer: str) -> float:
     losses = sweep_losses(config, study, optimizer)
     best = min(losses, key=lambda lr: losses[lr])
-    if losses[best] == float("inf"):
+    if losses[best] == math.inf:
         raise UserError(f"{optimizer} diverged at every learning rate: give smaller ones")
     return best
 
@@ -183,7 +189,7 @@ def final_losses(
 ) -> list[float]:
     """The final loss of each seed."""
     points = [Point(optimizer, lr, fraction, seed) for seed in config.seeds]
-    return [study.results[point.name]["val"] for point in points]
+    return [final_loss(study, point) for point in points]
 
 
 def needed_fraction(fractions: list[float], losses: list[float], target: float) -> str:
@@ -207,7 +213,8 @@ def needed_fraction(fractions: list[float], losses: list[float], target: float) 
 def tokens_per_second(config: Config, study: StudyFolder, optimizer: str) -> float:
     """Of the median run's median step."""
     runs = [result for name, result in study.results.items() if name.startswith(optimizer)]
-    return config.total_batch_size / statistics.median(run["ms"] for run in runs) * 1000
+    step_times = [run["ms"] for run in runs if run["ms"] is not None]
+    return config.total_batch_size / statistics.median(step_times) * 1000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,7 +281,7 @@ def draw_sweep(ax: Axes, config: Config, study: StudyFolder):
 
 def draw_curves(ax: Axes, config: Config, study: StudyFolder, best: dict[str, float]):
     """Validation loss during training: AdamW's full runs, and Muon's shorter ones."""
-    lowest = float("inf")
+    lowest = math.inf
     for optimizer, color in COLORS.items():
         fractions = [1.0] if optimizer == "adamw" else sorted(config.step_fractions)
         # All curves of an optimizer share one entry in the legend.
@@ -294,7 +301,7 @@ def draw_fractions(ax: Axes, config: Config, study: StudyFolder, best: dict[str,
     fractions = sorted(config.step_fractions)
     for seed in config.seeds:
         points = [Point("muon", best["muon"], fraction, seed) for fraction in fractions]
-        losses = [study.results[point.name]["val"] for point in points]
+        losses = [final_loss(study, point) for point in points]
         label = f"muon, seed {seed}"
         ax.plot(fractions, losses, marker="o", color=COLORS["muon"], lw=0.8, label=label)
     ax.set(xlabel="fraction of AdamW's tokens", title="What Muon needs")

@@ -14,6 +14,7 @@ is in results.json is skipped, so an interrupted study resumes when its command 
 
 import fcntl
 import json
+import math
 import os
 import queue
 import signal
@@ -32,7 +33,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import checkpoint, runtime
-from common.console import Progress, UserError, say, write_atomically, write_text
+from common.console import Progress, UserError, check_at_least, say, write_atomically, write_text
 from common.optim import Diverged
 from common.runtime import Runtime, num_cores
 from common.shards import Shards
@@ -105,17 +106,8 @@ class SweepConfig(TrainingConfig):
         super().__post_init__()
         check_different(self, "learning_rates")
         check_at_least(self, 1, "T", "total_batch_size", "val_tokens")
-        if min(self.learning_rates) <= 0:
-            raise UserError(f"learning_rates is {self.learning_rates}: give values above 0")
-
-
-def check_at_least(config: StudyConfig, least: float, *names: str):
-    """Raise UserError if a flag, or one of its values, is too small."""
-    for name in names:
-        value = getattr(config, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if min(values) < least:
-            raise UserError(f"{name} is {value}, must be at least {least}")
+        if not all(0 < lr < math.inf for lr in self.learning_rates):
+            raise UserError(f"learning_rates is {self.learning_rates}: give finite values above 0")
 
 
 def check_different(config: StudyConfig, *names: str):

@@ -46,7 +46,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import checkpoint
-from common.console import Progress, UserError, cli, say, table, write_text
+from common.console import Progress, UserError, check_at_least, cli, say, table, write_text
 from common.optim import Diverged
 from common.runtime import Runtime
 from common.scoring import stream_loss
@@ -71,7 +71,6 @@ from experiments.sweep import (
     Run,
     StudyFolder,
     TrainingConfig,
-    check_at_least,
     finish_axes,
     mean_and_deviation,
     settings_of,
@@ -279,7 +278,7 @@ def validation_bytes(config: Config, folder: Path) -> int:
     lengths = [len(enc.decode_single_token_bytes(token)) for token in range(enc.eot_token)]
     bytes_of_token = np.array([*lengths, 0])  # the end-of-text token stands for no text
     val = open_shards(folder, "val")
-    tokens = val.read(0, 0, min(config.held_out_bytes, val.lengths[0]))
+    tokens = val.read_first(config.held_out_bytes)
     return int(bytes_of_token[tokens].sum())
 
 

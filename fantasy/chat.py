@@ -1,26 +1,78 @@
 """Answers from a chat model behind an OpenAI-compatible server.
 
-    async with ChatClient(key, base_url, model, max_tokens, timeout, max_retries, on_retry) as chat:
+    async with ChatClient(server, request, max_retries, on_retry) as chat:
         answer = await chat.ask([{"role": "user", "content": "Describe a place."}])
+
+Servers differ in what they call compatible. The differences are handled here:
+
+- `ChatClient` finds the path and the name of the token limit that the server knows.
+- `read_reply` reads answers in which any part may be missing.
+- `Connection` controls which requests are repeated and when; fantasy/failures.py finds the causes.
 
 OpenAI's client does the retries. It repeats a request after a connection error, a timeout, or the
 status 408, 409, 429 or 5xx, up to max_retries times. First it waits as long as the server asks in
-Retry-After (it gives up if that is more than two minutes), or else 0.5, 1, 2, 4, 8, 8, ... seconds,
-minus a random part of up to a quarter. `Connection` adds what the client lacks.
+Retry-After (up to ten minutes), or else 0.5, 1, 2, 4, 8, 8, ... seconds, minus a random part of up
+to a quarter.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
+from os import environ
 from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 import openai
 
-from common.console import UserError
+from common.console import UserError, say
+from fantasy.cleaning import without_reasoning
+from fantasy.failures import (
+    Mask,
+    Server,
+    diagnose,
+    hidden_error,
+    is_out_of_quota,
+    is_transient,
+    proxy_variables,
+    requested_wait,
+    retry_count,
+    server_message,
+    shown,
+    status_name,
+)
 
-# Error code of a 429 that waiting does not help against: the account has no money left.
-QUOTA = "insufficient_quota"
+# Two names of the limit of an answer's tokens. OpenAI's newer models know only the first one,
+# Mistral and many other servers only the second.
+LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 # Error codes of Azure and others for a prompt or an answer that their filter rejects.
 FILTERED = ("content_filter", "content_policy_violation")
+# Values of finish_reason, in lower case.
+CUT_OFF = ("length", "max_tokens", "model_length", "max_output_tokens")
+REFUSED = ("content_filter", "refusal", "safety", "recitation", "prohibited_content", "blocklist")
+
+CONNECT_TIMEOUT = 10  # seconds, if the timeout of a request is longer
+# Retries of a request that did not reach a chat model, before the first answer of a run. Later, the
+# settings are known to be right, and the failure may pass.
+EARLY_RETRIES = 3
+CLIENT_WAIT = 120  # seconds; OpenAI's client gives up if Retry-After is longer
+LONGEST_WAIT = 600  # seconds; this module gives up if Retry-After is longer
+
+
+class Request(NamedTuple):
+    """What all requests have in common."""
+
+    model: str
+    max_tokens: int  # limit of one answer
+    timeout: float  # seconds
+    temperature: float | None = None  # None = the server's default
+    extra_body: dict = {}  # additional fields
+
+
+class Dialect(NamedTuple):
+    """What a server must be asked in its way."""
+
+    base_url: str
+    limit_name: str
 
 
 class Answer(NamedTuple):
@@ -29,38 +81,45 @@ class Answer(NamedTuple):
     text: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    problem: str | None = None  # "refusal", "cut off" or "malformed"
+    # "refusal", "cut off", "only reasoning" (no text after it), "server error" or "malformed"
+    problem: str | None = None
+    detail: str = ""  # what is wrong with a malformed answer
 
 
 class ChatClient:
     """Sends requests to one model.
 
-    on_retry(failure, wait) is called when an attempt fails and may be repeated. `failure` is a
-    short name, such as "timeout", and `wait` the server's Retry-After header, "" without one.
+    on_retry(failure, message) is called when an attempt fails and may be repeated. `failure` is a
+    short name, such as "timeout", and `message` describes the failure in one line.
+
+    Raises UserError if the proxy settings in the environment can't be used.
     """
 
     def __init__(
         self,
-        key: str,
-        base_url: str | None,  # None = OpenAI
-        model: str,
-        max_tokens: int,  # limit of one answer
-        timeout: float,  # seconds
+        server: Server,
+        request: Request,
         max_retries: int,  # of one request
         on_retry: Callable[[str, str], None],
     ):
-        self.key = key
-        self.model = model
-        self.max_tokens = max_tokens
-        self.connection = Connection(on_retry)
+        self.request = request
+        self.hide = Mask(server)
+        base_url, query = split_url(server.base_url)
+        self.dialect = Dialect(base_url, LIMIT_NAMES[0])
+        self.connection = Connection(max_retries, self.hide, on_retry)
+        headers = dict(server.headers)
+        # Azure's older API takes the key from another header.
+        if "api-version" in query:
+            headers.setdefault("api-key", server.key)
         self.client = openai.AsyncOpenAI(
-            api_key=key,
+            api_key=server.key,
             base_url=base_url,
-            timeout=timeout,
+            default_query=query,
+            default_headers=headers,
+            timeout=openai.Timeout(request.timeout, connect=min(request.timeout, CONNECT_TIMEOUT)),
             max_retries=max_retries,
             http_client=self.connection,
         )
-        self.url = str(self.client.base_url)
 
     async def __aenter__(self) -> "ChatClient":
         return self
@@ -71,7 +130,7 @@ class ChatClient:
     async def ask(self, messages: list[dict]) -> Answer:
         """The answer to `messages`. Raises UserError when retries do not help or are used up."""
         try:
-            reply = await self.client.chat.completions.create(**self.build_request(messages))
+            reply = await self.complete(messages)
         except (openai.APIConnectionError, openai.APIStatusError) as error:
             # Other servers answer with finish_reason "content_filter"; read_reply handles those.
             if error.code in FILTERED:
@@ -79,76 +138,204 @@ class ChatClient:
             # Without the original exception, because its text may contain the key.
             raise UserError(self.explain(error)) from None
         except (openai.APIError, ValueError):  # not a chat completion, not JSON or not UTF-8
-            return Answer(problem="malformed")
+            return Answer(problem="malformed", detail="it is not JSON")
         finally:
             self.connection.forget(this_task())
-        return read_reply(reply)
+        answer = read_reply(reply, self.request.max_tokens)
+        return answer._replace(detail=self.hide(answer.detail))
 
-    def build_request(self, messages: list[dict]) -> dict:
+    async def complete(self, messages: list[dict]):
+        """A chat completion, in the server's dialect. Raises exceptions of OpenAI's client.
+
+        If the server does not know the path or the token limit, another one is tried. The dialect
+        that works is kept for the run.
+        """
+        dialect = self.dialect
+        first_error = None
+        while True:
+            client = self.client.with_options(base_url=dialect.base_url)
+            try:
+                reply = await client.chat.completions.create(
+                    **self.build_request(messages, dialect)
+                )
+                break
+            except openai.APIStatusError as error:
+                other = other_dialect(dialect, error.response)
+                if other is None:
+                    # If nothing else helped either, the first error belongs to the user's settings.
+                    if first_error and is_same_problem(first_error.response, error.response):
+                        raise first_error from None
+                    raise
+                dialect = other
+                first_error = first_error or error
+        # Other requests may have found the same in the meantime.
+        if dialect.base_url != self.dialect.base_url:
+            say(f"the server's API is at {shown(dialect.base_url)}: use that as base_url")
+        if dialect.limit_name != self.dialect.limit_name:
+            say(f"the server does not know {LIMIT_NAMES[0]}: sending {LIMIT_NAMES[1]} instead")
+        self.dialect = dialect
+        return reply
+
+    def build_request(self, messages: list[dict], dialect: Dialect) -> dict:
         """The fields of a chat completion request."""
-        return dict(model=self.model, messages=messages, max_completion_tokens=self.max_tokens)
+        fields: dict = dict(model=self.request.model, messages=messages)
+        # A limit in extra_body replaces this one.
+        if not any(name in self.request.extra_body for name in LIMIT_NAMES):
+            fields[dialect.limit_name] = self.request.max_tokens
+        if self.request.temperature is not None:
+            fields["temperature"] = self.request.temperature
+        return dict(fields, extra_body=self.request.extra_body)
 
     def explain(self, error: openai.APIConnectionError | openai.APIStatusError) -> str:
         """What went wrong, once OpenAI's client has given up, and what to do about it."""
-        # OpenAI's client counts the retries of a request in this header.
-        retries = int(error.request.headers.get("x-stainless-retry-count", 0))
-        after = f", after {retries} retries" if retries else ""
-        if isinstance(error, openai.APITimeoutError):
-            return f"{self.url}: timeout{after}"
+        url = shown(error.request.url)
+        retries = retry_count(error.request)
+        after = ""
+        if retries:
+            after = ", after 1 retry" if retries == 1 else f", after {retries} retries"
         if isinstance(error, openai.APIConnectionError):
-            return f"{self.url}: no connection{after}"
+            cause = error.__cause__ or error
+            return f"{url}: {self.hide(diagnose(cause, error.request).message)}{after}"
 
         # Errors that come back whenever the same request is sent.
+        response = error.response
         status = error.status_code
+        said = self.hide(server_message(response))
+        shown_status = response.extensions.get("name", status)
         if status == 401:
-            return f"{self.url} refuses the key (401): check OPENAI_API_KEY"
+            return f"{url} refuses the key (401): check OPENAI_API_KEY; the server says: {said}"
+        if status == 402 or is_out_of_quota(response):
+            return f"{url}: the account's quota is used up ({status}: {said})"
+        if is_path_missing(response):
+            return (
+                f"{url} is not a path for chat completions ({shown_status}): {said}; "
+                "check base_url, which often ends in /v1"
+            )
         if status == 404:
-            return f"{self.url} has no model {self.model!r} (404): {self.message(error)}"
-        if error.code == QUOTA:
-            return f"{self.url}: the account's quota is used up"
+            return f"{url} has no model {self.request.model!r} (404): {said}"
 
         # Errors that might pass, but did not before the retries were used up, or whose wait is too
-        # long for OpenAI's client.
+        # long.
         if is_transient(status):
-            wait = error.response.headers.get("retry-after")
+            wait = response.headers.get("retry-after")
             asked = f"; the server asks to wait (Retry-After: {wait})" if wait else ""
-            return f"{self.url}: {status_name(status)}{after}{asked}"
-        return f"{self.url} refuses the request ({status}): {self.message(error)}"
-
-    def message(self, error: openai.APIStatusError) -> str:
-        """What the server says, on one line and without the key, which some servers quote."""
-        return " ".join(error.message.replace(self.key, "***").split())[:300]
+            return f"{url}: {status_name(response)}{after}{asked}: {said}"
+        advice = ""
+        if re.search(r"max_(completion_)?tokens|context.{,3}(length|window|size)", said):
+            advice = ": lower max_answer_tokens"
+        return f"{url} refuses the request ({shown_status}): {said}{advice}"
 
     def stop(self):
         """End the tasks that wait to send a request. Answers that are on their way still arrive."""
         self.connection.stop()
 
 
-def read_reply(reply) -> Answer:
+def split_url(url: str) -> tuple[str, dict]:
+    """The base URL and the query in what a user gives, perhaps the full URL of a request."""
+    parts = urlsplit(url)
+    path = re.sub(r"/(chat(/completions)?|completions|responses|models)/?$", "", parts.path)
+    base_url = parts._replace(path=path.rstrip("/"), query="", fragment="").geturl()
+    query = parse_qs(parts.query, keep_blank_values=True)
+    return base_url, {name: values[-1] for name, values in query.items()}
+
+
+def other_dialect(dialect: Dialect, response) -> Dialect | None:
+    """What to try after the server has rejected a request, None if nothing is left to try."""
+    old_name = LIMIT_NAMES[0]
+    if dialect.limit_name == old_name and names_limit(response, old_name):
+        return dialect._replace(limit_name=LIMIT_NAMES[1])
+    if is_path_missing(response) and not re.search(r"/v\d\w*$", dialect.base_url):
+        return dialect._replace(base_url=dialect.base_url + "/v1")
+    return None
+
+
+def names_limit(response, name: str) -> bool:
+    """Does the server reject a request because of its token limit?"""
+    is_rejected = 400 <= response.status_code < 500 and response.status_code not in (401, 403, 429)
+    return is_rejected and name in response.text
+
+
+def is_path_missing(response) -> bool:
+    """Is it the URL that the server does not know, and not the model?"""
+    if response.extensions.get("name") == "web page":
+        return True
+    if response.status_code not in (404, 405):
+        return False
+    return not re.search("model|deployment", server_message(response), re.I)
+
+
+def is_same_problem(first, second) -> bool:
+    if is_path_missing(first):
+        return is_path_missing(second)
+    return names_limit(first, LIMIT_NAMES[0]) and names_limit(second, LIMIT_NAMES[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+def read_reply(reply, max_tokens: int) -> Answer:
     """The parts of a chat completion that are used here.
 
     Servers of all kinds claim to be compatible, so any part may be missing or have another type.
     """
+    # `reply` is a plain string if the server did not send JSON, and any JSON value if it did.
+    # Some servers do not count tokens. The costs that are shown are then too low.
+    usage = getattr(reply, "usage", None)
+    prompt_tokens = count(usage, "prompt_tokens")
+    completion_tokens = count(usage, "completion_tokens")
+    answer = Answer("", prompt_tokens, completion_tokens)
     try:
-        # `reply` is a plain string if the server sent HTML, and `choices` may be empty.
         choice = reply.choices[0]
-        text = (choice.message.content or "").strip()
+        message = choice.message
+        content = text_of(message.content)
         # Half of a surrogate pair is valid JSON, but can't be written to a file: ValueError.
-        text.encode()
-        # Some servers do not count tokens. The costs that are shown are then too low.
-        prompt_tokens = completion_tokens = 0
-        if reply.usage:
-            prompt_tokens = int(reply.usage.prompt_tokens)
-            completion_tokens = int(reply.usage.completion_tokens)
+        content.encode()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        excerpt = reply[:200] if isinstance(reply, str) else "it has no choices with a message"
+        return answer._replace(problem="malformed", detail=excerpt)
 
-        problem = None
-        if choice.message.refusal or choice.finish_reason == "content_filter":
-            problem = "refusal"
-        elif choice.finish_reason == "length":
-            problem = "cut off"
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return Answer(problem="malformed")
-    return Answer(text, prompt_tokens, completion_tokens, problem)
+    text = without_reasoning(content)
+    finish_reason = str(getattr(choice, "finish_reason", "")).lower()
+    details = getattr(usage, "completion_tokens_details", None)
+    has_reasoning = (
+        bool(content.strip() and not text)
+        or bool(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
+        or count(details, "reasoning_tokens") > 0
+    )
+    problem = None
+    if getattr(message, "refusal", None) or finish_reason in REFUSED:
+        problem = "refusal"
+    elif finish_reason == "error":
+        problem = "server error"
+    elif not text and has_reasoning:
+        problem = "only reasoning"
+    elif finish_reason in CUT_OFF or (not text and completion_tokens >= max_tokens):
+        problem = "cut off"
+    return answer._replace(text=text, problem=problem)
+
+
+def count(usage, name: str) -> int:
+    """A number of tokens, 0 if the server does not say it."""
+    value = usage.get(name) if isinstance(usage, dict) else getattr(usage, name, None)
+    try:
+        return max(0, int(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def text_of(content) -> str:
+    """The text of a message, whose content is a string, None or a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content.strip()
+    # Other parts, of type "thinking" for example, have no text of the answer.
+    return "".join(part["text"] for part in content if part.get("type") == "text").strip()
+
+
+# ---------------------------------------------------------------------------------------------
+# Requests
 
 
 class Connection(openai.DefaultAsyncHttpxClient):
@@ -157,7 +344,10 @@ class Connection(openai.DefaultAsyncHttpxClient):
     It adds to the client's retries:
 
     - it reports every failure when it happens, because the waits can be minutes;
-    - an exhausted quota is not retried, although its status is 429;
+    - failures that do not pass are not retried: an exhausted quota, although its status is 429, or
+      an unknown host;
+    - an error or a web page with status 200 gets the status that it should have;
+    - it waits up to ten minutes if the server asks for it, not only two;
     - a rate limit stops all requests, not only the one that met it. That one waits and is repeated
       as OpenAI's client sees fit; the others follow when it has passed:
 
@@ -167,9 +357,30 @@ class Connection(openai.DefaultAsyncHttpxClient):
     - `stop` ends the waits, so that an error that ends the run is reported at once.
     """
 
-    def __init__(self, on_retry: Callable[[str, str], None]):
-        super().__init__()
+    def __init__(self, max_retries: int, hide: Mask, on_retry: Callable[[str, str], None]):
+        try:
+            super().__init__()
+        except ImportError as error:
+            raise UserError(
+                f"{' or '.join(proxy_variables())} names a SOCKS proxy: for this, pip install "
+                "socksio; or unset the variable"
+            ) from error
+        except OSError as error:  # no such file, or no certificates in it
+            variables = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if environ.get(name)]
+            raise UserError(
+                f"{' or '.join(variables) or 'TLS'} is not valid ({error.strerror or error})"
+            ) from error
+        except Exception as error:
+            # Without the value, which may contain a password.
+            if not proxy_variables():
+                raise
+            raise UserError(
+                f"{' or '.join(proxy_variables())} is not valid: give a proxy like http://host:8080"
+            ) from error
+        self.max_retries = max_retries
+        self.hide = hide
         self.on_retry = on_retry
+        self.has_answered = False  # has there been a chat completion?
         self.limited: asyncio.Task | None = None  # the task whose request met the rate limit
         self.limit_passed = asyncio.Event()
         self.waiting: set[asyncio.Task] = set()  # tasks with no request on its way
@@ -187,16 +398,36 @@ class Connection(openai.DefaultAsyncHttpxClient):
         try:
             response = await super().send(request, **kwargs)
         except Exception as error:
-            # Recognized by name, to avoid importing the HTTP library that OpenAI's client uses.
-            is_timeout = "Timeout" in type(error).__name__
-            self.failed(task, "timeout" if is_timeout else "no connection", "")
+            failure = diagnose(error, request)
+            # OpenAI's client repeats a request after all errors but those of its type.
+            if not self.is_worth_a_retry(request, failure.may_pass):
+                raise openai.APIConnectionError(request=request) from error
+            self.failed(task, request, failure.name, failure.message)
             raise
 
-        # A 429 is retried unless the server forbids it, which some forget for an exhausted quota.
+        if response.is_success:
+            self.unmask(response)
+        await self.handle_status(task, request, response)
+        return response
+
+    def unmask(self, response):
+        """Give an error that hides behind status 200 the status that it should have."""
+        hidden = hidden_error(response, self.has_answered)
+        if hidden:
+            response.status_code, response.extensions["name"] = hidden
+        else:
+            self.has_answered = True
+
+    async def handle_status(self, task: asyncio.Task, request, response):
+        """Decide whether the request is repeated, report it, and hold back others if necessary."""
         status = response.status_code
-        if status == 429 and QUOTA in response.text:
-            response.headers["x-should-retry"] = "false"  # OpenAI's client obeys this header
-            return response
+        # OpenAI's client obeys this header. A hidden error is retried as if there were no answer.
+        may_pass = is_transient(status) and not is_out_of_quota(response)
+        is_hidden = "name" in response.extensions
+        if not may_pass or (is_hidden and not self.is_worth_a_retry(request, may_pass)):
+            response.headers["x-should-retry"] = "false"
+            self.release(task)
+            return
 
         # The first request that meets the limit tries when it has passed. Any other answer to its
         # retry, even an error, shows that it has.
@@ -205,13 +436,31 @@ class Connection(openai.DefaultAsyncHttpxClient):
             self.limit_passed.clear()
         if status != 429:
             self.release(task)
-        if is_transient(status):
-            self.failed(task, status_name(status), response.headers.get("retry-after", ""))
-        return response
+        asked = response.headers.get("retry-after", "")
+        self.failed(task, request, status_name(response), server_message(response), asked)
 
-    def failed(self, task: asyncio.Task, failure: str, wait: str):
+        # OpenAI's client would refuse a longer wait, so the first part of it is spent here.
+        wait = requested_wait(response)
+        if CLIENT_WAIT < wait <= LONGEST_WAIT and retry_count(request) < self.max_retries:
+            await asyncio.sleep(wait - CLIENT_WAIT)
+            response.headers["retry-after"] = str(CLIENT_WAIT)
+
+    def is_worth_a_retry(self, request, may_pass: bool) -> bool:
+        """Is a request repeated that did not reach a chat model?"""
+        return self.has_answered or (may_pass and retry_count(request) < EARLY_RETRIES)
+
+    def failed(self, task: asyncio.Task, request, name: str, message: str, asked: str = ""):
         """Report a failed attempt, after which OpenAI's client waits or gives up."""
-        self.on_retry(failure, wait)
+        wait = f" (Retry-After: {asked})" if asked else ""
+        is_early = not self.has_answered and not re.search("status [45]|rate limit", name)
+        retries = min(EARLY_RETRIES, self.max_retries) if is_early else self.max_retries
+        said = self.hide(message)
+        details = "" if said == name else f": {said}"
+        self.on_retry(
+            name,
+            f"{shown(request.url)}: {name}{wait}{details}; a request is retried up to "
+            f"{retries} times",
+        )
         self.waiting.add(task)
         # `stop` could not cancel this task while its request was on its way.
         if self.stopped:
@@ -238,12 +487,3 @@ def this_task() -> asyncio.Task:
     task = asyncio.current_task()
     assert task, "called outside a coroutine"
     return task
-
-
-def is_transient(status: int) -> bool:
-    """Does OpenAI's client repeat a request with this HTTP status?"""
-    return status in (408, 409, 429) or status >= 500
-
-
-def status_name(status: int) -> str:
-    return "rate limit (429)" if status == 429 else f"status {status}"

@@ -5,7 +5,7 @@ with DescriptionStore("datasets", offline=False) as store:
         store.add(seed, text, prompt_tokens, completion_tokens, model)
     store.write_text()
 
-descriptions = read_descriptions("datasets/finetune_data.txt")  # for finetune.py
+finetune.py reads the text file, see common/finetune_data.py.
 """
 
 import fcntl
@@ -17,12 +17,10 @@ from pathlib import Path
 
 from common import console
 from common.console import UserError
+from common.finetune_data import CLOSE, OPEN
 from common.tokenizer import load_tokenizer
 from fantasy.locations import PromptSeed
 
-# The delimiters around each description in the text file.
-OPEN = "<LOC>"
-CLOSE = "</LOC>"
 # What no description may contain: the delimiters in any case, and GPT-2's end-of-text token.
 DELIMITER = re.compile(r"</?loc>|<\|endoftext\|>", re.I)
 
@@ -278,43 +276,3 @@ def spread(numbers: list[int]) -> str:
         f"{sum(numbers):,} in all, {min(numbers):,} min / {mean:,.1f} mean / {max(numbers):,} max "
         "per description"
     )
-
-
-def read_descriptions(path: str | Path) -> list[str]:
-    """The <LOC> ... </LOC> blocks of a text file, including their delimiters.
-
-    Raises UserError, with the line, if opening and closing delimiters do not alternate or there are
-    fewer than two blocks, and FileNotFoundError if there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}: write it with generate_finetune_data.py (--offline needs no network)"
-        )
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
-
-    # Delimiters must alternate: each opens a block or closes the one that is open. Text between
-    # the blocks is ignored.
-    blocks = []
-    start = None  # position of the delimiter that opened the current block, None between blocks
-    for delimiter in re.finditer(f"{OPEN}|{CLOSE}", text):
-        expected = OPEN if start is None else CLOSE
-        if delimiter[0] != expected:
-            line = text.count("\n", 0, delimiter.start()) + 1
-            raise UserError(f"{path}, line {line}: {delimiter[0]} where {expected} was expected")
-        if start is None:
-            start = delimiter.start()
-        else:
-            blocks.append(text[start : delimiter.end()])
-            start = None
-    if start is not None:
-        raise UserError(f"{path}: the last {OPEN} is not closed")
-    if len(blocks) < 2:
-        raise UserError(
-            f"{path} holds {len(blocks)} descriptions between {OPEN} and {CLOSE}; "
-            "at least two are needed"
-        )
-    return blocks

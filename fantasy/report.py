@@ -4,7 +4,10 @@ write_report measures both models and writes three files to the run's folder:
 
     report.md                       the figures in a table, and what they mean
     report.json                     the same figures for programs
-    final_gens_after_finetune.txt   descriptions sampled from the finetuned model
+    final_gens_after_finetune.txt   texts sampled from the finetuned model
+
+If the model was trained on <LOC> ... </LOC> blocks, samples start with <LOC>, and one of the
+figures is how many are well-formed blocks. Otherwise they start from the end-of-text token alone.
 """
 
 import json
@@ -12,33 +15,35 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.checkpoint import load_model
+from common.checkpoint import load_model, not_finite_error
 from common.console import Progress, UserError, say, table, write_atomically, write_text
+from common.finetune_data import CLOSE, OPEN, is_tagged
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import open_shards, shards_tokenizer
 from common.tokenizer import tokenizer_to_text
-from fantasy.descriptions import CLOSE, OPEN
 from model import GPT
 
 SAMPLES = "final_gens_after_finetune.txt"
 LONG_RUN = 12  # words; a copied run above this length is more than a common phrase
+DELIMITED = "delimited, share of samples"  # only if the training texts are blocks
 
 # The figures in the order of the report: name, format, meaning.
 FIGURES = (
     (
         "held-out perplexity",
         ".2f",
-        "exp of the mean loss per token on descriptions that were not trained on. Lower is better.",
+        "exp of the mean loss per token on texts that were not trained on. Lower is better.",
     ),
     (
-        "delimited, share of samples",
+        DELIMITED,
         ".1%",
         f"samples with one `{OPEN}`, at the start, and one `{CLOSE}`.",
     ),
@@ -85,7 +90,7 @@ def write_report(
 ):
     """Measure the model before and after finetuning, and write the report's files to out_dir.
 
-    config is finetune.Config, finetuned a checkpoint, training the descriptions trained on, and
+    config is finetune.Config, finetuned a checkpoint, training the texts trained on, and
     val_tokens the held-out ones as one stream of token ids.
     """
     out_dir = Path(config.out_dir)
@@ -95,23 +100,26 @@ def write_report(
     after, samples = measure_model(config, finetuned, *data, rt)
     write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
 
-    # The table of figures, for the screen and for report.md
+    # The table of figures, for the screen and for report.md, and what each figure means
     rows = []
-    for name, spec, _ in FIGURES:
-        rows.append((name, show(base[name], spec), show(after[name], spec)))
+    meanings = []
+    for name, spec, meaning in FIGURES:
+        if name in base:
+            rows.append((name, show(base[name], spec), show(after[name], spec)))
+            meanings.append(f"- **{name}**: {meaning}\n")
     figures = table(("", "before finetuning", "after finetuning"), rows)
 
-    # report.md adds what was compared, and what each figure means.
-    meanings = "\n".join(f"- **{name}**: {meaning}" for name, _, meaning in FIGURES)
+    # report.md adds what was compared.
+    start = f"`{OPEN}`" if is_tagged(training) else "the end-of-text token"
     write_text(
         out_dir / "report.md",
         f"# Before and after finetuning\n\n"
-        f"`{config.init_from}` was finetuned on {len(training)} descriptions from "
+        f"`{config.init_from}` was finetuned on {len(training)} texts from "
         f"`{config.data}`; the result is `{finetuned}`. Both models wrote {config.num_samples} "
-        f"samples that start with `{OPEN}`.\n\n{figures}\n\n{meanings}\n\n"
+        f"samples that start with {start}.\n\n{figures}\n\n{''.join(meanings)}\n"
         f"The samples of the finetuned model are in `{out_dir / SAMPLES}`.\n",
     )
-    both = dict(base=base, finetuned=after)
+    both = dict(base=finite_or_none(base), finetuned=finite_or_none(after))
     write_text(out_dir / "report.json", json.dumps(both, indent=1) + "\n")
     say(f"{figures}\n{out_dir}/report.md, {out_dir}/{SAMPLES}")
 
@@ -124,20 +132,28 @@ def measure_model(
     general_tokens: np.ndarray | None,
     rt: Runtime,
 ) -> tuple[dict[str, float | None], list[str]]:
-    """Return a model's figures by name (None if not available), and its samples."""
+    """Return a model's figures by name (None if not available), and its samples.
+
+    Raises UserError if the model computes values that are not finite.
+    """
     model, enc = load_model(name)
     model.to(rt.device).eval()
-    samples = draw_samples(model, enc, config.num_samples, config.seed, rt)
+    prompt = enc.encode_ordinary(OPEN) if is_tagged(training) else [enc.eot_token]
+    samples = draw_samples(model, enc, prompt, config.num_samples, config.seed, rt)
 
     # In windows of T tokens, as during finetuning, so that the loss is that of the log.
     held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
-    figures = {"held-out perplexity": perplexity(held_out_loss)}
+    if not math.isfinite(held_out_loss):
+        raise not_finite_error(model)
+    figures: dict[str, float | None] = {"held-out perplexity": perplexity(held_out_loss)}
     figures |= measure_samples(samples, training)
 
     # In windows of the whole context, as in pretraining.
     figures["general perplexity"] = None
     if general_tokens is not None:
         general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
+        if not math.isfinite(general_loss):
+            raise not_finite_error(model)
         figures["general perplexity"] = perplexity(general_loss)
     return figures, samples
 
@@ -147,36 +163,51 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 99 else math.inf
 
 
+def finite_or_none(record: dict) -> dict:
+    """A record for a JSON file: JSON has no infinity and no NaN, so they become null."""
+    result = {}
+    for name, value in record.items():
+        is_number = isinstance(value, float)
+        result[name] = None if is_number and not math.isfinite(value) else value
+    return result
+
+
 def show(value: float | None, spec: str) -> str:
     return "not available" if value is None else format(value, spec)
 
 
 def draw_samples(
-    model: GPT, enc: tiktoken.Encoding, count: int, seed: int, rt: Runtime
+    model: GPT, enc: tiktoken.Encoding, prompt: list[int], count: int, seed: int, rt: Runtime
 ) -> list[str]:
-    """Samples that start with <LOC>, of up to 300 tokens or until the model ends its text."""
-    prompt = enc.encode_ordinary(OPEN)
+    """Samples that start with the prompt, of up to 300 tokens or until the model ends its text.
+
+    An end-of-text token in the prompt is not part of the samples.
+    """
+    start = enc.decode([token for token in prompt if token != enc.eot_token])
     max_tokens = min(300, model.config.block_size - len(prompt))
     # Slightly sharper than the model's own distribution: less noise, still varied.
-    options = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
+    options: dict[str, Any] = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
     samples = []
     with Progress(total=count, desc="sampling", unit="sample", leave=False) as bar, rt.autocast():
         while len(samples) < count:
             # In batches, to bound the memory of the KV cache; each batch has a different seed.
             batch = [prompt] * min(16, count - len(samples))
-            outputs = model.generate(batch, max_tokens, seed=seed + len(samples), **options)
-            samples += [OPEN + enc.decode(output) for output in outputs]
+            try:
+                outputs = model.generate(batch, max_tokens, seed=seed + len(samples), **options)
+            except FloatingPointError as error:
+                raise not_finite_error(model) from error
+            samples += [start + enc.decode(output) for output in outputs]
             bar.update(len(batch))
     return samples
 
 
 def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.ndarray | None:
-    """The first `count` predicted tokens of a validation shard, (count + 1,).
+    """The first `count` predicted tokens of the validation shards, (count + 1,).
 
     None, with a message, if there are no shards or they were made with another tokenizer.
     """
     try:
-        shards = open_shards(folder, "val")
+        tokens = open_shards(folder, "val").read_first(count + 1)
         shards_enc = shards_tokenizer(folder)
     except (OSError, UserError) as error:
         say(f"no general perplexity: {error}")
@@ -184,7 +215,7 @@ def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.nda
     if tokenizer_to_text(shards_enc) != tokenizer_to_text(enc):
         say(f"no general perplexity: {folder} was made with another tokenizer")
         return None
-    return shards.read(0, 0, min(count + 1, shards.lengths[0]))
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,12 +223,14 @@ def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.nda
 
 
 def measure_samples(samples: list[str], training: list[str]) -> dict[str, float]:
-    """The figures that need no model: delimiters, variety, repetition, and copying."""
+    """The figures that need no model: variety, repetition, copying, and delimiters if any."""
     texts = [split_words(sample) for sample in samples]
     index = WordIndex([split_words(text) for text in training])
     copied = [index.longest_copied_run(text) for text in texts]
-    return {
-        "delimited, share of samples": mean([is_delimited(sample) for sample in samples]),
+    figures = {}
+    if is_tagged(training):
+        figures[DELIMITED] = mean([is_delimited(sample) for sample in samples])
+    return figures | {
         "distinct-1": distinct(texts, 1),
         "distinct-2": distinct(texts, 2),
         "repeated 4-grams, share": mean([repeated(text, 4) for text in texts]),

@@ -11,21 +11,12 @@
 #
 # Run it again to resume it after an interruption: finished parts are not repeated.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+# shellcheck source=runs/common.sh
+source "$(dirname "$0")/common.sh"
 
 MODEL=${1:-log/quickstart/model_final.pt}
 OUT=${2:-log/fantasy}
 [ $# -gt 0 ] || [ -f "$MODEL" ] || { echo "error: no $MODEL: run quickstart.sh first" >&2; exit 1; }
-[ ! -d .venv ] || PATH="$PWD/.venv/bin:$PATH"
-
-run() {
-    printf '\n$'
-    for word in "$@"; do
-        [[ $word =~ ^[[:alnum:]_./-]+$ ]] && printf ' %s' "$word" || printf " '%s'" "$word"
-    done
-    echo
-    "$@"
-}
 
 # Descriptions of the grammar and of a model can't be mixed, hence the two folders.
 if [ -n "${OPENAI_API_KEY:-}" ]; then
@@ -41,6 +32,7 @@ run python finetune.py --init_from "$MODEL" --data $DATA/finetune_data.txt --out
     --T 256 --total_batch_size 4096 --search_epochs 1 --dropout 0 --num_samples 20 \
     --general_data datasets/pydoc
 
+# shellcheck disable=SC2012 # the folder names have no odd characters
 BEST=$(ls -t "$OUT"/final_lr_*/model_best.pt | head -n 1)
 [ "$OUT/samples.txt" -nt "$BEST" ] ||
     run python sample.py --model "$BEST" --prompt "<LOC>" --num_samples 3 --max_tokens 200 \

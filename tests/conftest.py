@@ -6,9 +6,12 @@ Some tests use larger data if ../shared/data (or $TEST_DATA) exists, and are ski
 import argparse
 import inspect
 import logging
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import typing
 from pathlib import Path
 
@@ -73,10 +76,48 @@ def pair(reference_folder):
     return random_reference(), load_pretrained(reference_folder).eval()
 
 
+# Importing torch takes seconds. The fork server does it once per test worker, before it has any
+# threads; a command then starts as a fork of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["preload"])
+
+
 def command(*words, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script as a user would, from the repository's root."""
-    argv = [sys.executable, *map(str, words)]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    """Run a script from the repository's root, as a user would: `command("sample.py", "--help")`.
+
+    With arguments of subprocess.run (env, input, ...) it starts as a new Python instead of a fork.
+    """
+    argv = [str(word) for word in words]
+    if kwargs or argv[0] == "-m" and argv[1].startswith("torch."):
+        new_python = [sys.executable, *argv]
+        options = dict(cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return subprocess.run(new_python, **options | kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = FORKS.Process(target=run_script, args=(argv, dict(os.environ), out, err))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"{argv} takes more than 300 s")
+        return subprocess.CompletedProcess(argv, process.exitcode, out.read_text(), err.read_text())
+
+
+def run_script(argv: list[str], environment: dict, out: Path, err: Path):
+    """What a fork of the fork server does in the place of `python ARGV`."""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, stream.fileno())
+    sys.argv = argv
+    sys.path.insert(0, str(ROOT))
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 def ok(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

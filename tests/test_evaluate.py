@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import command, ok, one_line
@@ -73,6 +74,39 @@ def test_an_unknown_benchmark_is_rejected():
         evaluate.Config(benchmarks=("hellaswag", "hella"))
 
 
+@pytest.mark.parametrize("name", ["limit", "val_tokens", "B"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_flags_below_their_range_are_rejected(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}, must be at least 1"):
+        evaluate.Config(**{name: value})
+
+
+def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys):
+    broken = torch.load(folder / "model.pt")
+    broken["model"]["h.1.attn.c_proj.weight"][3, 4] = torch.nan
+    torch.save(broken, tmp_path / "broken.pt")
+    # An older version stored this result.
+    stored = dict(model="old.pt", benchmark="lambada", metrics=[vars(Metric("accuracy", math.nan))])
+    (tmp_path / "evaluation.json").write_text(json.dumps([stored]))
+    config = evaluate.Config(
+        models=(str(tmp_path / "broken.pt"),),
+        hellaswag_data=str(folder / "hellaswag.jsonl"),
+        lambada_data=str(folder / "lambada.jsonl"),
+        cbt_data=str(folder),
+        val_data=str(data_dir),
+        val_tokens=500,
+        limit=2,
+        out_dir=str(tmp_path),
+        device="cpu",
+    )
+    with pytest.raises(UserError, match="nothing could be evaluated"):
+        evaluate.main(config)
+    reason = f"{tmp_path}/broken.pt is broken: its tensor h.1.attn.c_proj.weight is not finite"
+    assert capsys.readouterr().out.count(reason) == len(evaluate.NAMES)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == []
+    assert (tmp_path / "evaluation.md").read_text().count("not available") == len(evaluate.NAMES)
+
+
 def test_every_benchmark_has_a_flag_for_its_data():
     config = evaluate.Config()
     for name in evaluate.NAMES:
@@ -91,6 +125,24 @@ def test_published_losses_only_stand_beside_fineweb_edu(tmp_path, data_dir):
     table = evaluate.results_table([result], dict(val=benchmark))
     assert "gpt2, published" in table
     assert "3.2924" in table
+
+
+def test_the_validation_loss_is_on_all_shards_of_the_split(tmp_path):
+    for n, split in enumerate(("val", "train", "val")):
+        np.save(tmp_path / f"text_{split}_{n}.npy", np.full(10, n, np.uint16))
+    text = evaluate.load_validation(str(tmp_path), 14)
+    assert text.tokens.tolist() == [0] * 10 + [2] * 5
+    fingerprint = evaluate.validation_fingerprint(str(tmp_path))
+    np.save(tmp_path / "text_val_2.npy", np.full(10, 3, np.uint16))
+    assert evaluate.validation_fingerprint(str(tmp_path)) != fingerprint
+
+
+def test_validation_tokens_without_text_are_an_error(data_dir):
+    text = evaluate.load_validation(str(data_dir), 399)
+    text.tokens = np.full(5, text.enc.eot_token)
+    model = GPT(GPTConfig(vocab_size=384, n_layer=1, n_head=1, n_embd=8, block_size=32))
+    with pytest.raises(UserError, match="hold no text"):
+        evaluate.evaluate_validation(model, text.enc, text, CPU, B=8)
 
 
 def test_bits_per_byte_by_hand_with_either_tokenizer(data_dir):

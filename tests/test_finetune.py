@@ -1,5 +1,6 @@
 """Finetuning as a user runs it: batches, search, final run, resuming, and wrong input."""
 
+import itertools
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +19,13 @@ from torch.nn import functional as F
 
 import finetune
 from common import checkpoint
-from common.console import UserError
+from common.console import UserError, lock_folder
+from common.finetune_data import read_texts
 from common.optim import Diverged, make_optimizer, train_step
 from common.runtime import Runtime
 from common.tokenizer import train_tokenizer
 from dataloader import FinetuneLoader
 from experiments.pruning import prune_heads
-from fantasy.descriptions import read_descriptions
 from model import GPT, IGNORE, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -37,6 +39,8 @@ SETTINGS = dict(
     device="cpu", dtype="float32", T=32, B=4, total_batch_size=512, num_epochs=3, search_epochs=1,
     learning_rates=(1e-3, 1e-2), num_samples=3, general_data="none",
 )  # fmt: skip
+
+SHORT = dict(learning_rates=(1e-3,), num_epochs=1)  # no search
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +92,24 @@ def logged_steps(folder: Path, stream: str) -> list[int]:
 # Data and batches
 
 
-def test_descriptions_are_split_at_random_before_they_are_joined(folder):
-    blocks = read_descriptions(folder / "data.txt")
+def test_texts_are_split_at_random_before_they_are_joined(folder):
+    blocks = read_texts(folder / "data.txt")
     assert blocks == BLOCKS
     training, held_out = finetune.split(blocks, seed=1)
     assert (len(training), len(held_out)) == (54, 6)
     assert sorted(training + held_out) == sorted(blocks)
     assert finetune.split(blocks, seed=1) == (training, held_out)
     assert finetune.split(blocks, seed=2)[1] != held_out
+
+
+def test_of_a_few_long_texts_the_last_tenth_is_held_out():
+    training, held_out = finetune.split(["one two three four five six seven 8", "x" * 20, "y"], 1)
+    assert training == ["one two three four five six seven", "x" * 18, "y"]
+    assert held_out == [" 8", "xx"]
+    # Blocks are not cut, and of ten texts one is held out.
+    assert finetune.split(BLOCKS[:5], 1)[1][0] in BLOCKS
+    texts = [f"text number {n}" for n in range(10)]
+    assert finetune.split(texts, 1)[1][0] in texts
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -203,7 +217,7 @@ def test_the_best_model_is_an_ordinary_checkpoint_with_the_lowest_loss(whole):
 
 
 def test_an_existing_run_is_not_overwritten(folder, whole, tmp_path):
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match="already holds a run: --resume it"):
         run(folder, whole)
     with pytest.raises(UserError, match="dropout=0.1, not 0.2"):
         run(folder, whole, resume=True, dropout=0.2)
@@ -286,10 +300,100 @@ def test_the_search_records_divergence_and_patience_stops_early(folder, tmp_path
 
 
 def test_divergence_ends_the_run(folder, tmp_path):
-    with pytest.raises(UserError, match="training diverged at every learning rate"):
+    with pytest.raises(UserError, match="diverged at every learning rate: --resume with lower"):
         run(folder, tmp_path / "search", learning_rates=(1e6, 1e7), grad_clip=0)
+    # The advice works, and every file that programs read is valid JSON.
+    run(folder, tmp_path / "search", learning_rates=(1e6, 1e-2), grad_clip=0, resume=True)
+    results = strict_json(tmp_path / "search" / "finetune_hyperparameter_search.json")
+    assert [result["status"] for result in results] == ["trained", "diverged", "diverged"]
+    assert results[1]["val_loss"] is None
     with pytest.raises(Diverged, match="epoch 1, step .* lower learning rate"):
         run(folder, tmp_path / "final", learning_rates=(1e6,), grad_clip=0)
+
+
+def test_data_that_teaches_nothing_is_a_warning(folder, tmp_path, capsys, monkeypatch):
+    """A loss slightly above the start is no divergence: the best rate is taken."""
+    losses = itertools.count(5.0, 0.001)  # before finetuning, and after each training
+    monkeypatch.setattr(finetune.Finetuner, "validate", lambda self: next(losses))
+    run(folder, tmp_path / "out", learning_rates=(1e-4, 1e-3), num_epochs=1)
+    results = strict_json(tmp_path / "out" / "finetune_hyperparameter_search.json")
+    assert {result["status"] for result in results} == {"trained"}
+    out = capsys.readouterr().out
+    assert out.count("the data taught the model nothing new") == 2, "of the search and the run"
+    assert "final_lr_0.0001/model_best.pt" in out
+
+
+def test_a_learning_rate_far_above_the_start_has_diverged(folder, tmp_path, monkeypatch):
+    losses = iter([6.0, math.nan, 7.1, 6.9])
+    tuner = SimpleNamespace(
+        rt=CPU, reset=lambda: None, config=finetune.Config(**settings(folder, tmp_path))
+    )
+    tuner.train = lambda *_: [dict(epoch=1, step=9, train_loss=5.0, val_loss=next(losses))]
+    tuner.config.learning_rates = (1e-4, 1e-3, 1e-2, 1e-1)
+    assert finetune.search(tuner, 6.0) == 1e-4
+    path = tmp_path / "finetune_hyperparameter_search.json"
+    expected = ["trained", "diverged", "diverged", "trained"]
+    assert [result["status"] for result in strict_json(path)] == expected
+    # A resumed search reads the results, and judges them by the same rule.
+    assert finetune.search(tuner, 5.95) == 1e-4
+    assert [result["status"] for result in strict_json(path)] == expected
+
+
+def strict_json(path: Path):
+    """The content of a JSON file without Infinity and NaN, which are not part of JSON."""
+
+    def reject(name: str):
+        raise AssertionError(f"{path} contains {name}")
+
+    return json.loads(path.read_text(), parse_constant=reject)
+
+
+def test_prompts_and_completions_are_finetuned_on(folder, tmp_path):
+    lines = [json.dumps(dict(prompt="The", completion=" ".join(words))) for words in WORDS]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    run(folder, tmp_path / "out", data=str(tmp_path / "data.jsonl"), **SHORT)
+    report = strict_json(tmp_path / "out" / "report.json")
+    assert "delimited, share of samples" not in report["base"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "finetuned on 54 texts" in text
+    assert "samples that start with the end-of-text token" in text
+    assert "<LOC>" not in text
+
+
+def test_a_single_long_text_is_finetuned_on(folder, tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "book.txt").write_text("\n".join(" ".join(words) for words in WORDS))
+    run(folder, tmp_path / "out", data=str(tmp_path / "books"), **SHORT)
+    assert re.search(r"1 texts \([\d,]+ tokens\) to train on, 1 \(", capsys.readouterr().out)
+    with pytest.raises(UserError, match="holds a run with separator=, not "):
+        changes = dict(data=str(tmp_path / "books"), separator="\\n", resume=True)
+        run(folder, tmp_path / "out", **changes, **SHORT)
+
+
+def test_a_separator_may_be_written_with_backslashes(folder, tmp_path, capsys):
+    (tmp_path / "data.txt").write_text("\n".join(" ".join(words) for words in WORDS))
+    run(folder, tmp_path / "out", data=str(tmp_path / "data.txt"), separator="\\n", **SHORT)
+    assert "54 texts (" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_finite_is_rejected(folder, tmp_path):
+    broken = checkpoint.load(folder / "model.pt")
+    broken["model"]["h.1.mlp.c_fc.bias"][3] = math.nan
+    path = tmp_path / "broken.pt"
+    checkpoint.save(path, broken)
+    for changes in ({}, dict(lora_rank=2)):
+        with pytest.raises(
+            UserError, match=r"broken.pt is broken: its tensor h.1.mlp.c_fc.\S*bias"
+        ):
+            run(folder, tmp_path / "out", init_from=str(path), **changes)
+    # Nothing was written that stands in the way of a run with another model.
+    run(folder, tmp_path / "out", **SHORT)
+
+
+def test_a_second_run_in_the_same_folder_is_rejected(folder, tmp_path):
+    with lock_folder(tmp_path), pytest.raises(UserError, match="in use by process .* on "):
+        run(folder, tmp_path)
+    run(folder, tmp_path, **SHORT)
 
 
 def test_a_pruned_model_keeps_its_shape(folder, tmp_path):
@@ -312,8 +416,10 @@ ALL = "\n".join(BLOCKS)
 # name: text of the data file (None = no file), changed settings, part of the message
 WRONG = {
     "no file": (None, {}, "generate_finetune_data.py"),
-    "no delimiters": ("only text", {}, "holds 0 descriptions"),
-    "one description": (BLOCKS[0], {}, "holds 1 descriptions"),
+    "too short": ("only text", {}, "fewer than one batch of 16 sequences"),
+    "one block": (BLOCKS[0], {}, "holds 1 texts"),
+    "outside the blocks": (BLOCKS[0] + "\nafter", {}, "data.txt, line 4: text outside"),
+    "lower case": (ALL.lower(), {}, "data.txt, line 1: <loc> where <LOC> was expected"),
     "not closed": ("\n".join(BLOCKS[:3]) + "\n<LOC> more", {}, "the last <LOC> is not closed"),
     "opened twice": (BLOCKS[0] + "\n<LOC> a <LOC> b </LOC>", {}, "line 4: <LOC> "),
     "not opened": (BLOCKS[0] + "\n</LOC>", {}, "line 4: </LOC> "),
@@ -325,8 +431,12 @@ WRONG = {
     "no samples": (ALL, dict(num_samples=0), "num_samples is 0, must be at least 1"),
     "no learning rate": (ALL, dict(learning_rates=()), "learning_rates needs at least one"),
     "learning rate of zero": (ALL, dict(learning_rates=(0.0,)), "must be above 0"),
+    "learning rate of nan": (ALL, dict(learning_rates=(math.nan,)), "learning_rates contains nan"),
     "warmup too long": (ALL, dict(warmup_fraction=2.0), "warmup_fraction is 2.0"),
-    "negative seed": (ALL, dict(seed=-1), "seed is -1, must not be negative"),
+    "negative seed": (ALL, dict(seed=-1), "seed is -1, must be at least 0"),
+    "huge seed": (ALL, dict(seed=2**63), "must be from 0 to 2**62"),
+    "decay of nan": (ALL, dict(weight_decay=math.nan), "weight_decay is nan, must be at least 0"),
+    "infinite clip": (ALL, dict(grad_clip=math.inf), "grad_clip is inf, must be at least 0"),
     "negative decay": (ALL, dict(weight_decay=-0.1), "weight_decay is -0.1"),
     "all dropped": (ALL, dict(dropout=1.0), "dropout is 1.0"),
 }
@@ -345,6 +455,6 @@ def test_wrong_input_is_named(folder, tmp_path, name):
 
 
 def test_an_error_is_one_line(folder, tmp_path):
-    (tmp_path / "data.txt").write_text("only text")
+    (tmp_path / "data.txt").write_text("<LOC>\nonly text")
     words = command_line(folder, tmp_path / "out", data=tmp_path / "data.txt")
-    assert "holds 0 descriptions" in one_line(command(*words))
+    assert "line 1: the last <LOC> is not closed" in one_line(command(*words))

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, TEXTS, command, ok, one_line
 
 import fineweb
+from common.console import UserError
 from common.shards import SOURCE_START, ShardWriter
 from common.text import open_source, pydoc_texts
 from common.tokenizer import load_tokenizer, tokenizer_to_text, train_tokenizer
@@ -150,11 +151,11 @@ def test_resuming_tokenizes_no_earlier_document_again(source, tmp_path, monkeypa
     header = fineweb.manifest_header(config, parquet, enc, tmp_path)
     writer = ShardWriter(tmp_path, "x", 3000, header)
     batches = list(parquet.batches(SOURCE_START))
-    for position, texts in batches[:2]:
-        writer.add(position, *fineweb.encode_batch(texts))
+    for batch in batches[:2]:
+        writer.add(batch.position, *fineweb.encode_batch(batch.texts))
     start = ShardWriter(tmp_path, "x", 3000, header).next_position()
     assert start["token"] > 0
-    read = [text for _, texts in parquet.batches(start) for text in texts.to_pylist()]
+    read = [text for batch in parquet.batches(start) for text in batch.texts.to_pylist()]
     assert read == DOCUMENTS[start["document"] :]
 
 
@@ -191,7 +192,7 @@ def test_after_a_lost_connection_it_resumes(source, monkeypatch, capsys):
                 raise ConnectionResetError("reset by peer")
 
     monkeypatch.setattr(parquet, "_read", read_with_losses)
-    read = [text for _, texts in parquet.batches(SOURCE_START) for text in texts.to_pylist()]
+    read = [text for batch in parquet.batches(SOURCE_START) for text in batch.texts.to_pylist()]
     assert read == DOCUMENTS
     assert lost_at == [0, 64]
     assert capsys.readouterr().out.count("retrying") == 2
@@ -226,22 +227,16 @@ def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
     if name == "not UTF-8":
         (folder / "good.txt").write_text("good")
         (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
-        return text_flags, "latin.txt (not UTF-8) can't be read"
-    if name == "malformed json":
-        (folder / "a.jsonl").write_text('{"text": "good"}\n{"text": \n')
-        return json_flags, "a.jsonl, line 2, can't be read as json"
-    if name == "no text field":
-        (folder / "a.jsonl").write_text('{"body": "good"}\n')
-        return json_flags, "no field 'text'"
+        return text_flags, "latin.txt, line 1, is not UTF-8"
+    if name == "null column":
+        pq.write_table(pa.table({"text": pa.nulls(9)}), folder / "a.parquet")
+        words = flags(folder, out, "--tokenizer", source / "vocab.tiktoken")
+        return words, "holds no text: no documents, or only empty ones"
     if name == "damaged parquet":
         (folder / "a.parquet").write_bytes((source / "0.parquet").read_bytes()[:3000])
         return flags(folder, out, "--tokenizer", source / "vocab.tiktoken"), "a.parquet is damaged"
     if name == "no vocabulary":
         return flags(source, out, "--tokenizer", "none.tiktoken"), "no tokenizer 'none.tiktoken'"
-    if name == "small vocabulary":
-        return flags(source, out, "--tokenizer", "gpt2", "--train_tokenizer", 10), "too small"
-    if name == "two vocabularies":
-        return flags(source, out, "--train_tokenizer", 300), "exclude each other"
     if name == "out_dir is a file":
         out.write_text("")
         return flags(source, out), "out"
@@ -252,9 +247,8 @@ def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
 
 
 WRONG_INPUTS = [
-    "no files", "no data_files", "no documents", "empty documents", "not UTF-8", "malformed json",
-    "no text field", "damaged parquet", "no vocabulary", "small vocabulary", "two vocabularies",
-    "out_dir is a file", "foreign shards",
+    "no files", "no data_files", "no documents", "empty documents", "not UTF-8", "null column",
+    "damaged parquet", "no vocabulary", "out_dir is a file", "foreign shards",
 ]  # fmt: skip
 
 
@@ -262,6 +256,42 @@ WRONG_INPUTS = [
 def test_wrong_inputs_end_in_one_line(name, source, tmp_path):
     words, expected = wrong(name, source, tmp_path)
     assert expected in one_line(command(*words))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(shard_size=1), "shard_size is 1, must be from 2 to 1073741824"),
+        (dict(shard_size=2**30 + 1), "shard_size is 1073741825, must be from 2"),
+        (dict(num_workers=-1), "num_workers is -1, must be 0"),
+        (dict(train_tokenizer=10), "train_tokenizer is 10, must be 0 .* or at least 257"),
+        (dict(train_tokenizer=-1), "train_tokenizer is -1, must be 0"),
+        (dict(train_tokenizer_chars=0), "train_tokenizer_chars is 0, must be at least 1"),
+        (dict(train_tokenizer=300, tokenizer="v.tiktoken"), "exclude each other"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(settings, message):
+    with pytest.raises(UserError, match=message):
+        fineweb.Config(**settings)
+
+
+def test_stories_of_another_column_and_then_too_little_text(tmp_path):
+    """After a rejection, the same folder can be used with more text."""
+    tokenizer = tokenizer_file(tmp_path)  # a token per byte
+    path = tmp_path / "a.jsonl"
+    more = ["--tokenizer", tokenizer, "--text_column", "story"]
+    words = flags(tmp_path, tmp_path / "out", *more, kind="json", files="a.jsonl")
+    path.write_text(json.dumps([{"story": "a" * 12}]))
+    assert "only 13 tokens" in one_line(command(*words))
+    path.write_text(json.dumps([{"story": "a" * 12, "text": 1}, {"story": "b" * 30}]))
+    ok(command(*words))
+    assert len(np.load(tmp_path / "out" / "json_val_000000.npy")) == 4
+    text = load_tokenizer(tokenizer).decode(stream(tmp_path / "out").tolist())
+    assert text == "<|endoftext|>" + "a" * 12 + "<|endoftext|>" + "b" * 30
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["text_column"], manifest["documents"]) == ("story", 2)
+    words[words.index("story")] = "text"
+    assert "text_column='story', not None" in one_line(command(*words))
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):

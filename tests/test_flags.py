@@ -17,8 +17,8 @@ from common import console
 
 FLAGS = {
     "fineweb": """
-        source subset data_files out_dir shard_size tokenizer train_tokenizer train_tokenizer_chars
-        num_workers
+        source subset data_files text_column out_dir shard_size tokenizer train_tokenizer
+        train_tokenizer_chars num_workers
     """,
     "train_gpt2": """
         data_dir log_dir
@@ -39,11 +39,13 @@ FLAGS = {
     "generate_finetune_data": """
         num_samples model base_url concurrency out_dir dry_run offline seed min_words max_words
         timeout max_retries input_price output_price
+        max_answer_tokens temperature extra_headers extra_body
     """,
     "finetune": """
         init_from data out_dir B T total_batch_size learning_rates search_epochs num_epochs patience
         warmup_fraction weight_decay grad_clip dropout lora_rank resume seed device dtype compile
         num_samples general_data general_tokens
+        text_column separator
     """,
     "sample": """
         model prompt prompt_file num_samples max_tokens temperature top_k top_p seed stream out

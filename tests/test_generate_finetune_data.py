@@ -6,6 +6,8 @@ import random
 import re
 import resource
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -33,7 +35,7 @@ VOCABULARY = [
 # Answers that are rejected, and failures after which OpenAI's client repeats the request.
 REJECTED = (
     "refusal, polite refusal, filtered, empty, null, short, long, cut, delimiter, duplicate, "
-    "not JSON, no choices, HTML"
+    "not JSON, no choices"
 ).split(", ")
 FAILED = ["429", "500", "503", "dropped", "truncated"]
 DELIMITERS = ["<LOC>", "</LOC>", "<|endoftext|>"]
@@ -52,6 +54,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, plan):
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan = plan
+        # Imitates another server: respond(handler, body) returns a body and a status.
+        self.respond = None
         self.lock = threading.Lock()
         self.attempts = Counter()  # by prompt
         self.requests = []  # (time, kind, prompt)
@@ -72,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.respond:
+            return self.imitate(body)
         prompt = body["messages"][-1]["content"]
         with server.lock:
             server.active += 1
@@ -129,6 +135,22 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.reply(data)
 
+    def do_GET(self):  # after some redirects
+        self.server.active += 1
+        self.reply(b"<html><title>Welcome</title></html>", content_type="text/html")
+
+    def imitate(self, body: dict):
+        with self.server.lock:
+            self.server.active += 1
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            self.server.requests.append((self.path, headers, body))
+            answer = self.server.respond(self, body)
+        answer, status, headers = (*answer, {}) if len(answer) == 2 else answer
+        if isinstance(answer, str):
+            self.reply(answer.encode(), status, headers, content_type="text/html")
+        else:
+            self.reply(json.dumps(answer).encode(), status, headers)
+
     def completion(self, text, finish="stop", refusal=None) -> bytes:
         message = dict(role="assistant", content=text, refusal=refusal)
         usage = dict(prompt_tokens=100, completion_tokens=250, total_tokens=350)
@@ -141,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         codes = dict(quota="insufficient_quota", policy="content_filter")
         codes["401"] = "invalid_api_key"
         # Some servers quote the key. It must not reach the terminal or a file.
-        message = f"{kind}: what is this? {self.headers['Authorization']}"
+        message = f"{kind}: what is this model? {self.headers['Authorization']}"
         error = dict(message=message, type="x", code=codes.get(kind))
         body = json.dumps(dict(error=error)).encode()
         self.reply(body, status, headers={"Retry-After": argument} if argument else {})
@@ -310,14 +332,17 @@ def test_each_failure_is_requested_again_and_counted(serve, tmp_path):
     rejected = re.search("answers rejected: (.*); requests", out)[1]
     assert set(rejected.split(", ")) == {
         "3 refusal", "2 empty", "1 too short", "1 too long", "1 cut off", "1 delimiter",
-        "1 near-duplicate", "3 malformed",
+        "1 near-duplicate", "2 malformed",
     }  # fmt: skip
     retried = re.search("requests retried: (.*)", out)[1]
     assert set(retried.split(", ")) == {
-        "1 rate limit (429)", "1 status 500", "1 status 503", "2 no connection", "1 timeout"
+        "1 rate limit (429)", "1 status 500", "1 status 503", "2 connection lost", "1 timeout",
+        "1 web page",
     }  # fmt: skip
-    assert out.count("warning: ") == 5, "one for each kind of failure"
-    assert f"warning: {server.url}/: rate limit (429); a request is retried up to 20 times" in out
+    assert out.count("warning: ") == 6, "one for each kind of failure"
+    url = f"{server.url}/chat/completions"
+    assert f"warning: {url}: rate limit (429): 429: what is this model? Bearer ***; a req" in out
+    assert "a request is retried up to 20 times" in out
     answers = 10 + 3  # with token counts
     cost = (answers * 100 * 2 + answers * 250 * 8) / 1e6
     assert f"{answers * 100:,} + {answers * 250:,} tokens, ${cost:.2f}" in out
@@ -409,10 +434,12 @@ def test_an_error_ends_the_waits_of_other_requests(serve, tmp_path, waiting):
         ("404", "has no model 'gpt-4.1' (404)", 4),
         ("400", "refuses the request (400)", 4),
         ("policy", "100 answers in a row were rejected (100 refusal)", 104),
-        ("quota", "the account's quota is used up", 4),
+        ("quota", "the account's quota is used up (429: quota: what is", 4),
         ("429:5000", "rate limit (429); the server asks to wait (Retry-After: 5000)", 4),
-        ("500", "status 500, after 2 retries; 0 descriptions are kept", 12),
-        ("HTML", "100 answers in a row were rejected (100 malformed): check base_url", 104),
+        ("500", "status 500, after 2 retries: 500: what is this model?", 12),
+        ("HTML", "a web page instead of JSON; check base_url", 4),
+        ("not JSON", "5 answers in a row were rejected (5 malformed; the last one: it is not", 9),
+        ("cut", "5 answers in a row were rejected (5 cut off): raise max_answer_tokens", 9),
         ("short", "100 answers in a row were rejected (100 too short)", 104),
     ],
 )
@@ -437,7 +464,7 @@ def test_an_unreachable_server_is_a_one_line_error_and_keeps_the_file(serve, tmp
     before = records(tmp_path)
     server.url = "http://127.0.0.1:9/v1"  # nothing listens at this port
     line = one_line(generate(server, tmp_path, "--num_samples", 9, "--max_retries", 2))
-    assert "no connection, after 2 retries; 3 descriptions are kept in" in line
+    assert "connection refused: is the server running?, after 2 retries; 3 descriptions" in line
     assert "run again to resume" in line
     assert records(tmp_path) == before
 
@@ -481,6 +508,487 @@ def test_a_full_disk_is_a_one_line_error_and_loses_nothing(serve, tmp_path):
     ok(generate(server, tmp_path, *words))
     assert (tmp_path / "finetune_data.jsonl").read_bytes().startswith(data)
     assert len(blocks(tmp_path)) == 30
+
+
+# ---------------------------------------------------------------------------------------------
+# Servers that are not quite like OpenAI's
+
+
+def completion(body: dict, text: str | None = None, usage=None, finish="stop", **message) -> dict:
+    """A chat completion of 200 random words, which are the same for the same prompt."""
+    text = prose(str(body["messages"])) if text is None else text
+    message = dict(role="assistant", content=text) | message
+    choices = [dict(index=0, message=message, finish_reason=finish)]
+    return dict(object="chat.completion", choices=choices, usage=usage)
+
+
+@pytest.fixture
+def imitate(serve, tmp_path, monkeypatch, capsys):
+    """imitate(respond, ...) -> (server, output): a run in this process with a server's imitation.
+
+    `output` is all that was printed, and the text of the error if there was one.
+    """
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(respond, path="/v1", error=None, **settings):
+        server = serve()
+        server.respond = respond
+        defaults = dict(num_samples=3, concurrency=2, out_dir=str(tmp_path))
+        base_url = server.url.removesuffix("/v1") + path
+        config = Config(**defaults | dict(base_url=base_url) | settings)
+        if error is None:
+            main(config)
+            text = ""
+        else:
+            with pytest.raises(UserError) as raised:
+                main(config)
+            text = str(raised.value)
+            assert error in text
+            assert "\n" not in text
+        output = text + "".join(capsys.readouterr())
+        assert_no_key(tmp_path, output)
+        return server, output
+
+    return run
+
+
+FRAMES = [
+    "<think>They want a place.\n\n# A plan\n- salt\n</think>\n\n{}",
+    "They want a place. Word count?\n</think>\n\n{}",
+    "[THINK]Hm.[/THINK]{}",
+    "Sure! Here is the description you asked for:\n\n{}",
+    "Certainly. Here's a 200-word description: {}",
+    "# The Salt Tower\n\n{}",
+    "**The Salt Tower**\n\n{}\n\nLet me know if you'd like another one!",
+    "<think>\n</think>\n\nOf course!\n\n---\n\n## The Salt Tower\n\n{}\n\n---\n\n(Word count: 200)",
+]
+
+
+def test_reasoning_preambles_and_titles_are_not_in_the_data(imitate, tmp_path):
+    frames = iter(FRAMES)
+
+    def respond(handler, body):
+        return completion(body, next(frames).format(prose(str(body["messages"])))), 200
+
+    server, output = imitate(respond, num_samples=len(FRAMES), concurrency=1)
+    assert "answers rejected: none" in output
+    sent = [prose(str(body["messages"])) for _, _, body in server.requests]
+    assert blocks(tmp_path) == [record["text"] for record in records(tmp_path)] == sent
+
+
+@pytest.mark.parametrize(
+    "form, reason",
+    [
+        ("Sure! {}", "preamble"),
+        ("{}\n\n- salt\n- stone\n", "markup"),
+        ("{}\n\n## The Gate\n\nMore.", "markup"),
+        ("{} <b>bold</b> <|im_start|>", "markup"),
+        ("<think>{}", "only reasoning"),
+    ],
+)
+def test_a_frame_that_cannot_be_removed_is_rejected(imitate, form, reason):
+    number = iter(range(100))
+
+    def respond(handler, body):
+        text = prose(str(body["messages"]))
+        return completion(body, text if next(number) else form.format(text)), 200
+
+    _, output = imitate(respond)
+    assert f"answers rejected: 1 {reason};" in output
+
+
+def test_content_in_parts_and_reasoning_in_another_field(imitate, tmp_path):
+    def respond(handler, body):
+        text = prose(str(body["messages"]))
+        thinking = dict(type="thinking", thinking=[dict(type="text", text="Hm.")])
+        parts = [thinking, dict(type="text", text=text)]
+        return completion(body, parts, reasoning_content="Hm."), 200
+
+    imitate(respond)
+    assert all(record["text"].endswith(".") for record in records(tmp_path))
+    assert not any("Hm" in record["text"] for record in records(tmp_path))
+
+
+MISTRAL = dict(
+    type="extra_forbidden", loc=["body", "max_completion_tokens"], msg="Extra inputs not permitted"
+)
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (dict(object="error", message=dict(detail=[MISTRAL])), 422),
+        (dict(object="error", message=str([MISTRAL]), code=400), 400),
+        (dict(error=dict(message="Unrecognized request argument: max_completion_tokens")), 400),
+        (dict(error=dict(message="unsupported: max_completion_tokens", code=400)), 200),
+    ],
+)
+def test_a_server_that_only_knows_max_tokens(imitate, tmp_path, error, status):
+    def respond(handler, body):
+        return (error, status) if "max_completion_tokens" in body else (completion(body), 200)
+
+    server, output = imitate(respond, num_samples=20, max_answer_tokens=900)
+    assert output.count("does not know max_completion_tokens: sending max_tokens instead") == 1
+    bodies = [body for *_, body in server.requests]
+    assert [body.get("max_tokens", 900) for body in bodies] == [900] * len(bodies)
+    assert sum("max_completion_tokens" in body for body in bodies) <= 2
+    assert len(records(tmp_path)) == 20
+
+
+def test_a_token_limit_that_is_too_large_is_shown_with_the_first_error(imitate):
+    def respond(handler, body):
+        if "max_tokens" in body:
+            return dict(error=dict(message="max_tokens: use max_completion_tokens instead")), 400
+        return dict(error=dict(message="max_completion_tokens: at most 2048, not 3200")), 400
+
+    server, output = imitate(respond, error="at most 2048, not 3200: lower max_answer_tokens")
+    assert "sending max_tokens" not in output
+    assert len(server.requests) <= 4
+
+
+@pytest.mark.parametrize("form", ["null", "empty", "field", "length", "unclosed"])
+def test_a_model_that_spends_the_limit_on_reasoning_ends_the_run_early(imitate, form):
+    details = dict(reasoning_tokens=3200)
+    usage = dict(prompt_tokens=100, completion_tokens=3200, completion_tokens_details=details)
+
+    def respond(handler, body):
+        text = {"null": None, "unclosed": "<think>Hm."}.get(form, "")
+        reasoning = dict(reasoning_content="Hm.") if form == "field" else {}
+        finish = "length" if form == "length" else "stop"
+        answer = completion(body, text or "", usage, finish, **reasoning)
+        answer["choices"][0]["message"]["content"] = text
+        return answer, 200
+
+    error = "5 answers in a row were rejected (5 only reasoning): raise max_answer_tokens (it is 3,"
+    server, output = imitate(respond, error=error, num_samples=100)
+    assert len(server.requests) <= 6
+    assert "--extra_body" in output
+    # They are paid for, so they are counted.
+    assert re.search(r"this run: [56]00 \+ 1[69],[02]00 tokens", output)
+
+
+def test_flags_for_limit_temperature_headers_and_body_are_sent(imitate):
+    headers = {"X-Title": "tower", "x-api-key": "$OPENAI_API_KEY"}
+    server, _ = imitate(
+        lambda handler, body: (completion(body), 200),
+        max_answer_tokens=1234,
+        temperature=0.7,
+        extra_headers=json.dumps(headers),
+        extra_body='{"reasoning_effort": "low", "provider": {"only": ["x"]}}',
+    )
+    for _, sent, body in server.requests:
+        assert sent["x-title"] == "tower"
+        assert sent["x-api-key"] == KEY
+        assert sent["authorization"] == f"Bearer {KEY}"
+        assert body["max_completion_tokens"] == 1234
+        assert body["temperature"] == 0.7
+        assert body["reasoning_effort"] == "low"
+        assert body["provider"] == {"only": ["x"]}
+
+
+def test_nothing_is_sent_for_flags_that_are_not_given(imitate):
+    server, _ = imitate(lambda handler, body: (completion(body), 200))
+    assert {*server.requests[0][2]} == {"model", "messages", "max_completion_tokens"}
+    server, _ = imitate(
+        lambda handler, body: (completion(body), 200), num_samples=6, extra_body='{"max_tokens": 9}'
+    )
+    assert {*server.requests[0][2]} == {"model", "messages", "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    "usage, counts",
+    [
+        (None, (0, 0)),
+        ({}, (0, 0)),
+        (dict(prompt_tokens=7), (7, 0)),
+        (dict(prompt_tokens=7, completion_tokens=None, total_tokens=9), (7, 0)),
+        (dict(prompt_tokens=7.0, completion_tokens="8"), (7, 8)),
+        (dict(prompt_tokens="many", completion_tokens=-1), (0, 0)),
+        (dict(prompt_tokens=7, completion_tokens=8, completion_tokens_details=None), (7, 8)),
+        ([1, 2], (0, 0)),
+        ("none", (0, 0)),
+    ],
+)
+def test_partial_token_counts_do_not_matter(imitate, tmp_path, usage, counts):
+    _, output = imitate(lambda handler, body: (completion(body, usage=usage), 200))
+    assert "answers rejected: none" in output
+    for record in records(tmp_path):
+        assert (record["prompt_tokens"], record["completion_tokens"]) == counts
+
+
+@pytest.mark.parametrize(
+    "answer, expected, requests",
+    [
+        (
+            dict(error=dict(message="no such key", code=401)),
+            "OPENAI_API_KEY; the server says: no such key",
+            2,
+        ),
+        (dict(error=dict(message="model x not found", code=404)), "has no model 'gpt-4.1'", 2),
+        (dict(error=dict(message="bad", type="invalid_request_error")), "in status 200): bad", 2),
+        (dict(error=dict(message="you owe us", code="insufficient_quota")), "quota is used up", 2),
+        (dict(error="the GPU is on fire"), "error in status 200, after 1 retry: the GPU is", 4),
+        (dict(error=dict(message="busy", code=503)), "after 1 retry: busy", 4),
+        (dict(detail="Internal trouble"), "Internal trouble", 4),
+        ("<html><title>Open\n WebUI</title></html>", "a web page titled 'Open WebUI' instead", 2),
+        ("<!DOCTYPE html><html></html>", "a web page instead of JSON", 2),
+        ("data: {}", "(5 malformed; the last one: data: {})", 6),
+        ("", "5 malformed", 6),
+        ([], "5 malformed", 6),
+        (None, "5 malformed", 6),
+        (dict(choices=[]), "5 malformed; the last one: it has no choices", 6),
+        (dict(choices=[dict(text="of another API")]), "5 malformed; the last one: it has no", 6),
+    ],
+)
+def test_an_error_in_status_200_is_shown(imitate, answer, expected, requests):
+    settings = dict(error=expected, num_samples=50, max_retries=1)
+    server, _ = imitate(lambda handler, body: (answer, 200), **settings)
+    assert len(server.requests) <= requests
+
+
+def test_errors_in_status_200_are_retried_once_the_server_has_answered(imitate, tmp_path):
+    bad = iter(["<html></html>", dict(error="overloaded"), dict(error=dict(code=429, message="x"))])
+    number = iter(range(100))
+
+    def respond(handler, body):
+        return (next(bad), 200) if next(number) in (1, 3, 5) else (completion(body), 200)
+
+    _, output = imitate(respond, num_samples=6, concurrency=1)
+    assert "requests retried: 2 error in status 200, 1 web page" in output
+    assert len(records(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    "answer, status, expected",
+    [
+        (dict(error=dict(message="the model 'x' does not exist")), 404, "has no model 'gpt-4.1'"),
+        (dict(detail="Not Found"), 404, "not a path for chat completions (404): Not Found; check"),
+        ("<html><title>404</title></html>", 405, "(405): a web page titled '404' instead"),
+        (dict(error=dict(message="no credit")), 402, "quota is used up (402: no credit)"),
+        (dict(error="not here"), 501, "refuses the request (501): not here"),
+        (dict(message="no\x1b[2J access"), 403, "refuses the request (403): no [2J access"),
+        (dict(error=dict(message="needs 40 GiB")), 500, "status 500, after 1 retry: needs 40"),
+        (
+            dict(error=dict(message="Provider error", metadata=dict(raw="context too long"))),
+            400,
+            "Provider error context too long",
+        ),
+    ],
+)
+def test_the_servers_reason_is_shown(imitate, answer, status, expected):
+    imitate(lambda handler, body: (answer, status), error=expected, max_retries=1)
+
+
+def test_a_redirect_is_shown(imitate):
+    def respond(handler, body):
+        return {}, 301, {"Location": "/elsewhere?key=secret-of-the-user"}
+
+    _, output = imitate(respond, error="/elsewhere; check base_url")
+    assert "secret-of-the-user" not in output
+
+
+@pytest.mark.parametrize(
+    "given, path",
+    [
+        ("", "/v1/chat/completions"),
+        ("/", "/v1/chat/completions"),
+        ("/v1/", "/v1/chat/completions"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/models", "/v1/chat/completions"),
+        ("/api/v1/chat/completions/", "/api/v1/chat/completions"),
+        ("/openai", "/openai/v1/chat/completions"),
+        ("/root", "/root/chat/completions"),
+        (
+            "/openai/deployments/x?api-version=2024-10-21",
+            "/openai/deployments/x/chat/completions?api-version=2024-10-21",
+        ),
+        (
+            "/openai/deployments/x/chat/completions?api-version=2024-10-21",
+            "/openai/deployments/x/chat/completions?api-version=2024-10-21",
+        ),
+    ],
+)
+@pytest.mark.parametrize("missing", ["404", "page", "LM Studio"])
+def test_base_urls_of_all_kinds(imitate, tmp_path, given, path, missing):
+    def respond(handler, body):
+        if handler.path == path:
+            return completion(body), 200
+        if missing == "page":
+            return "<html></html>", 200
+        if missing == "LM Studio":
+            return dict(error="Unexpected endpoint or method. (POST /chat/completions)"), 200
+        return dict(detail="Not Found"), 404
+
+    server, output = imitate(respond, path=given)
+    assert len(records(tmp_path)) == 3
+    adds_v1 = given in ("", "/", "/openai")
+    assert output.count("use that as base_url") == adds_v1
+    if "api-version" in given:
+        assert {headers["api-key"] for _, headers, _ in server.requests} == {KEY}
+
+
+def test_a_path_that_does_not_exist_with_v1_either(imitate):
+    error = "/nowhere/chat/completions is not a path for chat completions (404): Not Found; check"
+    server, output = imitate(
+        lambda handler, body: (dict(detail="Not Found"), 404), path="/nowhere", error=error
+    )
+    assert "check base_url, which often ends in /v1" in output
+    assert len(server.requests) <= 4
+
+
+def test_causes_of_failed_connections_are_shown_soon(imitate, serve, tmp_path):
+    started = time.monotonic()
+    _, output = imitate(None, base_url="http://127.0.0.1:9/v1", error="connection refused")
+    assert "a request is retried up to 3 times" in output
+    for url, cause in {
+        "http://no-such-host.invalid/v1": "the host name no-such-host.invalid is unknown",
+        "http://localhost:9/v1": "connection refused: is the server running?, after 3 retries",
+    }.items():
+        imitate(None, base_url=url, error=cause)
+    # TLS without TLS, and with a certificate that nobody knows
+    server = serve()
+    url = server.url.replace("http:", "https:")
+    imitate(None, base_url=url, error="perhaps the server speaks http, not https")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x",
+         "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = serve()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = server.url.replace("http:", "https:")
+    imitate(None, base_url=url, error="the TLS certificate is not trusted (self")
+    assert time.monotonic() - started < 30
+
+
+def test_connections_are_retried_longer_once_the_server_has_answered(imitate, monkeypatch):
+    """A name that can't be resolved for a moment, in the middle of a run, does not end it."""
+    from httpx2 import ConnectError
+
+    from fantasy import chat
+
+    number = iter(range(100))
+    send = chat.openai.DefaultAsyncHttpxClient.send
+
+    async def flaky(self, request, **kwargs):
+        if next(number) == 2:
+            raise ConnectError("x") from socket.gaierror(socket.EAI_NONAME, "unknown")
+        return await send(self, request, **kwargs)
+
+    monkeypatch.setattr(chat.openai.DefaultAsyncHttpxClient, "send", flaky)
+    _, output = imitate(lambda handler, body: (completion(body), 200), concurrency=1)
+    assert "requests retried: 1 unknown host" in output
+
+
+def test_a_long_retry_after_is_waited_for(imitate, monkeypatch, tmp_path):
+    """With limits of 0.3 s instead of two minutes, the server asks for 1 s."""
+    from openai import _base_client
+
+    from fantasy import chat
+
+    monkeypatch.setattr(_base_client, "MAX_RETRY_AFTER_DELAY", 0.3)
+    monkeypatch.setattr(chat, "CLIENT_WAIT", 0.3)
+    times = []
+
+    def respond(handler, body):
+        times.append(time.monotonic())
+        if len(times) == 3:
+            return dict(error="slow down"), 429, {"Retry-After": "1"}
+        return completion(body), 200
+
+    imitate(respond, num_samples=6)
+    # Requests that were on their way arrive, then all wait.
+    assert max(b - a for a, b in zip(times, times[1:])) > 0.95
+    assert len(records(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        (dict(OPENAI_BASE_URL="localhost:8000"), "OPENAI_BASE_URL (an environment variable) must"),
+        (dict(OPENAI_BASE_URL="http://me:secret@:1"), "OPENAI_BASE_URL (an environment variable)"),
+        (dict(ALL_PROXY="socks5://me:secret@127.0.0.1:1"), "ALL_PROXY names a SOCKS proxy"),
+        (dict(all_proxy="socks://me:secret@127.0.0.1:1"), "all_proxy is not valid"),
+        (dict(HTTPS_PROXY="me:secret"), "HTTPS_PROXY is not valid"),
+        (dict(SSL_CERT_FILE="/nowhere"), "SSL_CERT_FILE is not valid"),
+    ],
+)
+def test_wrong_settings_in_the_environment_are_named(imitate, monkeypatch, environment, expected):
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = dict(base_url=None) if "OPENAI_BASE_URL" in environment else {}
+    _, output = imitate(None, error=expected, **settings)
+    assert "secret" not in output
+
+
+def test_the_url_may_come_from_the_environment(imitate, serve, monkeypatch, tmp_path):
+    server = serve()
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    imitate(None, base_url=None)
+    assert len(server.requests) == len(records(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("key", ["a", "none", "EMPTY"])
+def test_a_short_key_does_not_mask_words(imitate, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    def respond(handler, body):
+        return dict(error=f"a bad mark, none or EMPTY: {handler.headers['Authorization']}"), 400
+
+    _, output = imitate(respond, error="a bad mark, none or EMPTY: Bearer ***;")
+    assert f"Bearer {key}" not in output
+
+
+def test_keys_in_url_and_headers_are_not_shown(imitate):
+    def respond(handler, body):
+        sent = f"{handler.path} {handler.headers['X-Auth-Token']}"
+        return dict(error=f"{sent} {handler.headers['X-Title']}"), 400
+
+    path = "/v1?key=secret-in-url&version=2024-10-21"
+    headers = '{"X-Auth-Token": "secret-in-header", "X-Title": "our-tower"}'
+    _, output = imitate(respond, path=path, extra_headers=headers, error="our-tower")
+    assert "secret" not in output
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (dict(seed=-1), "seed is -1, must be at least 0"),
+        (dict(concurrency=0), "concurrency is 0, must be at least 1"),
+        (dict(num_samples=-1), "num_samples is -1, must be between 1 and 2,400"),
+        (dict(min_words=0), "min_words is 0, must be at least 1"),
+        (dict(max_words=-1), "max_words is -1, must be greater than min_words (150)"),
+        (dict(max_answer_tokens=0), "max_answer_tokens is 0, must be at least 1"),
+        (dict(temperature=-0.1), "temperature is -0.1, must be at least 0"),
+        (dict(temperature=float("nan")), "temperature is nan, must be at least 0"),
+        (dict(timeout=float("nan")), "timeout is nan, must be greater than 0"),
+        (dict(timeout=0), "timeout is 0, must be greater than 0"),
+        (dict(max_retries=-1), "max_retries is -1, must be at least 0"),
+        (dict(input_price=-1), "input_price is -1, must be at least 0"),
+        (dict(output_price=float("inf")), "output_price is inf, must be at least 0"),
+        (dict(model=" "), "model is empty"),
+        (dict(extra_headers="x"), "extra_headers is not JSON"),
+        (dict(extra_headers='["x"]'), "extra_headers is not a JSON object"),
+        (dict(extra_headers='{"a b": "x"}'), "'a b' is not a name of an HTTP header"),
+        (dict(extra_headers='{"a": 1}'), "the value of a must be a string"),
+        (dict(extra_headers='{"a": "b\\nc"}'), "the value of a must be a string"),
+        (dict(extra_body="{"), "extra_body is not JSON"),
+        (dict(extra_body='{"stream": true}'), "extra_body must not contain stream"),
+        (dict(base_url="http://a b/v1"), "base_url must be like http"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, expected):
+    with pytest.raises(UserError) as raised:
+        main(Config(**settings))
+    assert expected in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -549,10 +1057,9 @@ def test_dry_run_shows_a_prompt_and_the_cost_without_key_or_network(tmp_path):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--num_samples", 0], "num_samples and concurrency must be at least 1"),
-        (["--concurrency", 0], "num_samples and concurrency must be at least 1"),
-        (["--num_samples", 10**6], "num_samples must be at most 2,400"),
-        (["--min_words", 300, "--max_words", 200], "max_words greater than min_words"),
+        (["--num_samples", 0], "num_samples is 0, must be between 1 and 2,400"),
+        (["--num_samples", 10**6], "num_samples is 1000000, must be between 1 and 2,400"),
+        (["--min_words", 300, "--max_words", 200], "must be greater than min_words (300)"),
         (["--min_words", 300, "--max_words", 310, "--offline"], "max_words must be at least"),
         (["--base_url", "localhost:8000"], "base_url must be like http"),
         (["--base_url", "http://host:80000/v1"], "base_url must be like http"),

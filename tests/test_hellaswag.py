@@ -10,6 +10,7 @@ from small_benchmarks import CPU, EXAMPLES, load_both, plain_logprobs, run, writ
 
 import hellaswag
 from common.console import UserError
+from model import GPT, GPTConfig
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -69,6 +70,9 @@ def test_the_headline_takes_only_one_rendering(folder):
         (lambda text: text.replace(', "reads 1"', "", 1), "line 2: endings must be four"),
         (lambda text: text.replace('"reads 1"', "1", 1), "line 2: endings must be four"),
         (lambda text: "\n", "holds no examples"),
+        (lambda text: text.replace('"label": 2', '"label": ""', 1), "line 3: the label is ''"),
+        (lambda text: text.replace('"label": 2', '"label": true', 1), "line 3: the label is True"),
+        (lambda text: text.replace('"ind": 2', '"ind": ' + "1" * 5000, 1), "line 3, is not JSON"),
     ],
 )
 def test_wrong_data_is_an_error_that_names_the_line(folder, tmp_path, spoil, expected):
@@ -77,6 +81,30 @@ def test_wrong_data_is_an_error_that_names_the_line(folder, tmp_path, spoil, exp
     with pytest.raises(UserError, match="hellaswag.jsonl") as raised:
         hellaswag.load(str(path))
     assert expected in str(raised.value)
+
+
+def test_labels_may_be_texts(folder, tmp_path):
+    path = tmp_path / "hellaswag.jsonl"
+    text = (folder / "hellaswag.jsonl").read_text()
+    for label in range(4):
+        text = text.replace(f'"label": {label}', f'"label": "{label}"')
+    path.write_text(text)
+    assert hellaswag.load(path) == hellaswag.load(folder / "hellaswag.jsonl")
+
+
+def test_the_mean_of_a_truncated_ending_is_over_the_tokens_that_are_scored(folder):
+    _, enc, _ = load_both(folder)
+    model = GPT(GPTConfig(vocab_size=500, n_layer=1, n_head=1, n_embd=8, block_size=4))
+    model.requires_grad_(False)
+    model.wte.weight.zero_()  # every token has the same probability
+    examples = hellaswag.load(folder / "hellaswag.jsonl", 3)
+    _, lines = hellaswag.evaluate(model, enc, examples, CPU, styles=("completion",))
+    for line, example in zip(lines, examples):
+        lengths = [len(enc.encode_ordinary(" " + ending)) for ending in example["endings"]]
+        scored = np.minimum(lengths, 4)
+        assert line["sums"] == pytest.approx(-np.log(500) * scored, rel=1e-5)
+        means = np.array(line["sums"]) / scored
+        assert line["pred_norm"] == means.argmax()
 
 
 # As a command

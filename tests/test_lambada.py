@@ -1,5 +1,6 @@
 """lambada.py against a plain loop over transformers' GPT-2, and as a command."""
 
+import json
 import math
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_wrong_data_is_an_error_that_names_the_line(folder, tmp_path, spoil, exp
     with pytest.raises(UserError, match="lambada.jsonl") as raised:
         lambada.load(str(path))
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", " \n\n"])
+def test_a_line_end_after_the_last_word_is_not_part_of_it(folder, tmp_path, end):
+    path = tmp_path / "lambada.jsonl"
+    lines = [json.dumps(dict(text=passage + end)) + "\n" for passage in PASSAGES]
+    path.write_text("".join(lines))
+    assert lambada.load(str(path)) == lambada.load(str(folder / "lambada.jsonl"))
 
 
 def test_command_prints_counts_and_published_figures(folder):

@@ -293,6 +293,37 @@ def test_log_scale_has_readable_ticks(tmp_path, last, ticks):
 
 
 @pytest.mark.filterwarnings("error")
+def test_values_that_no_axis_can_show(tmp_path):
+    huge = "1" + "0" * 400
+    lines = [f'{{"step": {n}, "loss": 4.5, "lr": 0, "grad_norm": 0.5}}\n' for n in range(3)]
+    lines += [f'{{"step": 3, "loss": {value}}}\n' for value in ("Infinity", "NaN", huge, "1e200")]
+    lines += [f'{{"step": {step}, "loss": 1}}\n' for step in ("Infinity", "NaN", huge, -1, "null")]
+    lines += ['{"step": 4, "loss": true}\n', f'{{"step": 4, "loss": {"1" * 5000}}}\n']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "log.txt").write_text(f"5 train inf\n6 train nan\n{huge} train 1\n7 train {huge}\n")
+    assert points(plot.read_series(tmp_path)["loss"]) == [(0, 4.5), (1, 4.5), (2, 4.5)]
+    plot.main(plot.Config(runs=(str(tmp_path),)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_zeros_do_not_break_an_axis(tmp_path):
+    zeros = dict(loss=0.0, val=0.0, lr=0.0, grad_norm=0.0, tokens_per_sec=0.0, mfu=0.0, hella=0.0)
+    lines = [json.dumps(dict(step=step) | zeros) + "\n" for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    plot.main(plot.Config(runs=(str(tmp_path),)))
+    assert pictures(tmp_path) == LOSSES | EVERY_STEP | {"hellaswag_accuracy.png"}
+    # MFU without throughput, as in nanoGPT's output, beside a run with throughput.
+    other = tmp_path / "nanogpt.txt"
+    other.write_text("iter 0: loss 4.5, time 9.00ms, mfu 3.00%\n")
+    run = write_run(tmp_path / "log")
+    assert not drawn(plot.draw_throughput, other, run).child_axes
+    # A loss that becomes 0 is on a linear axis.
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "log.txt").write_text("0 train 1.5\n1 train 0.0000\n")
+    assert drawn(plot.draw_training_loss, tmp_path).get_yscale() == "linear"
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_run_with_a_single_step(tmp_path):
     (tmp_path / "log.txt").write_text("0 train 10.9\n")
     plot.main(plot.Config(runs=(str(tmp_path),)))
@@ -302,7 +333,7 @@ def test_a_run_with_a_single_step(tmp_path):
 def test_inputs_that_cannot_be_drawn(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         plot.read_runs((str(tmp_path / "missing"),))
-    with pytest.raises(FileNotFoundError, match="log.txt or metrics.jsonl"):
+    with pytest.raises(FileNotFoundError, match="one of log.txt, metrics.jsonl, main.log"):
         plot.read_runs((str(tmp_path),))
     for name, content in dict(
         empty=b"", foreign=b"Dear diary,\n1 train two\n", binary=bytes(range(256)) * 9

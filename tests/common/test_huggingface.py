@@ -3,17 +3,20 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
 from reference import TINY, V, random_model, random_reference, random_tokens, same_logits
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export
-from common import checkpoint, tokenizer
+import fineweb
+from common import checkpoint, shards, tokenizer
 from common.console import UserError
-from common.huggingface import load_pretrained, save_pretrained
+from common.huggingface import load_pretrained, save_pretrained, save_tokenizer
 
 
 def test_transformers_reads_what_we_save(tmp_path):
@@ -200,3 +203,184 @@ def test_post_ln_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="Post-LN"):
         save_pretrained(random_model(norm="post"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# A model and its tokenizer
+
+
+def save_model(folder, tokens: int, library: Tokenizer | None = None, **settings):
+    """A random model with `tokens` embeddings, and a tokenizer as `tokenizers` saves it."""
+    save_pretrained(random_model(vocab_size=tokens), folder)
+    if library:
+        library.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def train_library(tokens: int, added=()) -> Tokenizer:
+    """A byte-level BPE whose end-of-text token comes first."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=tokens,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(["the cat sat on the mat, naïve as cats are " * 9], trainer)
+    library.add_special_tokens(list(added))
+    return library
+
+
+@pytest.mark.parametrize("rows", [271, 272, 384, 400])
+def test_a_model_is_read_with_its_tokenizer(rows, tmp_path):
+    """Also one with added tokens, and with embeddings that are resized or padded."""
+    library = train_library(270, added=["[PAD]"])
+    save_model(tmp_path, rows, library, eos_token="</s>")
+    model, enc = checkpoint.load_model(tmp_path)
+    assert enc.encode_ordinary("the cat") == library.encode("the cat").ids
+    assert (enc.eot_token, enc.n_vocab) == (0, 271)
+    # Rows without a token are never chosen, and do not change the logits of the others.
+    idx = random_tokens(1, 9, vocab_size=271)
+    logits = model(idx)
+    assert logits.shape[-1] == 271
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(logits, reference(idx).logits[..., :271], rtol=0, atol=1e-4)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(tmp_path):
+    save_model(tmp_path, 265, train_library(270))
+    with pytest.raises(UserError, match="265 tokens, its tokenizer 270"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_special_tokens_that_only_the_tokenizer_has_are_dropped(tmp_path):
+    """A common mistake: [PAD] was added to the tokenizer, but the embeddings were not resized."""
+    save_model(tmp_path, 270, train_library(270, added=["[PAD]"]))
+    _, enc = checkpoint.load_model(tmp_path)
+    assert enc.n_vocab == 270
+    assert tokenizer.tokenizer_to_text(tokenizer.load_tokenizer(tmp_path)) == (
+        tokenizer.tokenizer_to_text(enc)
+    )
+
+
+def test_without_a_tokenizer_gpt2s_is_used_only_if_the_size_matches(tmp_path, capsys):
+    save_model(tmp_path / "small", 300)
+    with pytest.raises(UserError, match="no tokenizer, and its vocabulary of 300 .* 50257"):
+        checkpoint.load_model(tmp_path / "small")
+    save_model(tmp_path / "large", 50257)
+    try:
+        tokenizer.load_tokenizer("gpt2")
+    except OSError:
+        pytest.skip("GPT-2's vocabulary is not available")
+    _, enc = checkpoint.load_model(tmp_path / "large")
+    assert enc.name == "gpt2"
+    assert "has no tokenizer: using GPT-2's" in capsys.readouterr().out
+
+
+def test_gpt2s_number_of_tokens_does_not_mean_gpt2s_tokenizer(tmp_path):
+    library = train_library(270)
+    description = json.loads(library.to_str())
+    description["model"]["vocab"] |= {f"<{n}>": n for n in range(270, 50257)}
+    save_model(tmp_path, 50257, Tokenizer.from_str(json.dumps(description)))
+    _, enc = checkpoint.load_model(tmp_path)
+    assert enc.encode_ordinary("the cat") == library.encode("the cat").ids
+
+
+def test_another_kind_of_tokenizer_is_rejected_with_its_model(tmp_path):
+    save_model(tmp_path, 300)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    with pytest.raises(UserError, match="WordPiece"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_finetuned_model_keeps_the_tokenizer(tmp_path):
+    """From a Hugging Face folder to a checkpoint, an export, and back."""
+    library = train_library(270, added=["[PAD]", "<|im_start|>"])
+    save_model(tmp_path / "hub", 280, library, eos_token="</s>")
+    model, enc = checkpoint.load_model(tmp_path / "hub")
+    checkpoint.save(tmp_path / "model.pt", checkpoint.build(model, enc, 1))
+    export.main(export.Config(str(tmp_path / "model.pt"), str(tmp_path / "out")))
+
+    idx = random_tokens(1, 9, vocab_size=270)
+    text = "<|im_start|>the naïve cat"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text)["input_ids"] == library.encode(text).ids
+    for name in ("model.pt", "out"):
+        loaded, own = checkpoint.load_model(tmp_path / name)
+        assert tokenizer.tokenizer_to_text(own) == tokenizer.tokenizer_to_text(enc)
+        assert own.encode(text, allowed_special="all") == library.encode(text).ids
+        assert torch.equal(loaded(idx), model(idx))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == enc.eot_token == theirs.eos_token_id == 0
+
+
+def test_an_export_states_the_longest_text(tmp_path):
+    """Without it, a pipeline of transformers does not cut long texts, and raises IndexError."""
+    save_model(tmp_path / "hub", 270, train_library(270))
+    for name in ("hub", "out"):  # an exported tokenizer, then one exported again
+        export.main(export.Config(str(tmp_path / name), str(tmp_path / "out")))
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs.model_max_length == TINY["block_size"]
+        assert len(theirs("cat " * 1000, truncation=True).input_ids) == TINY["block_size"]
+
+
+def test_an_export_replaces_the_tokenizer_of_an_earlier_one(tmp_path):
+    ours, _ = tokenizer.train_tokenizer(["the cat sat on the mat"], 260)
+    save_model(tmp_path, 270, train_library(270))
+    _, foreign = checkpoint.load_model(tmp_path)
+    for enc in (ours, foreign, ours):
+        save_tokenizer(enc, tmp_path / "out")
+        again = tokenizer.load_tokenizer(tmp_path / "out")
+        assert tokenizer.tokenizer_to_text(again) == tokenizer.tokenizer_to_text(enc)
+
+
+def test_a_hub_model_comes_with_its_tokenizer(tmp_path, monkeypatch):
+    """The files of the tokenizer are downloaded too."""
+    save_model(tmp_path / "hub", 270, train_library(270))
+
+    def snapshot_download(repo, allow_patterns):
+        folder = tmp_path / "cache"
+        folder.mkdir(exist_ok=True)
+        for file in (tmp_path / "hub").iterdir():
+            if repo == "somebody/model" and any(map(file.match, allow_patterns)):
+                (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model, enc = checkpoint.load_model("somebody/model")
+    assert (model.config.vocab_size, enc.n_vocab, enc.eot_token) == (270, 270, 0)
+    (tmp_path / "cache" / "model.safetensors").unlink()
+    assert tokenizer.load_tokenizer("somebody/model").n_vocab == 270
+    assert not (tmp_path / "cache" / "model.safetensors").exists()
+
+
+def test_shards_are_made_with_the_tokenizer_of_a_model(tmp_path):
+    library = train_library(270, added=["[PAD]"])
+    save_model(tmp_path / "model", 280, library)
+    texts = [f"the naïve cat {n} sat on the mat </s>" for n in range(20)]
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n:02}.txt").write_text(text, "utf-8")
+    config = fineweb.Config(
+        source="text",
+        data_files=(str(tmp_path / "*.txt"),),
+        out_dir=str(tmp_path / "shards"),
+        tokenizer=str(tmp_path / "model"),
+        num_workers=1,
+    )
+    for _ in range(2):  # the second run resumes
+        fineweb.main(config)
+
+    _, enc = checkpoint.load_model(tmp_path / "model")
+    shards_enc = shards.shards_tokenizer(tmp_path / "shards")
+    assert tokenizer.tokenizer_to_text(shards_enc) == tokenizer.tokenizer_to_text(enc)
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    assert manifest["tokenizer"] == "foreign_tokenizer.json"
+    assert (manifest["vocab_size"], manifest["end_of_text"]) == (271, 0)
+    library.encode_special_tokens = True  # </s> inside a document is text
+    expected = [token for text in texts for token in (0, *library.encode(text).ids)]
+    names = [shard["name"] for shard in manifest["shards"]]
+    tokens = [token for name in names for token in np.load(tmp_path / "shards" / name).tolist()]
+    assert tokens == expected

@@ -8,7 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from common import scoring
+from common.checkpoint import NotFinite
 from common.console import UserError
+from common.optim import Diverged
 from common.runtime import Runtime
 from common.scoring import Request, score, stream_loss
 from model import GPT, GPTConfig
@@ -48,9 +50,11 @@ def score_plainly(
 
     It is chosen if its tokens are the most likely ones once `excluded` cannot be the first.
     """
-    whole = torch.tensor((context + continuation)[-model.config.block_size - 1 :])
-    logits = model(whole[None, :-1])[0].double()[-len(continuation) :]
-    targets = whole[-len(continuation) :]
+    block_size = model.config.block_size
+    whole = torch.tensor((context + continuation)[-block_size - 1 :])
+    num_predicted = min(len(continuation), block_size)
+    logits = model(whole[None, :-1])[0].double()[-num_predicted:]
+    targets = whole[-num_predicted:]
     logprob = logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum().item()
     greedy = (logits.argmax(-1) == targets).all().item()
     logits[0, list(excluded)] = -torch.inf
@@ -94,6 +98,43 @@ def test_long_contexts_are_cut_from_the_left():
     for request in requests:
         request.continuations = [c[:16] for c in request.continuations]
     assert_plain(model, requests, score(model, requests, CPU))
+
+
+def test_long_continuations_are_cut_from_the_left_and_reported_once(capsys):
+    model = make_model(16)
+    requests = [Request([1, 2], [[3] * 15, [4] * 16, [5] * 17, list(range(40))])]
+    for _ in range(2):
+        scores = score(model, requests, CPU, desc="long")
+        assert_plain(model, requests, scores)
+    assert [one.num_tokens for one in scores[0]] == [15, 16, 16, 16]
+    assert capsys.readouterr().out == (
+        "long: 2 of 4 continuations are longer than the context of the model, and only their last "
+        "16 tokens count\n"
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])
+def test_a_broken_weight_is_named_instead_of_a_result(name, value):
+    model = make_model(64)
+    model.source = "run/model_final.pt"
+    model.state_dict()[name].flatten()[3] = value
+    message = f"run/model_final.pt is broken: its tensor {name} is not finite"
+    with pytest.raises(NotFinite, match=message):
+        score(model, make_requests(20), CPU)
+    with pytest.raises(NotFinite, match=message):
+        stream_loss(model, np.arange(90), 2, 16, CPU)
+    assert model.training, "the model's mode is left as it was"
+
+
+def test_an_overflow_with_finite_weights_is_no_result_either():
+    model = make_model(64)
+    with torch.no_grad():
+        model.wte.weight.fill_(3e38)
+    with pytest.raises(NotFinite, match="although its weights are: try --dtype float32"):
+        score(model, make_requests(20), CPU)
+    with pytest.raises(NotFinite, match="although its weights are: try --dtype float32"):
+        stream_loss(model, np.arange(90), 2, 16, CPU)
 
 
 def test_greedy_and_chosen_continuations():
@@ -173,7 +214,6 @@ def test_nothing_is_computed_twice():
     [
         (Request([], [[1]]), "at least one"),
         (Request([1], [[]]), "at least one"),
-        (Request([1], [[1] * 17]), "longer than"),
     ],
 )
 def test_invalid_requests_are_rejected(request_, message):
@@ -208,3 +248,7 @@ def test_ranks_share_the_work_of_stream_loss(monkeypatch):
     ]
     assert sum(parts) == pytest.approx(whole, abs=1e-6)
     assert min(parts) > 0
+
+
+def test_training_ends_with_the_exit_code_of_a_run_that_diverged():
+    assert NotFinite.exit_code == Diverged.exit_code

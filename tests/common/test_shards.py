@@ -1,12 +1,20 @@
 """Shards and their manifest: reading, writing, and the positions from which a run resumes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.console import UserError, write_atomically
-from common.shards import SOURCE_START, Position, ShardWriter, map_shard, open_shards
+from common.shards import (
+    SOURCE_START,
+    Position,
+    ShardWriter,
+    map_shard,
+    open_shards,
+    split_of,
+)
 
 HEADER = dict(tokenizer="gpt2", vocab_size=50257, dtype="uint16")
 
@@ -108,6 +116,66 @@ def test_shards_without_a_manifest_are_taken_to_be_gpt2s(tmp_path):
     assert open_shards(tmp_path, "train").vocab_size == 50257
     with pytest.raises(FileNotFoundError, match="only other shards"):
         open_shards(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("edufineweb_val_000000", "val"),
+        ("pretrain_val_000", "val"),
+        ("retrieval_train_000", "train"),
+        ("train001", "train"),
+        ("My-Validation.1", "val"),
+        ("fineweb-training-00001-of-00013", "train"),
+        ("pretrain_000", None),
+        ("interval", None),
+    ],
+)
+def test_only_complete_words_in_a_name_are_a_split(name, split):
+    assert split_of(Path(f"{name}.npy")) == split
+
+
+def test_a_name_with_both_splits_is_rejected(tmp_path):
+    np.save(tmp_path / "train_val_1.npy", np.arange(10, dtype=np.uint16))
+    with pytest.raises(UserError, match="train_val_1.npy has the words of both.*rename it"):
+        open_shards(tmp_path, "val")
+
+
+def test_the_first_tokens_of_a_split_come_from_several_shards(tmp_path):
+    np.save(tmp_path / "pretrain_val_0.npy", np.arange(5, dtype=np.uint16))
+    np.save(tmp_path / "pretrain_val_1.npy", np.arange(5, 8, dtype=np.uint16))
+    np.save(tmp_path / "retrieval_train_0.npy", np.arange(50, dtype=np.uint16))
+    val = open_shards(tmp_path, "val")
+    for num_tokens in (1, 4, 5, 6, 8):
+        assert val.read_first(num_tokens).tolist() == list(range(num_tokens))
+    assert val.read_first(100).tolist() == list(range(8))
+    assert open_shards(tmp_path, "train").paths == [tmp_path / "retrieval_train_0.npy"]
+
+
+def test_a_split_of_one_token_is_rejected_by_name(tmp_path):
+    np.save(tmp_path / "x_val_0.npy", np.arange(1, dtype=np.uint16))
+    with pytest.raises(UserError, match="x_val_0.npy has too few tokens .1."):
+        open_shards(tmp_path, "val").read_first(100)
+
+
+def test_too_little_text_is_rejected_when_it_is_written(tmp_path):
+    with pytest.raises(UserError, match="only 19 tokens.*at least 20 are needed"):
+        write(tmp_path, 19)
+    assert write(tmp_path, 20).manifest["complete"]
+    assert open_shards(tmp_path, "val").lengths == [2]
+
+
+def test_parts_of_a_document_are_counted_once(tmp_path):
+    """A document of 9 + 8 + 7 tokens in three batches, an empty one and another one after it."""
+    writer = ShardWriter(tmp_path, "x", 10, HEADER)
+    position = SOURCE_START
+    for number, lengths in enumerate([[9], [8], [7, 0, 3]]):
+        position = Position(document=number, token=0, state={"S": number}, skip=0)
+        tokens = np.arange(sum(lengths), dtype=np.uint16)
+        writer.add(position, tokens, lengths, is_continuation=number > 0)
+    assert (writer.manifest["documents"], writer.manifest["empty_documents"]) == (2, 1)
+    counts = [shard["next"]["documents"] for shard in writer.manifest["shards"]]
+    assert counts == [1, 1]
 
 
 def test_an_unfinished_folder_is_rejected(tmp_path):

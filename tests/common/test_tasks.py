@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 import torch
 from small_benchmarks import CPU, TEXT, load_both, write_model_and_data
 
+import cbt
 import evaluate
+import hellaswag
+import lambada
 from common import tasks
+from common.console import UserError
 from common.published import PARAMETERS, REFERENCES
 from common.tasks import Benchmark
 from common.tokenizer import train_tokenizer
@@ -68,6 +73,54 @@ def test_references_have_different_streams_and_known_models():
     for name, shape in OPENAI_MODELS.items():
         with torch.device("meta"):
             assert GPT(GPTConfig(**shape)).num_params() == PARAMETERS[name]
+
+
+# All benchmarks
+
+
+@pytest.mark.parametrize("script", [hellaswag, lambada, cbt])
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limits_below_one_are_rejected(script, limit):
+    with pytest.raises(UserError, match=f"limit is {limit}, must be at least 1"):
+        script.main(script.Config(limit=limit))
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 32, 64])
+def test_a_small_context_is_enough_for_every_benchmark(folder, block_size, capsys):
+    """Contexts and long endings are truncated; the model is one of chance level."""
+    _, enc, _ = load_both(folder)
+    shape = dict(n_layer=1, n_head=1, n_embd=8, block_size=block_size)
+    model = GPT(GPTConfig(vocab_size=500, **shape))
+    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="")
+    for benchmark in evaluate.BENCHMARKS:
+        examples = benchmark.load(str(folder / data[benchmark.name]), 3)
+        if benchmark.name == "hellaswag":
+            examples[0]["endings"][1] = "and so on " * 40
+        for _ in range(2):
+            metrics, _ = benchmark.evaluate(model, enc, examples, CPU)
+            assert math.isfinite(benchmark.headline(metrics).value)
+    printed = capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if line.startswith("HellaSwag, harness: ")]) == 1
+    assert len(set(printed)) == len(printed), "each report only once"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_data_may_begin_with_a_byte_order_mark(folder, tmp_path, encoding):
+    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="cbtest_NE_test.txt")
+    for benchmark in evaluate.BENCHMARKS:
+        name = data[benchmark.name]
+        path = tmp_path / name
+        path.write_text((folder / name).read_text(), encoding)
+        assert benchmark.load(str(path), None) == benchmark.load(str(folder / name), None)
+
+
+def test_data_that_is_not_text_is_an_error_that_names_the_line(folder, tmp_path):
+    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="cbtest_NE_test.txt")
+    for benchmark in evaluate.BENCHMARKS:
+        path = tmp_path / data[benchmark.name]
+        path.write_bytes((folder / path.name).read_bytes().replace(b"\n", b"\n\xe9", 1))
+        with pytest.raises(UserError, match=f"{path}, line 2, is not UTF-8"):
+            benchmark.load(str(path), None)
 
 
 # Requests

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from common.console import UserError
-from fantasy.descriptions import DescriptionStore, SimilarityIndex, read_descriptions
+from common.finetune_data import read_texts
+from fantasy.descriptions import DescriptionStore, SimilarityIndex
 from fantasy.grammar import as_text, describe
 from fantasy.locations import prompt_seeds
 
@@ -34,7 +35,7 @@ def test_descriptions_are_in_the_file_at_once_and_read_again(tmp_path):
         assert store.is_near_duplicate(TEXTS[0] + " One more sentence.")
         assert not store.is_near_duplicate("A new text, with words that no other text has.")
         store.write_text()
-    blocks = read_descriptions(tmp_path / "finetune_data.txt")
+    blocks = read_texts(tmp_path / "finetune_data.txt")
     assert blocks == [f"<LOC>\n{text}\n</LOC>" for text in TEXTS]
 
 
@@ -93,20 +94,3 @@ def test_similarity_is_that_of_the_most_similar_text():
     assert index.similarity("a b") == 0
     index.add("a b")  # fewer than five words are one gram
     assert index.similarity("a b") == 1
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("only text", "holds 0 descriptions"),
-        ("<LOC>\na\n</LOC>\n", "holds 1 descriptions"),
-        ("<LOC>\na\n</LOC>\n<LOC> b", "the last <LOC> is not closed"),
-        ("<LOC>\na\n</LOC>\n<LOC> b <LOC> c", "line 4: <LOC> where </LOC> was expected"),
-        ("<LOC>\na\n</LOC>\nb\n</LOC>", "line 5: </LOC> where <LOC> was expected"),
-    ],
-)
-def test_wrong_blocks_are_errors(tmp_path, text, expected):
-    path = tmp_path / "data.txt"
-    path.write_text(text)
-    with pytest.raises(UserError, match=re.escape(expected)):
-        read_descriptions(path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common import checkpoint
+from common.console import UserError
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import shards_tokenizer
@@ -110,6 +111,36 @@ def test_the_report_compares_two_models_and_explains_its_figures(data_dir, tmp_p
         assert f"\n| {name}" in text
         assert f"\n- **{name}**: " in text
     assert (tmp_path / report.SAMPLES).read_text().count("-" * 80) == 2
+
+
+def test_a_model_that_is_not_finite_has_no_figures(data_dir, tmp_path):
+    enc = shards_tokenizer(data_dir)
+    model = GPT(GPTConfig(vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_embd=8, block_size=32))
+    model.ln_f.bias.data[0] = math.nan
+    path = tmp_path / "broken.pt"
+    checkpoint.save(path, checkpoint.build(model, enc, 0))
+    config = SimpleNamespace(B=2, T=16, seed=1, num_samples=2)
+    with pytest.raises(UserError, match="broken.pt is broken: its tensor ln_f.bias is not finite"):
+        report.measure_model(config, path, ["a"], np.arange(40), None, CPU)
+
+
+def test_infinity_is_null_in_json():
+    record = dict(a=math.inf, b=math.nan, c=1.5, d=None, e=2, f="x")
+    assert report.finite_or_none(record) == dict(a=None, b=None, c=1.5, d=None, e=2, f="x")
+
+
+def test_samples_of_plain_text_start_from_the_end_of_text(data_dir, tmp_path):
+    enc = shards_tokenizer(data_dir)
+    model = GPT(GPTConfig(vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_embd=8, block_size=32))
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, checkpoint.build(model, enc, 0))
+    config = SimpleNamespace(B=2, T=16, seed=1, num_samples=2)
+    blocks = ["<LOC> old tower </LOC>"]
+    for training, is_block in ((["old tower"], False), (blocks, True)):
+        figures, samples = report.measure_model(config, path, training, np.arange(40), None, CPU)
+        assert (report.DELIMITED in figures) == is_block
+        assert [sample.startswith("<LOC>") for sample in samples] == [is_block] * 2
+        assert not any("<|endoftext|>" in sample for sample in samples)
 
 
 def test_general_text_is_optional(data_dir, tmp_path, capsys):
