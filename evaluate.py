@@ -66,7 +66,7 @@ class Config:
     B: int = 8  # sequences per forward pass of the validation loss
     out_dir: str = "log/evaluation"  # folder for evaluation.json and evaluation.md
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
 
     def __post_init__(self):

@@ -34,7 +34,14 @@ import torch
 from common import checkpoint, cpu, lora, runtime
 from common.console import Progress, UserError, cli, lock_folder, table, write_text
 from common.finetune_data import fingerprint, is_tagged, read_texts
-from common.optim import Diverged, learning_rate, make_optimizer, prepare_model, train_step
+from common.optim import (
+    Diverged,
+    LossScaler,
+    learning_rate,
+    make_optimizer,
+    prepare_model,
+    train_step,
+)
 from common.runlog import RunLog
 from common.runtime import Runtime
 from common.scoring import stream_loss
@@ -92,7 +99,7 @@ class Config:
     resume: bool = False  # resume the run in out_dir
     seed: int = 1337  # seed of the split, data order, dropout, adapters and samples
     device: str = "auto"  # cuda, mps or cpu; auto = first available of the three
-    # dtype of matrix products; auto = bfloat16 if the hardware is fast at it
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
 
@@ -322,7 +329,10 @@ class Finetuner:
             return math.inf
 
     def reset(self, loaded: dict | None = None) -> torch.optim.Optimizer:
-        """Load the initial weights and return a new optimizer, or load both from a checkpoint."""
+        """Load the initial weights and return a new optimizer, or load both from a checkpoint.
+
+        The scale of the loss, which only float16 uses, starts anew or is loaded as well.
+        """
         state = self.initial_state
         if loaded:
             # With adapters, the checkpoint's `model` has them merged, so they are stored apart.
@@ -330,8 +340,10 @@ class Finetuner:
         self.model.load_state_dict(state)
         # The learning rate given here has no effect: every step sets its own.
         optimizer = make_optimizer(self.model, 1.0, self.config.weight_decay, (0.9, 0.95), 1e-8)
+        self.scaler = LossScaler(self.rt)
         if loaded:
             optimizer.load_state_dict(loaded["optimizer"])
+            self.scaler.load_state_dict(loaded.get("scaler"))
         return optimizer
 
     def train(
@@ -395,11 +407,13 @@ class Finetuner:
             self.config.grad_clip,
             rt,
             micro_batch_weights,
+            self.scaler,
         )
         # The mean over the ranks. All of them learn of a divergence, and stop together.
         loss = float(rt.sum([loss]) / rt.world_size)
         grad_norm = float(grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        overflowed = self.scaler.skipped(grad_norm)  # float16: no update, but no divergence
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflowed):
             return math.inf, num_tokens
         # The search has no log: only its results are kept.
         if log:
@@ -413,6 +427,7 @@ class Finetuner:
                 tokens_per_sec=num_tokens / seconds,
                 mfu=None,
                 memory=rt.peak_memory(),
+                **self.scaler.record(grad_norm),
             )
         return loss, num_tokens
 
@@ -567,6 +582,7 @@ def save_epoch(
     # Last, because it is what marks the epoch as done.
     state["lora"] = lora.adapter_state(tuner.model)
     state["optimizer"] = optimizer.state_dict()
+    state["scaler"] = tuner.scaler.state_dict()
     state["history"] = history
     checkpoint.save(folder / f"model_{record['step']:05d}.pt", state)
     checkpoint.remove_rolling(folder, record["step"], checkpoint_every=0, keep=1)

@@ -46,7 +46,7 @@ class Config:
     data: str | None = None  # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
     limit: int | None = None  # evaluate only the first examples, this many
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
     save_predictions: str | None = None  # file for predictions, one line per example
     results: str = "log/hellaswag_results.jsonl"  # file to which a line of results is added

@@ -55,7 +55,7 @@ class Config:
     data: str | None = None
     limit: int | None = None  # evaluate only the first passages, this many
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
     save_predictions: str | None = None  # file for predictions, one line per passage
 

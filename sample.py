@@ -47,7 +47,7 @@ class Config:
     out: str | None = None  # also write the samples to this file
     batch_size: int = 16  # samples generated at a time
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, else float32
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
 
     def __post_init__(self):
