@@ -355,14 +355,17 @@ def draw_samples(run: Run, step: int):
     config = run.config
     prompt = run.enc.encode_ordinary(config.sample_prompt)
     room = run.model.config.block_size - len(prompt)
-    with run.rt.autocast():
-        outputs = run.model.generate(
-            [prompt] * 4,
-            min(32, room),
-            stop_token=run.enc.eot_token,
-            top_k=50,
-            seed=config.seed,
-        )
+    try:
+        with run.rt.autocast():
+            outputs = run.model.generate(
+                [prompt] * 4,
+                min(32, room),
+                stop_token=run.enc.eot_token,
+                top_k=50,
+                seed=config.seed,
+            )
+    except FloatingPointError as error:
+        raise checkpoint.not_finite_error(run.model) from error
     samples = [config.sample_prompt + run.enc.decode(output) for output in outputs]
     for sample in samples:
         run.rt.print(f"> {sample}")

@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_train import TORCHRUN, assert_same_bits, losses, stream, train_here, weights
 from torch.amp import GradScaler
 
+from common.console import UserError
 from common.optim import Diverged, LossScaler, make_optimizer, train_step
 from common.runtime import Runtime, choose_dtype
 from model import GPT, IGNORE, GPTConfig, linear_cross_entropy
@@ -308,13 +309,21 @@ def test_skipped_steps_are_logged_and_resumed_to_the_bit(data_dir, tmp_path, mon
 def test_a_run_that_keeps_overflowing_ends(data_dir, tmp_path):
     """The weights explode in the first step, so that every later loss is NaN."""
     log_dir = tmp_path / "log"
-    flags = ("--dtype", "float16", "--max_lr", "1e30", "--grad_clip", 0, "--max_steps", 100)
+    flags = ("--dtype", "float16", "--max_lr", "1e30", "--grad_clip", 0, "--val_every", 0)
     with pytest.raises(Diverged, match="the run diverged and stops.*try --dtype float32"):
         train_here(data_dir, log_dir, *flags)
     records = records_of(log_dir)
     assert [record["skipped"] for record in records] == [False] + 16 * [True]
     assert records[-1]["loss_scale"] == 1
     assert not (log_dir / "model_final.pt").exists()
+
+
+def test_validation_and_samples_of_a_model_that_overflows_end_the_run(data_dir, tmp_path):
+    for flag in ("--val_every", "--sample_every"):
+        flags = ("--dtype", "float16", "--max_lr", "1e30", "--grad_clip", 0, "--val_every", 0)
+        with pytest.raises(UserError, match="not finite") as error:
+            train_here(data_dir, tmp_path / flag, *flags, flag, 10)
+        assert error.value.exit_code == Diverged.exit_code
 
 
 def test_a_run_can_change_its_dtype(data_dir, tmp_path):
