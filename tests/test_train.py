@@ -240,11 +240,16 @@ def test_sigterm_to_torchrun_stops_all_ranks_at_the_same_step(data_dir, tmp_path
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_signals_that_ask_to_stop(name):
     number = getattr(signal, name)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), number)
-        deadline = time.monotonic() + 10
-        while not stop.number and time.monotonic() < deadline:
-            time.sleep(0.01)
+    # A background process of a shell ignores SIGINT.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 10
+            while not stop.number and time.monotonic() < deadline:
+                time.sleep(0.01)
+    finally:
+        signal.signal(number, before)
     assert stop.number == number
 
 
