@@ -2,8 +2,8 @@
 
 Training reads windows of T + 1 tokens with stride T. In each epoch the shards are permuted, and
 within a shard its windows, by generators seeded with (seed, epoch). The orders of all epochs, one
-after the other, are cut into global batches. Batch k therefore depends on k alone: its windows are
-the same for any number of ranks and any micro-batch size.
+after the other, are cut into global batches. So for a given seed, T and batch size, batch k depends
+on k alone: its windows are the same for any number of ranks and any micro-batch size.
 """
 
 import queue
@@ -153,7 +153,7 @@ class PretrainLoader:
     ) -> Generator[list[tuple]]:
         """Yield, for each step from start_step on, the list of its micro-batches on the device.
 
-        A thread keeps the next two steps in (pinned) memory.
+        A thread reads up to three steps ahead, into pinned memory for CUDA.
         """
         ready = queue.Queue(maxsize=2)  # batches, or the exception that ended the thread
         stopped = threading.Event()

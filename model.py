@@ -211,8 +211,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw weights from N(0, 0.02); biases are zero.
 
-        Each block adds two projections to the residual stream. They are scaled by the square root
-        of their number, so that the stream's variance does not grow with depth.
+        Each block adds two projections to the residual stream. They are multiplied by
+        1 / sqrt(2 * n_layer), so that the stream's variance does not grow with depth.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):

@@ -2,7 +2,7 @@
 
     python plot.py                                           # log/
     python plot.py log other_run --out_dir pictures          # compare two runs
-    python plot.py build-nanogpt/log/log.txt --size 124M     # a log alone, of another project
+    python plot.py build-nanogpt/log/log.txt --size 124M     # a single log file of another project
 
 Logs of other projects may be build-nanogpt's log.txt, llm.c's main.log, transformers'
 trainer_state.json, or what nanoGPT, build-nanogpt and llm.c print, saved to a file.

@@ -132,7 +132,7 @@ class Config:
     hellaswag_data: str | None = None
     sample_every: int = 250  # text samples, printed
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
-    # checkpoints to keep; 0 = only the final one, and no rolling ones
+    # checkpoints to keep; 0 = only the final one (this disables rolling_every, too)
     checkpoint_every: int = 5000
     rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
     wandb: bool = False  # also log to Weights & Biases

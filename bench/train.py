@@ -156,7 +156,7 @@ def memory(config, rt: Runtime) -> list[Figure]:
     names = [*peers.names_of_peers(scripts), peers.ThisProjectCheckpointed.name]
     peaks = {}
     for name in Progress(names, desc=row, unit="process", leave=False):
-        # The peak of a process never falls, so that each candidate needs a new one.
+        # The peak of a process never falls, so each candidate needs a new process.
         peaks[name] = measure.run_in_new_process(
             peak_memory, name, workload, scripts, config.device
         )

@@ -263,7 +263,7 @@ def encoding_of_text(start: bytes) -> str:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Lines of a text file. Unlike for str.splitlines, form feeds and U+2028 do not end a line."""
+    """Lines of a text file. Unlike str.splitlines, this does not split at form feeds and U+2028."""
     return [line.removesuffix("\r") for line in read_text(path).split("\n")]
 
 

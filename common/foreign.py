@@ -71,7 +71,7 @@ class ForeignEncoding(tiktoken.Encoding):
 
     `text` is how checkpoints store it: JSON with `end_of_text`, the end-of-text token, and
     `tokenizer`, the content of a tokenizer.json file. In `encode`, <|endoftext|> means the
-    end-of-text token, also if it has another name.
+    end-of-text token, even if the tokenizer calls it something else.
 
     Raises UserError if the tokenizer is not a byte-level BPE, or is damaged.
     """

@@ -1,8 +1,9 @@
 """The figures that others published, each with its source. Our results are compared with them.
 
 evaluate.py and the benchmarks print them in their tables, plot.py draws them as horizontal lines.
-Each metric has one figure per model, so that all of them show the same. Where sources differ, a
-comment says why. Models are named as in model.OPENAI_MODELS; gpt3-small ... are those of GPT-3.
+Each metric has one figure per model, so that every table and plot shows the same number. Where
+sources differ, a comment says why. Models are named as in model.OPENAI_MODELS; gpt3-small ... are
+those of GPT-3.
 
 Sources:
 

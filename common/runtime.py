@@ -58,6 +58,10 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
+        """The name of the dtype as in Dtype, without "auto"."""
+        is_tf32 = torch.get_float32_matmul_precision() == "high"
+        if self.dtype == torch.float32 and self.device.type == "cuda" and is_tf32:
+            return "tf32"
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self):

@@ -24,7 +24,8 @@ MANIFEST = "manifest.json"
 GPT2_VOCAB_SIZE = 50257
 # words in the names of shards
 SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
-MIN_TOKENS = 20  # of a corpus: its tenth for validation then has a token to predict
+# smallest corpus: the tenth for validation then has two tokens, so that one can be predicted
+MIN_TOKENS = 20
 
 
 class Position(TypedDict):

@@ -68,7 +68,7 @@ Evaluate = Callable[[GPT, tiktoken.Encoding, Any, Runtime], tuple[list[Metric], 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All that evaluate.py, training, its logs and the plots need to know of a benchmark.
+    """All that evaluate.py and training need to know of a benchmark.
 
     Each benchmark's file defines one, called BENCHMARK, and evaluate.py lists them.
     """

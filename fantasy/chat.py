@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """What a server must be asked in its way."""
+    """The request settings that differ between servers."""
 
     base_url: str
     limit_name: str

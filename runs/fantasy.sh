@@ -40,5 +40,5 @@ BEST=$(ls -t "$OUT"/final_lr_*/model_best.pt | head -n 1)
 
 echo
 echo "A sample:"
-sed '/^-----/,$d; s/^/    /' "$OUT/samples.txt"
+sed '/^-\{80\}$/,$d; s/^/    /' "$OUT/samples.txt"
 echo "Before and after finetuning: $OUT/report.md"
