@@ -410,6 +410,11 @@ def linear_cross_entropy(
         return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, needs_grad)
 
 
+# A power of two, so that scaling by it rounds nothing. (Not an attribute of the class below, which
+# torch.compile could not read.)
+GAIN = 1024.0
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a linear layer without ever holding all of its logits.
 
@@ -434,8 +439,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     `part` is the number of tokens in a part. The second product is thus GAIN times a mean over
     tokens, and cannot exceed float16's largest number while hidden states are below 64.
     """
-
-    GAIN = 1024.0
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
@@ -466,14 +469,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             highest = logits.amax(-1, keepdim=True)
             probs = torch.softmax(logits, -1, out=logits)
             lse = highest - probs.amax(-1, keepdim=True).log()
-            loss += ((lse - target_logits) * part_share).sum()
+            # Not in place: torch.compile of PyTorch 2.11 would return a loss without gradients.
+            loss = loss + ((lse - target_logits) * part_share).sum()
             if grad_w is None:
                 continue
 
             # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.
             probs[rows[: len(part_targets)], part_targets[:, 0]] -= 1
             if is_float16:
-                probs *= LinearCrossEntropy.GAIN
+                probs *= GAIN
             grad = probs.to(dtype)
             # The share is applied to the narrow factors (part, C), not to (part, V).
             grads_x.append((grad @ w) * part_share)
@@ -485,8 +489,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_w is not None:
             grad_x = torch.cat(grads_x)  # (N, C)
             if is_float16:
-                grad_x /= LinearCrossEntropy.GAIN
-                grad_w *= share.amax() * (part / LinearCrossEntropy.GAIN)
+                grad_x /= GAIN
+                grad_w *= share.amax() * (part / GAIN)
             ctx.save_for_backward(grad_x, grad_w)
         return loss
 

@@ -11,7 +11,7 @@ torch.load(..., weights_only=True). Every checkpoint has
 Those that training can resume from also have
 
     optimizer   state dict of the optimizer
-    scaler      state of the loss scaling in float16; empty in other dtypes
+    scaler      state of the float16 loss scaler; empty in other dtypes
     run         settings that a resumed run must share (train_gpt2.py: seed, T, batch, data, ...)
     lora        the adapters' tensors (finetune.py)
     history     losses of the epochs so far (finetune.py)

@@ -107,6 +107,21 @@ def test_gradients_of_the_model_are_as_near_as_bfloat16s():
         assert error < 5e-3 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_loss_can_be_compiled_without_a_graph_break(dtype):
+    """With the backend "eager", only the tracing is tested, which takes no compiler."""
+    gradients = []
+    for compiled in (False, True):
+        model = small_model()
+        loss_of = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of(*small_batch())
+        loss.backward()
+        gradients.append(model.wte.weight.grad)
+    assert gradients[0].count_nonzero() > 0
+    assert_close(gradients[1], gradients[0], 1e-6)
+
+
 # ---------------------------------------------------------------------------------------------
 # A training step
 
