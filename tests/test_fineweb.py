@@ -110,6 +110,7 @@ def test_a_corpus_that_does_not_fill_two_shards_is_split(source, tmp_path):
         assert np.array_equal(stream(out), expected)
 
 
+@pytest.mark.slow
 def test_killed_repeatedly_it_ends_with_the_same_bytes(source, tmp_path):
     ok(command(*flags(source, tmp_path / "whole", "--shard_size", 500)))
     killed = tmp_path / "killed"

@@ -235,6 +235,7 @@ runtime.leave()
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_a_step_if_one_overflows(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)

@@ -37,6 +37,7 @@ def two_processes(data_dir, tmp_path_factory):
     return log_dir
 
 
+@pytest.mark.slow
 def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint(
     data_dir, tmp_path, two_processes
 ):
@@ -82,6 +83,7 @@ def test_restarts_that_cannot_work_are_refused(monkeypatch):
     runtime.check_launcher()
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_launcher(data_dir, tmp_path):
     process = launch(arguments(data_dir, tmp_path / "log", "--max_steps", 100000), TORCHRUN)
     wait_for_step(tmp_path / "log", 2, process)

@@ -131,6 +131,7 @@ def test_autotokenizer_loads_an_exported_tokenizer(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_gpt2s_files_are_recovered(tmp_path):
     try:
         gpt2 = tokenizer.load_tokenizer("gpt2")

@@ -195,6 +195,7 @@ def test_a_run_that_finished_without_its_study_is_not_repeated(finished):
     assert not list(out.rglob("*.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
