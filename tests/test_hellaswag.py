@@ -132,6 +132,7 @@ def test_command_prints_a_table_and_adds_a_line_of_results(folder, tmp_path):
     assert {"label", "pred", "pred_norm", "sums"} <= lines[0].keys()
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(folder, tmp_path):
     words = ["--model", folder / "model.pt", "--data", folder / "hellaswag.jsonl"]
     words += ["--device", "cpu", "--results", tmp_path / "results.jsonl"]
@@ -196,6 +197,7 @@ def test_training_logs_the_same_for_any_number_of_processes(data_dir, folder, tm
     assert after["correct_norm"] == results[-1]["correct_norm"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_every_result_once(data_dir, folder, tmp_path):
     ok(train(data_dir, folder, tmp_path, "--max_steps", 4))
     ok(train(data_dir, folder, tmp_path, "--max_steps", 10, "--resume"))

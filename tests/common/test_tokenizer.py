@@ -38,6 +38,7 @@ def unseen_text() -> str:
     return ODD + "".join(path.read_text("utf-8", "replace") for path in paths)[: 2**20]
 
 
+@pytest.mark.slow
 def test_ids_equal_the_librarys_on_a_megabyte_of_unseen_text(trained):
     encoding, library = trained
     text = unseen_text()

@@ -63,6 +63,7 @@ def no_network(name):
     raise OSError("no network")
 
 
+@pytest.mark.slow
 def test_tokenizer_study(tmp_path, capsys, monkeypatch):
     """Without GPT-2's vocabulary, which is not always available and takes longer."""
     monkeypatch.setattr(tokenizer_study, "load_tokenizer", no_network)
