@@ -1,5 +1,6 @@
 """Helpers for the tests of the studies."""
 
+import gc
 import signal
 
 import torch
@@ -20,3 +21,4 @@ def run_main(module, *argv):
         module.main(config)
     finally:
         signal.signal(signal.SIGTERM, handler)
+        gc.collect()  # closes the study's lock file, as the end of a process would
