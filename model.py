@@ -402,6 +402,11 @@ def linear_cross_entropy(
 
     x: hidden states (N, C). weight: (V, C), of which only the first vocab_size rows are tokens.
     targets: (N,) int64, IGNORE to leave a token out. Matrix products run in autocast's dtype.
+
+    PyTorch 2.13 has F.linear_cross_entropy, which also works in chunks with `options`. It counts
+    padding rows as tokens, and is slow on CPUs: for 1,024 tokens of width 384 and GPT-2's
+    vocabulary in float32, forward and backward took 14.5 s, here 1.5 s, and with all logits at once
+    1.4 s (medians of two, interleaved; 2 cores of an AMD EPYC with AVX2, torch 2.13.0).
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
