@@ -380,7 +380,8 @@ class Connection(openai.DefaultAsyncHttpxClient):
         self.max_retries = max_retries
         self.hide = hide
         self.on_retry = on_retry
-        self.has_answered = False  # has there been a chat completion?
+        # Paths at which there has been a chat completion. Parallel requests try several at first.
+        self.answered_paths: set[str] = set()
         self.limited: asyncio.Task | None = None  # the task whose request met the rate limit
         self.limit_passed = asyncio.Event()
         self.waiting: set[asyncio.Task] = set()  # tasks with no request on its way
@@ -406,17 +407,18 @@ class Connection(openai.DefaultAsyncHttpxClient):
             raise
 
         if response.is_success:
-            self.unmask(response)
+            self.unmask(request, response)
         await self.handle_status(task, request, response)
         return response
 
-    def unmask(self, response):
+    def unmask(self, request, response):
         """Give an error that hides behind status 200 the status that it should have."""
-        hidden = hidden_error(response, self.has_answered)
+        path = request.url.path
+        hidden = hidden_error(response, path in self.answered_paths)
         if hidden:
             response.status_code, response.extensions["name"] = hidden
         else:
-            self.has_answered = True
+            self.answered_paths.add(path)
 
     async def handle_status(self, task: asyncio.Task, request, response):
         """Decide whether the request is repeated, report it, and hold back others if necessary."""
@@ -447,12 +449,12 @@ class Connection(openai.DefaultAsyncHttpxClient):
 
     def is_worth_a_retry(self, request, may_pass: bool) -> bool:
         """Is a request repeated that did not reach a chat model?"""
-        return self.has_answered or (may_pass and retry_count(request) < EARLY_RETRIES)
+        return bool(self.answered_paths) or (may_pass and retry_count(request) < EARLY_RETRIES)
 
     def failed(self, task: asyncio.Task, request, name: str, message: str, asked: str = ""):
         """Report a failed attempt, after which OpenAI's client waits or gives up."""
         wait = f" (Retry-After: {asked})" if asked else ""
-        is_early = not self.has_answered and not re.search("status [45]|rate limit", name)
+        is_early = not self.answered_paths and not re.search("status [45]|rate limit", name)
         retries = min(EARLY_RETRIES, self.max_retries) if is_early else self.max_retries
         said = self.hide(message)
         details = "" if said == name else f": {said}"

@@ -116,13 +116,13 @@ def is_page(response) -> bool:
     return is_html or response.text.lstrip()[:15].lower().startswith(("<!doctype", "<html"))
 
 
-def hidden_error(response, has_answered: bool) -> tuple[int, str] | None:
+def hidden_error(response, path_has_answered: bool) -> tuple[int, str] | None:
     """The status that a response with status 200 should have, and a name; None if it is right."""
     try:
         body = response.json()
     except ValueError:
-        # Once the server has answered, the page is perhaps about its maintenance.
-        status = 502 if has_answered else 404
+        # Once this path has answered, the page is perhaps about the server's maintenance.
+        status = 502 if path_has_answered else 404
         return (status, "web page") if is_page(response) else None
     if not isinstance(body, dict) or body.get("choices"):
         return None

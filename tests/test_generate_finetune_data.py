@@ -831,6 +831,36 @@ def test_base_urls_of_all_kinds(imitate, tmp_path, given, path, missing):
         assert {headers["api-key"] for _, headers, _ in server.requests} == {KEY}
 
 
+def test_the_wrong_path_is_not_retried_when_another_request_has_found_the_right_one(imitate):
+    """Of two parallel requests, one is answered with a page after the other one has succeeded."""
+    answered = threading.Event()
+
+    def respond(handler, body):
+        if handler.path == "/v1/chat/completions":
+            answered.set()
+            return completion(body), 200
+        if requests:
+            held_back.append(handler)
+        requests.append(handler)
+        return "<html></html>", 200
+
+    requests = []
+    held_back = []
+    reply = Handler.reply
+
+    def reply_late(handler, *args, **kwargs):
+        if handler in held_back:
+            assert answered.wait(30)
+            time.sleep(0.3)  # until the client has read the answer
+        reply(handler, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "reply", reply_late)
+        server, _ = imitate(respond, path="")
+    assert len(held_back) == 1
+    assert [path for path, _, _ in server.requests].count("/chat/completions") == 2
+
+
 def test_a_path_that_does_not_exist_with_v1_either(imitate):
     error = "/nowhere/chat/completions is not a path for chat completions (404): Not Found; check"
     server, output = imitate(
