@@ -118,7 +118,10 @@ def generate(config, rt: Runtime) -> list[Figure]:
     """Tokens per second of greedy generation, with one text and with eight texts at a time."""
     ours, theirs = with_same_weights(rt)
     # As a user would load it in bf16: the weights themselves are bf16, without autocast.
-    theirs_bf16 = copy.deepcopy(theirs).to(torch.bfloat16)
+    theirs_in = {
+        dtype: copy.deepcopy(theirs).to(dtype)
+        for dtype in dict.fromkeys((torch.float32, *measure.dtypes_of(rt.device)))
+    }
     nanogpt = None
     if config.nanogpt:
         scripts = peers.find_scripts(config.nanogpt, None)
@@ -138,8 +141,8 @@ def generate(config, rt: Runtime) -> list[Figure]:
                 rt, generate_ours, ours, prompts, Runtime(rt.device, dtype)
             )
         name = f"{peers.Transformers.name} with its cache, "
-        watches[name + "float32"] = Stopwatch(rt, generate_theirs, theirs, prompts)
-        watches[name + "bf16"] = Stopwatch(rt, generate_theirs, theirs_bf16, prompts)
+        for dtype, model in theirs_in.items():
+            watches[name + DTYPE_NAMES[dtype]] = Stopwatch(rt, generate_theirs, model, prompts)
         watches["all weights times one vector per token, float32"] = Stopwatch(
             rt, multiply_repeatedly, weights, vector
         )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from common.console import Progress, say
+from common.cpu import can_pack
 from common.runtime import Runtime
 
 Candidate = Callable[[], float]  # runs once and returns the seconds it took
@@ -64,6 +65,9 @@ def dtypes_of(device: torch.device) -> list[torch.dtype]:
     """The dtypes in which every implementation is measured."""
     if device.type == "cuda":
         return [torch.bfloat16]
+    # Processors without AVX-512 emulate bf16, ten times slower than float32: nobody would use it.
+    if not can_pack(device, torch.bfloat16):
+        return [torch.float32]
     return [torch.float32, torch.bfloat16]
 
 
