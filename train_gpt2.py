@@ -49,7 +49,7 @@ from common.optim import (
 from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
 from common.scoring import stream_loss
-from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from dataloader import PretrainLoader
@@ -547,12 +547,17 @@ def resume_keys(config: Config) -> dict:
     optimizer."""
     keys = ("seed", "T", "total_batch_size", "optimizer")
     settings = {key: getattr(config, key) for key in keys}
-    return settings | dict(data=manifest_checksum(config.data_dir))
+    return settings | dict(shards=shards_fingerprint(config.data_dir))
 
 
 def check_agreement(config: Config, loaded: dict, path: Path):
     for key, value in resume_keys(config).items():
         earlier = loaded.get("run", {}).get(key, value)
+        if earlier != value and key == "shards":
+            raise UserError(
+                f"{path} was trained on other shards than those in {config.data_dir} now: use the "
+                "same, or start a new run from its weights with --init_from and another --log_dir"
+            )
         if earlier != value:
             raise UserError(
                 f"{path} is from a run with {key}={earlier}, not {value}: use the same value, or "
@@ -644,7 +649,7 @@ def write_config(run: Run):
         data=dict(
             source=manifest.get("source"),
             tokenizer=manifest.get("tokenizer"),
-            manifest_sha256=manifest_checksum(config.data_dir),
+            fingerprint=shards_fingerprint(config.data_dir),
         ),
     )
     path = run.folder / "config.json"
