@@ -62,16 +62,16 @@ FOREIGN_VOCABULARY = "foreign_tokenizer.json"
 
 @dataclass
 class Config:
-    # where the text comes from; tokenized = shards that others have made with GPT-2's tokenizer
+    # where the text comes from; tokenized = shards on the hub, made with GPT-2's tokenizer
     source: Literal["fineweb-edu", "fineweb", "tokenized", "parquet", "json", "text", "pydoc"] = (
         "fineweb-edu"
     )
     # subset of fineweb-edu or fineweb
     subset: str = "sample-10BT"
-    # source tokenized: a dataset on the Hugging Face hub with .bin shards in llm.c's format
+    # for tokenized: a dataset on the Hugging Face hub that holds .bin shards in llm.c's format
     repo: str = "kjj0/finewebedu10B-gpt2"
-    # number of tokens, those for validation included: 1e9, 1B, 800M; or all. source tokenized
-    # rounds it up to whole shards
+    # maximum number of tokens, those for validation included: 1e9, 1B, 800M, or all; for tokenized,
+    # it is rounded up to whole shards
     max_tokens: str = "all"
     # files, globs or URLs: parquet, json (an object per line, or an array of them), or text files,
     # a document each or several with lines of <|endoftext|> between them; text and json also as .gz
@@ -189,7 +189,7 @@ def main(config: Config):
         unit_scale=True,
         desc="tokenizing",
     ) as bar:
-        # `closing` ends the worker processes also where the loop ends before the source does.
+        # If max_tokens ends the loop before the source ends, `closing` stops the workers.
         with closing(tokenize(source.batches(start), enc, config.num_workers)) as tokenized:
             for batch, tokens, lengths in tokenized:
                 writer.add(batch.position, tokens, lengths, batch.is_continuation)

@@ -181,7 +181,11 @@ def is_temporary(error: BaseException) -> bool:
     status = http_status(error)
     if status is not None:
         return status >= 500
-    return any(library_of(cause) in (*HTTP_LIBRARIES, "hf_xet") for cause in causes(error))
+    # hf_xet, which downloads large files, raises these three.
+    lost = (ConnectionError, TimeoutError, RuntimeError)
+    return any(
+        isinstance(cause, lost) or library_of(cause) in HTTP_LIBRARIES for cause in causes(error)
+    )
 
 
 @contextmanager
@@ -224,7 +228,7 @@ def explain(error: Exception, what: str) -> Exception:
         return OSError(f"{what} can't be written ({error.strerror}): make room, then run again")
     if constants.is_offline_mode():
         return OSError(f"{what} can't be downloaded: HF_HUB_OFFLINE is set")
-    if is_connection_error(error):
+    if is_connection_error(error) or is_temporary(error):
         reason = str(error).split("\n")[0] or type(error).__name__
         return OSError(
             f"{what} can't be downloaded from {hub}: check the network, then run the same command "

@@ -104,10 +104,11 @@ def fetch(repo: str, folder: Path, header: dict, wanted: list[HubFile], verified
                     path = download_file(repo, header["revision"], file.name, unfinished, bar)
                 entry = describe(path, file)
                 move(path, folder / file.name)
+                write_manifest(folder, header, [*entries, entry], complete=False)
             entries.append(entry)
             # Also if it was there already, or arrived compressed.
             bar.update(start + file.size - bar.n)
-            write_manifest(folder, header, entries, complete=len(entries) == len(wanted))
+    write_manifest(folder, header, entries, complete=True)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 

@@ -123,7 +123,8 @@ def test_a_dropped_connection_is_resumed_where_it_broke(hub, out, monkeypatch):
     assert ranges[-1] == "bytes=1000-"
 
 
-def test_a_reset_connection_starts_the_file_again(hub, out, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [httpx2.ReadError, RuntimeError, ConnectionResetError])
+def test_a_reset_connection_starts_the_file_again(error, hub, out, monkeypatch, capsys):
     """The client raises these losses. Bytes are counted once."""
     import huggingface_hub
 
@@ -134,7 +135,7 @@ def test_a_reset_connection_starts_the_file_again(hub, out, monkeypatch, capsys)
         attempts.append(name)
         if attempts.count(name) < 3:
             options["tqdm_class"]().update(700)
-            raise httpx2.ReadError("reset by peer")
+            raise error("reset by peer")
         return original(repo, name, **options)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail_twice)
@@ -149,8 +150,20 @@ def test_a_reset_connection_starts_the_file_again(hub, out, monkeypatch, capsys)
     monkeypatch.setattr(Progress, "update", record)
     download_shards(REPO, out, 1000)
     assert attempts == [VAL] * 3 + [TRAIN[0]] * 3
-    assert capsys.readouterr().out.count("retrying (ReadError)") == 4
+    assert capsys.readouterr().out.count(f"retrying ({error.__name__})") == 4
     assert bars[-1].n == bars[-1].total == 2 * (1024 + 1000)
+
+
+def test_after_nine_losses_it_gives_up(hub, out, monkeypatch, capsys):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise RuntimeError("Network error: the connection was closed")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(OSError, match="check the network.*resume .Network error: the conn"):
+        download_shards(REPO, out, 1000)
+    assert capsys.readouterr().out.count("retrying") == 8
 
 
 def test_after_a_lost_network_it_continues_with_the_first_missing_file(hub, out):
