@@ -38,7 +38,8 @@ def download(repo: str, files: list[str]) -> Path:
         return Path(snapshot_download(repo, allow_patterns=files))
     except Exception as error:
         # ValueError: the name is not valid, or the answer is not JSON.
-        if not is_connection_error(error) and not isinstance(error, ValueError):
+        is_hub_error = is_connection_error(error) or is_temporary(error)
+        if not is_hub_error and not isinstance(error, ValueError):
             raise
         raise OSError(
             f"no model {repo!r}: it is not a local folder, and not available from the hub "

@@ -232,6 +232,13 @@ def test_a_page_instead_of_a_file_is_not_taken_for_it(hub, out, monkeypatch):
     assert not list(out.glob("*.bin"))
 
 
+@pytest.mark.parametrize("answer", [401, 404, 429, "html"])
+def test_a_model_that_the_hub_refuses_is_explained(answer, hub):
+    hub.answers["/api/models/"] = answer
+    with pytest.raises(OSError, match="no model 'a/b'.*not available from the hub"):
+        hub_module.download("a/b", ["config.json"])
+
+
 def test_nobody_answers(hub, out, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
