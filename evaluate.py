@@ -40,7 +40,7 @@ from common.console import (
 from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import stream_loss
-from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, Metric, closest_openai_model, load_on_all_ranks
 from common.tokenizer import tokenizer_to_text
 from model import GPT, OPENAI_MODELS
@@ -264,8 +264,10 @@ def load_validation(folder: str, val_tokens: int) -> ValidationText:
 
 
 def validation_fingerprint(folder: str) -> str:
-    # The manifest holds checksums of all shards. Shards of other projects have no manifest.
-    return manifest_checksum(folder) or " ".join(map(checksum, open_shards(folder, "val").paths))
+    if read_manifest(folder):
+        return shards_fingerprint(folder)
+    # Without a manifest, a change in the middle of a shard is found only by reading all of it.
+    return " ".join(map(checksum, open_shards(folder, "val").paths))
 
 
 def evaluate_validation(

@@ -1,6 +1,8 @@
 """Text -> token shards: FineWeb-Edu by default, streamed and tokenized with GPT-2's BPE.
 
     python fineweb.py                                        # FineWeb-Edu sample-10BT: 20 GB
+    python fineweb.py --max_tokens 1B                        # its first billion tokens: 2 GB
+    python fineweb.py --source tokenized --max_tokens 1B     # about the same, already tokenized
     python fineweb.py --source fineweb --subset sample-100BT
     python fineweb.py --source text --data_files tiny-shakespeare.txt --out_dir datasets/shakespeare
     python fineweb.py --source parquet --data_files "corpus/*.parquet"
@@ -12,23 +14,24 @@ in the next shard where one is full. The first shard is for validation; if the t
 two shards, its first tenth is.
 
 Killed at any moment and run again, it resumes where the first unfinished shard begins. Run on a
-finished folder, it verifies the checksums.
+finished folder, it verifies the checksums. With a higher --max_tokens, it continues after the last
+shard; those that are there stay as they are.
 """
 
 import hashlib
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +40,10 @@ import pyarrow as pa
 import tiktoken
 
 from common.console import Progress, UserError, cli, say, write_text
-from common.shards import SOURCE_START, ShardWriter
+from common.machine import num_cores
+from common.shards import SOURCE_START, ShardWriter, check_disk
 from common.text import HUB, Batch, Source, open_source
+from common.tokenized import download_shards
 from common.tokenizer import (
     MIN_VOCAB_SIZE,
     encode_texts,
@@ -57,10 +62,17 @@ FOREIGN_VOCABULARY = "foreign_tokenizer.json"
 
 @dataclass
 class Config:
-    # where the text comes from
-    source: Literal["fineweb-edu", "fineweb", "parquet", "json", "text", "pydoc"] = "fineweb-edu"
+    # where the text comes from; tokenized = shards on the hub, made with GPT-2's tokenizer
+    source: Literal["fineweb-edu", "fineweb", "tokenized", "parquet", "json", "text", "pydoc"] = (
+        "fineweb-edu"
+    )
     # subset of fineweb-edu or fineweb
     subset: str = "sample-10BT"
+    # for tokenized: a dataset on the Hugging Face hub that holds .bin shards in llm.c's format
+    repo: str = "kjj0/finewebedu10B-gpt2"
+    # maximum number of tokens, those for validation included: 1e9, 1B, 800M, or all; for tokenized,
+    # it is rounded up to whole shards
+    max_tokens: str = "all"
     # files, globs or URLs: parquet, json (an object per line, or an array of them), or text files,
     # a document each or several with lines of <|endoftext|> between them; text and json also as .gz
     data_files: tuple[str, ...] = ()
@@ -78,6 +90,16 @@ class Config:
     num_workers: int = 0  # tokenizer processes; 0 = one per CPU core
 
     def __post_init__(self):
+        self.token_limit = parse_limit(self.max_tokens)
+        if self.source == "tokenized":
+            self._check_tokenized()
+        elif self.repo != Config.repo:
+            raise UserError("--repo is only for --source tokenized")
+        elif self.token_limit is not None and self.token_limit <= self.shard_size:
+            raise UserError(
+                f"max_tokens is {self.max_tokens}, must be above shard_size {self.shard_size:,}: "
+                "the first shard is for validation; raise max_tokens, or lower shard_size"
+            )
         if not 2 <= self.shard_size <= 2**30:
             raise UserError(f"shard_size is {self.shard_size}, must be from 2 to {2**30}")
         if self.num_workers < 0:
@@ -99,24 +121,58 @@ class Config:
             if self.source in HUB:
                 size = self.subset.removeprefix("sample-").removesuffix("T")
                 self.out_dir = f"datasets/{HUB[self.source].folder}{size}"
+            if self.source == "tokenized":
+                self.out_dir = f"datasets/{self.repo.split('/')[-1]}"
         if not self.num_workers:
-            # process_cpu_count, from Python 3.13 on, counts only the cores that we may use.
-            self.num_workers = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+            self.num_workers = num_cores()
+
+    def _check_tokenized(self):
+        """Raise UserError for flags about text, which is not read here."""
+        for field in fields(self):
+            is_used = field.name in ("source", "repo", "max_tokens", "out_dir")
+            if not is_used and getattr(self, field.name) != field.default:
+                raise UserError(f"--{field.name} has no use with --source tokenized: leave it out")
+
+
+def parse_limit(text: str) -> int | None:
+    """Number of tokens in text like 1e9, 1B or 800M; None for "all"."""
+    if text == "all":
+        return None
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    try:
+        # Not float: 1.1e9 has to be exact. What is not a number raises an ArithmeticError.
+        number = Decimal(text if factor == 1 else text[:-1]) * factor
+        if 1 <= number <= 10**15 and number == int(number):
+            return int(number)
+    except ArithmeticError:
+        pass
+    raise UserError(
+        f"max_tokens is {text!r}, must be a number of tokens like 1e9, 1B or 800M, or all"
+    )
 
 
 def main(config: Config):
-    # Where the text comes from, and how it is tokenized.
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    if config.source == "tokenized":
+        manifest = download_shards(config.repo, out_dir, config.token_limit)
+        summarize(out_dir, manifest, config.token_limit)
+        say(f"train on them with: python train_gpt2.py --data_dir {out_dir}")
+        return
+
+    # Where the text comes from, and how it is tokenized.
     source = open_source(config.source, config.subset, config.data_files, config.text_column)
     enc = choose_tokenizer(config, source, out_dir)
 
     # The writer verifies the shards of an earlier run, and knows where to continue.
     header = manifest_header(config, source, enc, out_dir)
-    writer = ShardWriter(out_dir, source.prefix, config.shard_size, header)
+    writer = ShardWriter(out_dir, source.prefix, config.shard_size, header, config.token_limit)
+    if writer.is_full:
+        writer.finish()
     if writer.manifest["complete"]:
-        return summarize(writer)
-    check_disk(source, writer)
+        return summarize(out_dir, writer.manifest, config.token_limit)
+    num_expected = estimate_tokens(source, writer)
+    check_disk_for(num_expected, writer)
 
     start = writer.next_position()
     if writer.num_shards:
@@ -127,34 +183,40 @@ def main(config: Config):
     start_tokens = writer.num_tokens
     start_time = time.monotonic()
     with Progress(
-        total=source.estimate_tokens(enc.n_vocab),
+        total=num_expected,
         initial=start_tokens,
         unit="tok",
         unit_scale=True,
         desc="tokenizing",
     ) as bar:
-        batches = source.batches(start)
-        for batch, tokens, lengths in tokenize(batches, enc, config.num_workers):
-            writer.add(batch.position, tokens, lengths, batch.is_continuation)
-            bar.set_description(f"shard {writer.num_shards}", refresh=False)
-            bar.update(len(tokens))
+        # If max_tokens ends the loop before the source ends, `closing` stops the workers.
+        with closing(tokenize(source.batches(start), enc, config.num_workers)) as tokenized:
+            for batch, tokens, lengths in tokenized:
+                writer.add(batch.position, tokens, lengths, batch.is_continuation)
+                bar.set_description(f"shard {writer.num_shards}", refresh=False)
+                bar.update(len(tokens))
+                if writer.is_full:
+                    break
         writer.finish()
         # The total was an estimate.
         bar.total = writer.num_tokens
         bar.n = writer.num_tokens
     seconds = time.monotonic() - start_time
-    summarize(writer, f", {(writer.num_tokens - start_tokens) / seconds:,.0f} tokens/s")
+    speed = f", {(writer.num_tokens - start_tokens) / seconds:,.0f} tokens/s"
+    summarize(out_dir, writer.manifest, config.token_limit, speed)
 
 
-def summarize(writer: ShardWriter, speed: str = ""):
-    manifest = writer.manifest
+def summarize(folder: Path, manifest: dict, limit: int | None, speed: str = ""):
     empty = ""
     if manifest["empty_documents"]:
         empty = f" ({manifest['empty_documents']:,} empty ones left out)"
+    num_tokens = manifest["tokens"]
     say(
-        f"{writer.folder}: {writer.num_tokens:,} tokens of {manifest['documents']:,} documents"
-        f"{empty} in {writer.num_shards} shards{speed}"
+        f"{folder}: {num_tokens:,} tokens of {manifest['documents']:,} documents"
+        f"{empty} in {len(manifest['shards'])} shards{speed}"
     )
+    if limit is not None and num_tokens < limit:
+        say(f"the source has no more: {num_tokens:,} tokens instead of max_tokens {limit:,}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,21 +298,19 @@ def store_tokenizer(enc: tiktoken.Encoding, out_dir: Path) -> str:
     return name
 
 
-def check_disk(source: Source, writer: ShardWriter):
-    """Print how much disk space the shards need. Raises OSError if there is less."""
-    tokens = source.estimate_tokens(writer.manifest["vocab_size"])
-    free = shutil.disk_usage(writer.folder).free
-    if tokens is None:
-        say(f"disk needed: 2 bytes per token, their number is unknown; free: {free / 1e9:.1f} GB")
-        return
+def estimate_tokens(source: Source, writer: ShardWriter) -> int | None:
+    """Estimated number of tokens in the finished folder, None if unknown."""
+    estimate = source.estimate_tokens(writer.manifest["vocab_size"])
+    return min([n for n in (estimate, writer.max_tokens) if n is not None], default=None)
+
+
+def check_disk_for(num_tokens: int | None, writer: ShardWriter):
+    """Print how much disk space this number of tokens needs. Raises OSError if there is less."""
     bytes_per_token = np.dtype(writer.manifest["dtype"]).itemsize
-    needed = max(0, tokens - writer.num_tokens) * bytes_per_token
-    say(f"disk needed: about {needed / 1e9:.3g} GB in {writer.folder}; free: {free / 1e9:.1f} GB")
-    if needed > free:
-        raise OSError(
-            f"{writer.folder} has {free / 1e6:,.0f} MB free, "
-            f"the shards need {needed / 1e6:,.0f} MB: make room"
-        )
+    if num_tokens is None:
+        say(f"disk needed: {bytes_per_token} bytes per token, their number is unknown")
+    else:
+        check_disk(writer.folder, max(0, num_tokens - writer.num_tokens) * bytes_per_token)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,7 +319,7 @@ def check_disk(source: Source, writer: ShardWriter):
 
 def tokenize(
     batches: Iterator[Batch], enc: tiktoken.Encoding, num_workers: int
-) -> Iterator[tuple[Batch, np.ndarray, list[int]]]:
+) -> Generator[tuple[Batch, np.ndarray, list[int]]]:
     """Tokenize batches of texts. Yields (batch, tokens, lengths) in the order of the batches.
 
     It reads a few batches ahead, bounded in number and in bytes: memory does not grow with the

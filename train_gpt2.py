@@ -49,7 +49,7 @@ from common.optim import (
 from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
 from common.scoring import stream_loss
-from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
+from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from dataloader import PretrainLoader
@@ -208,6 +208,7 @@ class Run:
     folder: Path  # log_dir
     enc: tiktoken.Encoding
     loader: PretrainLoader
+    fingerprint: str  # of the shards, when they were opened
     val_tokens: np.ndarray | None  # tokens for the validation loss, (val_tokens + 1,)
     benchmarks: list[tuple[Benchmark, Any]]  # those to evaluate, each with its examples
     model: GPT
@@ -322,7 +323,7 @@ def save(run: Run, step: int):
         step,
         optimizer=optimizer_states,
         scaler=run.scaler.state_dict(),
-        run=resume_keys(run.config),
+        run=resume_keys(run.config, run.fingerprint),
     )
     keep = 0 if last_step else 2
 
@@ -458,6 +459,8 @@ def prepare_folder(folder: Path, resume: bool):
 def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     """Data, model and optimizer: from the newest checkpoint, from init_from, or new."""
     shards = open_shards(config.data_dir, "train")
+    # Computed here, because fineweb.py may add shards to the folder during the run.
+    fingerprint = shards_fingerprint(config.data_dir)
     loader = PretrainLoader(
         shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size
     )
@@ -474,7 +477,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     if resume:
         loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
     if loaded and loaded_from:
-        check_agreement(config, loaded, loaded_from)
+        check_agreement(config, fingerprint, loaded, loaded_from)
     torch.manual_seed(config.seed)
     model = make_model(config, enc, loaded, loaded_from).to(rt.device)
     for line in adopt_shape(config, model):
@@ -503,6 +506,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         folder=folder,
         enc=enc,
         loader=loader,
+        fingerprint=fingerprint,
         val_tokens=val_tokens,
         benchmarks=benchmarks,
         model=model,
@@ -542,17 +546,22 @@ def load_benchmarks(config: Config, rt: Runtime) -> list[tuple[Benchmark, Any]]:
     return benchmarks
 
 
-def resume_keys(config: Config) -> dict:
+def resume_keys(config: Config, fingerprint: str) -> dict:
     """Settings that a resumed run must share with its checkpoint: which tokens come when, and the
     optimizer."""
     keys = ("seed", "T", "total_batch_size", "optimizer")
     settings = {key: getattr(config, key) for key in keys}
-    return settings | dict(data=manifest_checksum(config.data_dir))
+    return settings | dict(shards=fingerprint)
 
 
-def check_agreement(config: Config, loaded: dict, path: Path):
-    for key, value in resume_keys(config).items():
+def check_agreement(config: Config, fingerprint: str, loaded: dict, path: Path):
+    for key, value in resume_keys(config, fingerprint).items():
         earlier = loaded.get("run", {}).get(key, value)
+        if earlier != value and key == "shards":
+            raise UserError(
+                f"{path} was trained on other shards than those in {config.data_dir} now: use the "
+                "same, or start a new run from its weights with --init_from and another --log_dir"
+            )
         if earlier != value:
             raise UserError(
                 f"{path} is from a run with {key}={earlier}, not {value}: use the same value, or "
@@ -644,7 +653,7 @@ def write_config(run: Run):
         data=dict(
             source=manifest.get("source"),
             tokenizer=manifest.get("tokenizer"),
-            manifest_sha256=manifest_checksum(config.data_dir),
+            fingerprint=run.fingerprint,
         ),
     )
     path = run.folder / "config.json"

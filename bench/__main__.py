@@ -35,7 +35,7 @@ from bench.inference import generate, hellaswag
 from bench.measure import Figure
 from bench.peers import find_scripts
 from bench.train import memory, train
-from common import runtime
+from common import machine, runtime
 from common.console import UserError, check_at_least, cli, say, table, write_text
 from common.runtime import Runtime
 
@@ -94,7 +94,7 @@ def describe_machine(rt: Runtime) -> dict:
     device = cpu_name()
     if rt.device.type == "cuda":
         device = torch.cuda.get_device_name(rt.device)
-    description = dict(device=device, cores=runtime.num_cores(), python=platform.python_version())
+    description = dict(device=device, cores=machine.num_cores(), python=platform.python_version())
     for package in ("torch", "transformers", "tiktoken", "numpy"):
         description[package] = version(package)
     return description

@@ -12,7 +12,7 @@ import tiktoken
 
 from bench import measure, peers
 from bench.measure import Figure, Stopwatch
-from common import runtime
+from common import machine
 from common.console import UserError
 from common.runtime import Runtime
 from common.shards import SOURCE_START
@@ -35,7 +35,7 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
         flags += ["--data_files", *config.data_files]
     texts = read_texts(kind, config.data_files)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    num_processes = runtime.num_cores()
+    num_processes = machine.num_cores()
     row = f"tokenize {megabytes:,.0f} MB, {num_processes} processes"
 
     # Forked, not spawned: the processes inherit the texts instead of receiving copies.

@@ -173,13 +173,6 @@ def end_with_launcher():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def num_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # ---------------------------------------------------------------------------------------------
 # Device and dtype
 

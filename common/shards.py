@@ -1,14 +1,20 @@
-"""Token shards on disk: a folder of .npy files and the manifest that describes them.
+"""Token shards on disk: a folder of files with token ids, and the manifest that describes them.
 
-A shard is a one-dimensional array of uint16 (uint32 if the vocabulary has more than 65,536 tokens)
-with the word `train` or `val` in its file name. The manifest names the tokenizer and lists the
-shards, each with its number of tokens, its checksum and the position in the source at which the
-next one begins. docs/formats.md lists all fields. Folders of .npy shards from other projects need
-no manifest; their tokenizer is then taken to be GPT-2's.
+A shard has the word `train` or `val` in its file name. Three formats are read, one is written:
+
+    *.npy                 ours: one-dimensional, uint16, or uint32 above 65,536 tokens
+    *.bin                 of llm.c and modded-nanogpt: a header of 1,024 bytes, then uint16
+    train.bin, val.bin    of nanoGPT: uint16 without a header
+
+The manifest names the tokenizer and lists the shards, each with its number of tokens, its checksum
+and the position in the source at which the next one begins. docs/formats.md lists all fields.
+Folders of other projects need no manifest; their tokenizer is then taken to be GPT-2's.
 """
 
+import hashlib
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shorten
@@ -22,6 +28,14 @@ from common.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 GPT2_VOCAB_SIZE = 50257
+# A .bin file begins with 256 int32: magic number, version, number of tokens, zeros.
+BIN_HEADER_INTS = 256
+BIN_HEADER_BYTES = 4 * BIN_HEADER_INTS
+BIN_MAGIC = 20240520
+BIN_VERSION = 1
+# what nanoGPT writes next to train.bin and val.bin if their tokens are not GPT-2's
+NANOGPT_VOCABULARY = "meta.pkl"
+SAMPLE_BYTES = 4096  # of each end of a shard that has no checksum in a manifest, for a fingerprint
 # words in the names of shards
 SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 # smallest corpus: the tenth for validation then has two tokens, so that one can be predicted
@@ -122,8 +136,11 @@ def open_shards(folder: str | Path, split: str) -> Shards:
         found = "only other shards" if all_paths else "no shards"
         raise FileNotFoundError(
             f"{folder} holds {found}, none of split {split!r}: make them with fineweb.py, "
-            f"or name files like text_{split}_000.npy"
+            f"or name files like text_{split}_000.npy or {split}.bin"
         )
+    # The same tokens in two formats would be trained on twice.
+    if len({path.suffix for path in all_paths if split_of(path)}) > 1:
+        raise UserError(f"{folder} holds both .npy and .bin shards: move one kind away")
 
     # The manifest, if there is one, must agree with the files.
     manifest = read_manifest(folder)
@@ -155,15 +172,19 @@ def split_of(path: Path) -> str | None:
 
 def find_shards(folder: Path) -> list[Path]:
     """The shard files of a folder, of all splits, sorted by name."""
-    return sorted(folder.glob("*.npy"))
+    return sorted([*folder.glob("*.npy"), *folder.glob("*.bin")])
 
 
 def map_shard(path: Path) -> np.ndarray:
     """Memory-map a shard file: its tokens, (number of tokens,) uint16 or uint32.
 
-    All shards are opened here, so another file format needs a case here and in `find_shards`.
+    The only place that opens shards. To read another format, add it here and to `find_shards`.
     Raises UserError if the file is not a complete, one-dimensional array of token ids.
     """
+    return map_bin(path) if path.suffix == ".bin" else map_npy(path)
+
+
+def map_npy(path: Path) -> np.ndarray:
     # np.load fails if the file is shorter than its header says, without reading the tokens.
     try:
         tokens = np.load(path, mmap_mode="r")
@@ -179,10 +200,53 @@ def map_shard(path: Path) -> np.ndarray:
     return tokens
 
 
-def read_manifest(folder: str | Path) -> dict | None:
-    """The manifest of the shards in a folder, None if there is none (shards of other projects).
+def map_bin(path: Path) -> np.ndarray:
+    """A .bin file: with a header, or without one if it is called train.bin or val.bin."""
+    header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
+    # As uint16, the magic number begins with 55,432, which is no token of GPT-2: a file without
+    # a header can't be mistaken for one with a header.
+    has_header = len(header) > 0 and header[0] == BIN_MAGIC
+    if path.stem in ("train", "val") and not has_header:
+        return map_nanogpt(path)
+    if not has_header:
+        raise UserError(
+            f"{path} does not begin with {BIN_MAGIC}, the magic number of GPT-2 tokens in llm.c's "
+            "format: it is damaged, or of another format (only train.bin and val.bin, as nanoGPT "
+            "names them, are read without a header)"
+        )
+    size = path.stat().st_size
+    if size < BIN_HEADER_BYTES:
+        raise UserError(f"{path} is truncated in its header: download or make it again")
+    if header[1] != BIN_VERSION:
+        raise UserError(f"{path} is of version {header[1]}, only version {BIN_VERSION} is known")
+    num_tokens = int(header[2])
+    expected_size = BIN_HEADER_BYTES + 2 * num_tokens
+    if num_tokens < 1 or size != expected_size:
+        raise UserError(
+            f"{path} has {size:,} bytes, with the {num_tokens:,} tokens in its header it should "
+            f"have {expected_size:,}: it is truncated or damaged, download or make it again"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER_BYTES, shape=num_tokens)
 
-    Raises UserError if it is damaged.
+
+def map_nanogpt(path: Path) -> np.ndarray:
+    """nanoGPT's train.bin or val.bin: nothing but uint16."""
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size:,} bytes, not 2 per token: make it again")
+    vocabulary = path.with_name(NANOGPT_VOCABULARY)
+    if vocabulary.exists():
+        raise UserError(
+            f"{path} does not hold GPT-2's tokens but those of {vocabulary}, a pickle, which could "
+            "run any code: shard the text instead, with fineweb.py --source text"
+        )
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """Read the manifest of a folder. None if the folder has none, as with other projects' shards.
+
+    Raises UserError if the manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
@@ -233,14 +297,45 @@ def shards_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     return load_tokenizer(name if name == "gpt2" else Path(folder) / name)
 
 
-def manifest_checksum(folder: str | Path) -> str | None:
-    """sha256 of the manifest, which contains those of all shards: it identifies the dataset."""
-    path = Path(folder) / MANIFEST
-    return checksum(path) if path.exists() else None
+def shards_fingerprint(folder: str | Path) -> str:
+    """sha256 that identifies the tokens of a folder, their order and their tokenizer.
+
+    It is the same for an interrupted and an undisturbed run of fineweb.py, whose manifests can
+    differ. Tokens are not read: the checksums of the shards come from the manifest. Shards without
+    one are told apart by their sizes and by the bytes at both ends.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    identity = hashlib.sha256()
+    if manifest:
+        identity.update(json.dumps(manifest.get("tokenizer_sha256")).encode())
+        for shard in manifest["shards"]:
+            description = [shard["name"], shard["tokens"], shard.get("sha256")]
+            identity.update(json.dumps(description).encode())
+        return identity.hexdigest()
+    for path in filter(split_of, find_shards(folder)):
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            identity.update(json.dumps([path.name, size]).encode())
+            identity.update(file.read(SAMPLE_BYTES))
+            file.seek(max(0, size - SAMPLE_BYTES))
+            identity.update(file.read())
+    return identity.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
 # Writing
+
+
+def check_disk(folder: Path, needed: int):
+    """Print how much disk space shards need, in bytes. Raises OSError if there is less."""
+    free = shutil.disk_usage(folder).free
+    say(f"disk needed: about {needed / 1e9:.3g} GB in {folder}; free: {free / 1e9:.1f} GB")
+    if needed > free:
+        raise OSError(
+            f"{folder} has {free / 1e6:,.0f} MB free, "
+            f"the shards need {needed / 1e6:,.0f} MB: make room"
+        )
 
 
 class ShardWriter:
@@ -252,12 +347,23 @@ class ShardWriter:
 
     `header` holds the manifest's fields that determine the bytes of the shards. Raises UserError
     if the folder contains shards without a manifest, or with another header.
+
+    With max_tokens, the last shard ends at that number of tokens. A later writer with a higher
+    limit, or none, continues after it and leaves it as it is.
     """
 
-    def __init__(self, folder: Path, prefix: str, shard_size: int, header: dict):
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        shard_size: int,
+        header: dict,
+        max_tokens: int | None = None,
+    ):
         self.folder = folder
         self.prefix = prefix
         self.shard_size = shard_size
+        self.max_tokens = max_tokens
         counts = dict(complete=False, documents=0, empty_documents=0, tokens=0, shards=[])
         self.manifest = header | counts
         self.buffer = np.empty(shard_size, dtype=header["dtype"])  # the shard being filled
@@ -297,23 +403,37 @@ class ShardWriter:
                 break
             verified.append(shard)
 
-        if earlier["complete"] and len(verified) == len(earlier["shards"]):
+        is_verified = earlier["complete"] and len(verified) == len(earlier["shards"])
+        # At the end of the source there is no next position.
+        has_ended = is_verified and verified[-1]["next"] is None
+        if has_ended:
             self.manifest = earlier
         elif verified and all(shard["next"] for shard in verified):
             # Shards of a corpus that was split at the end have no next position: if one of those
             # is damaged, all are made again.
-            last = verified[-1]["next"]
-            self.manifest |= dict(
-                shards=verified,
-                tokens=sum(shard["tokens"] for shard in verified),
-                documents=last["documents"],
-                empty_documents=last["empty_documents"],
-            )
+            self._take(verified)
+            # An earlier limit was as high as this one, or higher.
+            self.manifest["complete"] = is_verified and self.is_full
+
+    def _take(self, shards: list[dict]):
+        """Set the manifest's shards, and the counts up to the end of the last one."""
+        last = shards[-1]["next"]
+        self.manifest |= dict(
+            shards=shards,
+            tokens=sum(shard["tokens"] for shard in shards),
+            documents=last["documents"],
+            empty_documents=last["empty_documents"],
+        )
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens so far, in finished shards and in the buffer."""
         return self.manifest["tokens"] + self.num_buffered
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit of max_tokens is reached."""
+        return self.max_tokens is not None and self.num_tokens >= self.max_tokens
 
     @property
     def num_shards(self) -> int:
@@ -334,6 +454,8 @@ class ShardWriter:
     ):
         """Append the tokens of a batch of documents and write each shard that becomes full.
 
+        Tokens above the limit of max_tokens are left out.
+
         position            of the first document of the batch
         tokens              of all documents, one after the other; the first position["token"] of
                             them are in an earlier shard already
@@ -342,13 +464,15 @@ class ShardWriter:
         """
         # num_taken counts the tokens of the batch that are in the buffer or in a shard.
         num_taken = position["token"]
-        while num_taken < len(tokens):
+        while num_taken < len(tokens) and not self.is_full:
             room = self.shard_size - self.num_buffered
+            if self.max_tokens is not None:
+                room = min(room, self.max_tokens - self.num_tokens)
             part = tokens[num_taken : num_taken + room]
             self.buffer[self.num_buffered : self.num_buffered + len(part)] = part
             self.num_buffered += len(part)
             num_taken += len(part)
-            if self.num_buffered == self.shard_size:
+            if self.num_buffered == self.shard_size or self.is_full:
                 self._finish_shard(position, lengths, num_taken, is_continuation)
         documents, empty = count_documents(lengths, is_continuation)
         self.manifest["documents"] += documents
@@ -357,7 +481,7 @@ class ShardWriter:
     def _finish_shard(
         self, position: Position, lengths: list[int], num_taken: int, is_continuation: bool
     ):
-        """Write the full buffer. `num_taken` tokens of the batch are in this or earlier shards."""
+        """Write the buffer. `num_taken` tokens of the batch are in this or earlier shards."""
         # The next shard begins in the first document that does not end by here. Empty documents
         # (length 0) at this place belong to the finished shard, hence side="right".
         ends = np.cumsum(lengths)
@@ -377,7 +501,7 @@ class ShardWriter:
             empty_documents=self.manifest["empty_documents"] + empty,
         )
         split = "train" if self.manifest["shards"] else "val"
-        shard = self._write_shard(split, self.num_shards, self.buffer, after)
+        shard = self._write_shard(split, self.num_shards, self.buffer[: self.num_buffered], after)
         self.num_buffered = 0
         self._write_manifest([*self.manifest["shards"], shard])
 
@@ -392,13 +516,26 @@ class ShardWriter:
             )
         shards = list(self.manifest["shards"])
         rest = self.buffer[: self.num_buffered]
-        # Both branches leave at least one token for training.
-        if self.num_tokens < 2 * self.shard_size:
+        # All branches leave at least one token for training.
+        if self.is_full:
+            self._take(shards)
+        elif len(shards) < 2:
             shards = self._split_small_corpus(shards, rest)
         elif len(rest):
             shards.append(self._write_shard("train", len(shards), rest, after=None))
+        else:
+            # The source ended where the last shard became full.
+            shards[-1] = shards[-1] | dict(next=None)
         self.num_buffered = 0
         self._write_manifest(shards, complete=True)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self):
+        """Remove shards of earlier, interrupted runs that the manifest does not list."""
+        names = {shard["name"] for shard in self.manifest["shards"]}
+        for path in self.folder.glob(f"{self.prefix}_*_??????.npy"):
+            if path.name not in names:
+                path.unlink()
 
     def _split_small_corpus(self, shards: list[dict], rest: np.ndarray) -> list[dict]:
         """Split a corpus that does not fill two shards: the first tenth for validation.

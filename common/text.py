@@ -35,12 +35,12 @@ from common.blocks import (
     uncompressed_size,
 )
 from common.console import UserError, say
+from common.hub import MAX_RETRIES, is_connection_error, retry_delay
 from common.pydoc_texts import pydoc_texts
 from common.shards import Position
 
 BATCH_DOCUMENTS = 64  # documents in a batch; a worker process tokenizes one batch at a time
 BATCH_CHARS = 2**20  # a batch of texts from files ends when it has more characters
-MAX_RETRIES = 8  # consecutive attempts to resume after a lost connection
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -158,8 +158,7 @@ class Source:
                     f"connection lost at document {position['document']:,}, retrying "
                     f"({type(error).__name__})"
                 )
-                # 2, 4, 8 ... 60 seconds
-                time.sleep(min(60, 2**num_failures))
+                time.sleep(retry_delay(num_failures))
 
     def _explain(self, error: Exception) -> Exception:
         """Turn a library's error about the data into a UserError that says where it is."""
@@ -516,14 +515,3 @@ def check_column_type(column_type: pa.DataType, column: str, place: str):
             f"{place}: the column {column!r} contains {column_type}, not only strings; "
             "choose another one with --text_column"
         )
-
-
-def is_connection_error(error: BaseException) -> bool:
-    """Whether an error was caused by the network."""
-    # The HTTP libraries under `datasets` share no base class for their errors.
-    http_libraries = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
-    for cause in (error, error.__cause__, error.__context__):
-        library = type(cause).__module__.split(".")[0]
-        if isinstance(cause, OSError) or library in http_libraries:
-            return True
-    return False

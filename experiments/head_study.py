@@ -51,7 +51,7 @@ from common import checkpoint
 from common.console import Progress, UserError, check_at_least, cli, say, table, write_atomically
 from common.runtime import Runtime
 from common.scoring import stream_loss
-from common.shards import Shards, manifest_checksum, open_shards, shards_tokenizer
+from common.shards import Shards, open_shards, shards_fingerprint, shards_tokenizer
 from common.tokenizer import tokenizer_to_text
 from experiments.pruning import (
     Head,
@@ -139,7 +139,7 @@ def main(config: Config):
         may_change=["hellaswag_data", "hellaswag_limit"],
         # Fingerprints instead of paths: a moved file is the same model, a changed one is not.
         model=checkpoint.fingerprint(config.model),
-        data=manifest_checksum(config.data_dir),
+        data=shards_fingerprint(config.data_dir),
         hellaswag=hashlib.sha256(json.dumps(inputs.examples).encode()).hexdigest(),
     )
     study = StudyFolder(config.out_dir, settings)

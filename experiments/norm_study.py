@@ -48,7 +48,7 @@ from common import checkpoint
 from common.console import Progress, check_at_least, cli, table
 from common.optim import Diverged
 from common.runtime import Runtime
-from common.shards import manifest_checksum, open_shards, shards_tokenizer
+from common.shards import open_shards, shards_fingerprint, shards_tokenizer
 from experiments.sweep import (
     Run,
     StudyFolder,
@@ -112,7 +112,7 @@ def main(config: Config):
         config,
         rt,
         may_change=["learning_rates", "warmup_steps_grid"],
-        data=manifest_checksum(config.data_dir),
+        data=shards_fingerprint(config.data_dir),
     )
     study = StudyFolder(config.out_dir, settings)
 

@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 
 from common.console import UserError, check_at_least, cli, table
 from common.optim import Diverged
-from common.shards import manifest_checksum, shards_tokenizer
+from common.shards import shards_fingerprint, shards_tokenizer
 from experiments.sweep import (
     Run,
     StudyFolder,
@@ -99,7 +99,7 @@ def main(config: Config):
         config,
         rt,
         may_change=["learning_rates", "seeds", "step_fractions"],
-        data=manifest_checksum(config.data_dir),
+        data=shards_fingerprint(config.data_dir),
     )
     study = StudyFolder(config.out_dir, settings)
 

@@ -34,8 +34,9 @@ from matplotlib.figure import Figure
 
 from common import checkpoint, runtime
 from common.console import Progress, UserError, check_at_least, say, write_atomically, write_text
+from common.machine import num_cores
 from common.optim import Diverged
-from common.runtime import Runtime, num_cores
+from common.runtime import Runtime
 from common.shards import Shards
 from model import GPTConfig
 

@@ -178,6 +178,26 @@ def test_fewer_tokens_than_one_batch_are_rejected(folder):
         loader(folder, batch=128 * T)
 
 
+def test_the_same_tokens_in_another_format_make_the_same_batches(folder, tmp_path):
+    """llm.c's format, and nanoGPT's, in which all of the training text is one file."""
+    llm_c = tmp_path / "llm.c"
+    nanogpt = tmp_path / "nanogpt"
+    single = tmp_path / "single"
+    for other in (llm_c, nanogpt, single):
+        other.mkdir()
+    for path in folder.glob("*.npy"):
+        tokens = np.load(path)
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, len(tokens)
+        (llm_c / path.with_suffix(".bin").name).write_bytes(header.tobytes() + tokens.tobytes())
+    assert first_tokens(llm_c, range(5)) == first_tokens(folder, range(5))
+
+    tokens = np.arange(sum(LENGTHS), dtype=np.uint16)
+    tokens.tofile(nanogpt / "train.bin")
+    np.save(single / "x_train_0.npy", tokens)
+    assert first_tokens(nanogpt, range(5)) == first_tokens(single, range(5))
+
+
 def test_uint32_shards_and_shards_of_other_projects_load(tmp_path):
     np.save(tmp_path / "fineweb_train_0.npy", np.arange(1000, dtype=np.uint32))
     x, _ = loader(tmp_path).micro_batch(0, 0)

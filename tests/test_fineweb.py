@@ -1,10 +1,12 @@
 """fineweb.py, run as a user would: the bytes it writes, also after it was killed and run again."""
 
 import json
+import os
 import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ import pytest
 from conftest import ROOT, TEXTS, command, ok, one_line
 
 import fineweb
+from common import shards as shards_module
 from common.console import UserError
-from common.shards import SOURCE_START, ShardWriter
+from common.shards import SOURCE_START, ShardWriter, open_shards
 from common.text import open_source, pydoc_texts
 from common.tokenizer import load_tokenizer, tokenizer_to_text, train_tokenizer
 
@@ -269,11 +272,100 @@ def test_wrong_inputs_end_in_one_line(name, source, tmp_path):
         (dict(train_tokenizer=-1), "train_tokenizer is -1, must be 0"),
         (dict(train_tokenizer_chars=0), "train_tokenizer_chars is 0, must be at least 1"),
         (dict(train_tokenizer=300, tokenizer="v.tiktoken"), "exclude each other"),
+        (dict(max_tokens="many"), "max_tokens is 'many', must be a number of tokens like 1e9"),
+        (dict(max_tokens="nan"), "must be a number of tokens"),
+        (dict(max_tokens="inf"), "must be a number of tokens"),
+        (dict(max_tokens="1e999999999"), "must be a number of tokens"),
+        (dict(max_tokens="-1B"), "must be a number of tokens"),
+        (dict(max_tokens="0"), "must be a number of tokens"),
+        (dict(max_tokens="1.5"), "must be a number of tokens"),
+        (dict(max_tokens="B"), "must be a number of tokens"),
+        (dict(max_tokens=""), "must be a number of tokens"),
+        (dict(max_tokens="50M"), "max_tokens is 50M, must be above shard_size 100,000,000"),
+        (dict(max_tokens="1e8"), "max_tokens is 1e8, must be above shard_size 100,000,000"),
+        (dict(repo="a/b"), "--repo is only for --source tokenized"),
+        (dict(source="tokenized", tokenizer="v.tiktoken"), "--tokenizer has no use with"),
+        (dict(source="tokenized", shard_size=50), "--shard_size has no use with"),
     ],
 )
 def test_values_out_of_range_name_the_flag(settings, message):
     with pytest.raises(UserError, match=message):
         fineweb.Config(**settings)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("1e9", 10**9),
+        ("1B", 10**9),
+        ("800M", 800 * 10**6),
+        ("1.1b", 1_100_000_000),
+        ("200_000K", 200_000_000),
+        ("123456789", 123456789),
+        ("all", None),
+    ],
+)
+def test_max_tokens_is_exact(text, number):
+    assert fineweb.Config(max_tokens=text).token_limit == number
+
+
+def test_max_tokens_makes_a_complete_folder_and_can_be_raised(source, tmp_path):
+    """The folder of one run with the higher limit has the same bytes, its manifest included."""
+    expected = expected_tokens(source)
+    limited = tmp_path / "limited"
+    words = flags(source, limited, "--shard_size", 1000)
+    ok(command(*words, "--max_tokens", "3K"))
+    assert np.array_equal(stream(limited), expected[:3000])
+    manifest = json.loads((limited / "manifest.json").read_text())
+    assert manifest["complete"]
+    ends = np.flatnonzero(expected == manifest["end_of_text"])
+    assert manifest["documents"] == np.count_nonzero(ends[1:] <= 3000)  # complete documents
+    assert open_shards(limited, "val").lengths == [1000]
+    assert open_shards(limited, "train").lengths == [1000, 1000]
+
+    # The same limit, and a lower one, change nothing.
+    before = contents(limited)
+    config = fineweb.Config(
+        source="parquet",
+        data_files=(str(source / "*.parquet"),),
+        tokenizer=str(source / "vocab.tiktoken"),
+        out_dir=str(limited),
+        shard_size=1000,
+        max_tokens="3K",
+    )
+    fineweb.main(config)
+    fineweb.main(replace(config, max_tokens="2K"))
+    assert contents(limited) == before
+
+    # A higher limit adds shards.
+    assert "resuming" in ok(command(*words, "--max_tokens", "5e3")).stdout
+    raised = contents(limited)
+    ok(command(*flags(source, tmp_path / "whole", "--shard_size", 1000, "--max_tokens", 5000)))
+    assert contents(tmp_path / "whole") == raised
+    for name in before:
+        assert name == "manifest.json" or raised[name] == before[name]
+
+    # Killed between the fourth shard and its entry, and finished with fewer tokens.
+    unfinished = dict(manifest, complete=False, shards=manifest["shards"][:2], tokens=2000)
+    (limited / "manifest.json").write_text(json.dumps(unfinished))
+    with pytest.raises(UserError, match="unfinished"):
+        open_shards(limited, "train")
+    fineweb.main(replace(config, max_tokens="1500"))
+    assert open_shards(limited, "train").lengths == [1000]
+
+
+def test_the_disk_that_uint32_needs(monkeypatch, tmp_path, capsys):
+    header = dict(tokenizer="x", vocab_size=70000, dtype="uint32")
+    writer = ShardWriter(tmp_path, "x", 100, header)
+    fineweb.check_disk_for(None, writer)
+    assert "disk needed: 4 bytes per token" in capsys.readouterr().out
+    fineweb.check_disk_for(10**9, writer)
+    assert "disk needed: about 4 GB" in capsys.readouterr().out
+
+
+def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert fineweb.Config().num_workers == 1
 
 
 def test_stories_of_another_column_and_then_too_little_text(tmp_path):
@@ -321,7 +413,7 @@ def test_not_enough_disk_is_refused_before_anything_is_written(source, tmp_path,
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda _: usage(10, 10, 10))
+    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: usage(10, 10, 10))
     tokenizer = str(source / "vocab.tiktoken")
     files = (str(source / "*.parquet"),)
     config = fineweb.Config(

@@ -17,8 +17,8 @@ from common import console
 
 FLAGS = {
     "fineweb": """
-        source subset data_files text_column out_dir shard_size tokenizer train_tokenizer
-        train_tokenizer_chars num_workers
+        source subset repo max_tokens data_files text_column out_dir shard_size tokenizer
+        train_tokenizer train_tokenizer_chars num_workers
     """,
     "train_gpt2": """
         data_dir log_dir

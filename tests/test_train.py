@@ -454,6 +454,26 @@ def test_settings_of_a_resumed_run(data_dir, tmp_path, reference, capsys):
     assert [record["constants"]["weight_decay"] for record in config["history"]] == [0.1]
 
 
+def test_a_run_is_resumed_only_on_the_same_shards(
+    data_dir, tmp_path, reference, monkeypatch, capsys
+):
+    """Whether fineweb.py was interrupted while it made them does not matter."""
+    log_dir = tmp_path / "log"
+    shutil.copytree(reference, log_dir)
+    data = folder_with(data_dir, tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["shards"][0]["next"]["position"]["state"] = {"another": 1}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    train_here(data, log_dir, "--resume", "--max_steps", STEPS + 1)
+    capsys.readouterr()
+
+    manifest["shards"][1]["sha256"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    words = arguments(data, log_dir, "--resume", "--max_steps", STEPS + 2)
+    line = one_line_in_process(words, monkeypatch, capsys)
+    assert f"was trained on other shards than those in {data} now" in line
+
+
 def test_the_final_learning_rate_is_a_tenth(data_dir, tmp_path, capsys):
     flags = ("--max_lr", "1e-5", "--min_lr", "None", "--max_steps", 3, "--warmup_steps", 3)
     train_here(data_dir, tmp_path / "log", *flags)
