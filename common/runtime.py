@@ -4,8 +4,10 @@ A stage that computes calls `start(device, dtype)` first. Under `torchrun` this 
 ranks: with NCCL on GPUs, with Gloo on CPUs.
 """
 
+import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -89,7 +92,7 @@ class Runtime:
 
     def seed(self, *numbers: int):
         """Make the next random numbers a function of `numbers` and the rank alone."""
-        torch.manual_seed(hash((*numbers, self.rank)) % 2**63)
+        torch.manual_seed(mixed_seed(*numbers, self.rank))
 
     def peak_flops(self) -> float | None:
         """Dense 16-bit FLOP/s of this rank's GPU by its datasheet; None if unknown."""
@@ -102,10 +105,24 @@ class Runtime:
         """Peak memory of this rank so far, in bytes: GPU memory, or resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource
-
+        try:
+            import resource
+        except ImportError:  # on Windows
+            memory = psutil.Process().memory_info()
+            return getattr(memory, "peak_wset", memory.rss)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed of 63 bits for each sequence of integers: the beginning of its BLAKE2 digest.
+
+    Sequences that differ at all have unrelated seeds, unlike sums (42 + 1 is also 41 + 2). The
+    result does not depend on Python's version or platform, unlike hash().
+    """
+    text = " ".join(str(int(number)) for number in numbers)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,14 +270,14 @@ class StopSignal:
 
     Python runs signal handlers in the main thread, between two bytecodes: too late if that thread
     waits inside a kernel or a collective. So Python's C handler writes the signal's number into a
-    pipe, and a thread reads it from there.
+    socket (on Windows it cannot write into a pipe), and a thread reads it from there.
     """
 
     def __enter__(self):
         self.number = 0
-        reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.old_handlers = {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows lacks the last two
@@ -273,15 +290,15 @@ class StopSignal:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        os.close(self.writer)
+        self.writer.close()
 
-    def _watch(self, reader: int):
+    def _watch(self, reader: socket.socket):
         first_time = 0.0
-        while numbers := os.read(reader, 16):
+        while numbers := reader.recv(16):
             for number in numbers:
                 if not self.number:
                     first_time = time.monotonic()
                     self.number = number
                 elif time.monotonic() - first_time > 5:
                     os._exit(128 + number)
-        os.close(reader)
+        reader.close()
