@@ -379,9 +379,12 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float):
     remedy = "lower max_lr or lengthen the warmup"
     if run.scaler.is_enabled():
         remedy += ", or try --dtype float32: float16 overflowed at every loss scale"
+    last_good = "there is no checkpoint yet"
+    if run.last_saved:
+        last_good = f"the last good checkpoint is {run.last_saved}"
     raise Diverged(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the "
-        f"last good checkpoint is {run.last_saved}; {remedy}"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; "
+        f"{last_good}; {remedy}"
     )
 
 
