@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from common import nvidia
 from common.console import UserError, say
 
 # tf32 is float32 whose matrix products run in TF32 on NVIDIA GPUs.
@@ -139,6 +141,10 @@ def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
+    if device == "auto" and chosen.type == "cpu" and rank == 0:
+        reason = nvidia.why_unusable()
+        if reason:
+            say(f"warning: running on the CPU: {reason} (--device cpu silences this warning)")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
@@ -203,8 +209,12 @@ def num_cores() -> int:
 
 def choose_device(name: str, local_rank: int) -> torch.device:
     """The device of that name, or the first available of cuda, mps and cpu for "auto"."""
+    # torch warns of an old driver itself, but only of that, and in several lines.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        has_cuda = torch.cuda.is_available()
     if name == "auto":
-        if torch.cuda.is_available():
+        if has_cuda:
             name = "cuda"
         elif torch.backends.mps.is_available():
             name = "mps"
@@ -218,15 +228,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not available on this machine")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch"
-            )
+        if not has_cuda:
+            reason = nvidia.why_unusable() or "this machine has no NVIDIA GPU, or no driver for it"
+            raise UserError(f"device cuda is not available: {reason}")
         if device.index is None:
             device = torch.device("cuda", local_rank)
         num_gpus = torch.cuda.device_count()
         if device.index >= num_gpus:
             raise UserError(f"{device} does not exist: {num_gpus} GPUs found; use fewer processes")
+        too_old = nvidia.too_old_for_torch(device)
+        if too_old:
+            raise UserError(too_old)
     return device
 
 
