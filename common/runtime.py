@@ -88,6 +88,14 @@ class Runtime:
             dist.all_reduce(total)
         return total
 
+    def min(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        smallest = torch.tensor(value, dtype=torch.float32, device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return float(smallest)
+
     def barrier(self):
         if self.world_size > 1:
             self.sum([0.0]).cpu()
