@@ -42,11 +42,11 @@ from common.optim import (
     prepare_model,
     train_step,
 )
-from common.runlog import RunLog
+from common.runlog import RunLog, finite_or_none
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from dataloader import FinetuneLoader
-from fantasy.report import draw_losses, draw_search, finite_or_none, perplexity, write_report
+from fantasy.report import draw_losses, draw_search, perplexity, write_report
 
 SEARCH = "finetune_hyperparameter_search"  # name of the search's files in out_dir
 # A learning rate counts as diverged if the validation loss ends this far above its start, in nats
@@ -117,9 +117,8 @@ class Config:
         for name in ("patience", "weight_decay", "grad_clip", "lora_rank", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 0 and finite")
-        # Samples have seeds above this one, and torch's seeds have 64 bits.
-        if self.seed > 2**62:
-            raise UserError(f"seed is {self.seed}, must be from 0 to 2**62")
+        if self.seed >= 2**64:
+            raise UserError(f"seed is {self.seed}, must be below 2**64: torch's seeds have 64 bits")
         if self.total_batch_size % self.T:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}"
@@ -358,7 +357,8 @@ class Finetuner:
 
         A record holds epoch (1 for the first), step (optimizer steps taken so far), and train_loss
         and val_loss in nats per token. If a loss or a gradient is not finite, training ends, and
-        both losses in that epoch's record are infinite.
+        both losses in that epoch's record are infinite. The exception are steps that float16
+        skips: they are left out of train_loss, which is NaN if an epoch has no others.
         """
         steps_per_epoch = self.loader.steps_per_epoch
         num_steps = num_epochs * steps_per_epoch
@@ -366,22 +366,24 @@ class Finetuner:
         step = epochs_done * steps_per_epoch
         with Progress(total=num_steps, initial=step, desc=f"lr {decimal(lr)}", unit="step") as bar:
             for epoch in range(epochs_done + 1, num_epochs + 1):
-                losses = []
-                token_counts = []
+                loss_sum = 0.0  # of the losses of all tokens
+                tokens_seen = 0
                 for _ in range(steps_per_epoch):
                     step_lr = learning_rate(step, num_steps, warmup_steps, lr, lr / 10)
-                    loss, num_tokens = self.take_step(optimizer, step, step_lr, log)
+                    loss, num_tokens, skipped = self.take_step(optimizer, step, step_lr, log)
                     step += 1
+                    bar.update()
+                    if skipped:
+                        continue
                     if not math.isfinite(loss):
                         yield dict(epoch=epoch, step=step, train_loss=math.inf, val_loss=math.inf)
                         return
-                    losses.append(loss)
-                    token_counts.append(num_tokens)
+                    # The last step of an epoch has fewer tokens than the others.
+                    loss_sum += loss * num_tokens
+                    tokens_seen += num_tokens
                     bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}", refresh=False)
-                    bar.update()
 
-                # The last step of an epoch has fewer tokens than the others, hence the weights.
-                train_loss = float(np.average(losses, weights=token_counts))
+                train_loss = loss_sum / tokens_seen if tokens_seen else math.nan
                 val_loss = self.validate()
                 if log:
                     log.write(step, val=val_loss)
@@ -389,10 +391,12 @@ class Finetuner:
 
     def take_step(
         self, optimizer: torch.optim.Optimizer, step: int, step_lr: float, log: RunLog | None
-    ) -> tuple[float, int]:
-        """Train on one global batch. Returns its mean loss and its number of tokens.
+    ) -> tuple[float, int, bool]:
+        """Train on one global batch. Returns its mean loss, its number of tokens, and whether
+        float16 overflowed, so that the update was skipped.
 
-        The loss is infinite if it, or the norm of the gradient, is not finite.
+        The loss is infinite if it, or the norm of the gradient, is not finite, except after a
+        skipped update.
         """
         rt = self.rt
         start = time.perf_counter()
@@ -412,9 +416,9 @@ class Finetuner:
         # The mean over the ranks. All of them learn of a divergence, and stop together.
         loss = float(rt.sum([loss]) / rt.world_size)
         grad_norm = float(grad_norm)
-        overflowed = self.scaler.skipped(grad_norm)  # float16: no update, but no divergence
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflowed):
-            return math.inf, num_tokens
+        skipped = self.scaler.skipped(grad_norm)
+        if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return math.inf, num_tokens, skipped
         # The search has no log: only its results are kept.
         if log:
             seconds = time.perf_counter() - start
@@ -429,7 +433,7 @@ class Finetuner:
                 memory=rt.peak_memory(),
                 **self.scaler.record(grad_norm),
             )
-        return loss, num_tokens
+        return loss, num_tokens, skipped
 
 
 # ---------------------------------------------------------------------------------------------

@@ -354,13 +354,9 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
         by_value = encoding_of(enc._mergeable_ranks)
     pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
     try:
-        # Workers inherit the blocked signals. Ctrl-C then stops only this process, and the
-        # workers end with it.
-        stop_signals = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-        for _ in range(num_workers):
-            pool.submit(int)  # a task that does nothing: they start while the source is opened
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
+        with signals_blocked():
+            for _ in range(num_workers):
+                pool.submit(int)  # a task that does nothing: they start while the source is opened
         yield pool
     except BrokenProcessPool as error:
         raise OSError(
@@ -368,6 +364,22 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes that start inside this block inherit that SIGINT and SIGTERM are blocked.
+
+    Ctrl-C then stops only this process, and the workers end with it. Windows has no such blocking:
+    there, the workers may print a traceback as well.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    stop_signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
 
 
 worker_encoding: tiktoken.Encoding  # in the worker processes

@@ -84,7 +84,9 @@ def main(config: Config):
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             try:
-                drawn = draw(packed, enc, batch, config, seed=config.seed + first)
+                # With config.seed + first, the second batch would be the first one of seed + 1.
+                seed = runtime.mixed_seed(config.seed, first)
+                drawn = draw(packed, enc, batch, config, seed)
             except FloatingPointError as error:
                 raise not_finite_error(model) from error
             for sample in drawn:

@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 
 import hellaswag
-from common import checkpoint, cpu, runtime
+from common import checkpoint, cpu, memory, runtime
 from common.console import Progress, UserError, cli, lock_folder, write_text
 from common.optim import (
     Diverged,
@@ -66,7 +66,7 @@ class Config:
 
     # ---- Batch
 
-    # micro-batch: sequences per process and forward pass; lower it if memory runs out
+    # micro-batch: sequences per process and forward pass; 0 = the largest that fits into memory
     B: int = 64
     T: int = 1024  # sequence length in tokens
     total_batch_size: int = 524288  # tokens per optimizer step, over all processes
@@ -143,10 +143,10 @@ class Config:
         if self.shard_optimizer and self.optimizer != "adamw":
             raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
         intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
-        for name in (*intervals, "rolling_every", "warmup_steps", "grad_clip", "seed"):
+        for name in ("B", *intervals, "rolling_every", "warmup_steps", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
-        for name in ("B", "T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
+        for name in ("T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.min_lr is None:
@@ -323,7 +323,7 @@ def save(run: Run, step: int):
         step,
         optimizer=optimizer_states,
         scaler=run.scaler.state_dict(),
-        run=resume_keys(run.config, run.fingerprint),
+        run=resume_keys(run.config, run.fingerprint) | dict(B=run.config.B),
     )
     keep = 0 if last_step else 2
 
@@ -380,9 +380,12 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float):
     remedy = "lower max_lr or lengthen the warmup"
     if run.scaler.is_enabled():
         remedy += ", or try --dtype float32: float16 overflowed at every loss scale"
+    last_good = "there is no checkpoint yet"
+    if run.last_saved:
+        last_good = f"the last good checkpoint is {run.last_saved}"
     raise Diverged(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; the "
-        f"last good checkpoint is {run.last_saved}; {remedy}"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; "
+        f"{last_good}; {remedy}"
     )
 
 
@@ -458,16 +461,10 @@ def prepare_folder(folder: Path, resume: bool):
 
 def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     """Data, model and optimizer: from the newest checkpoint, from init_from, or new."""
+    free = memory.free_memory(rt)  # measured before this process takes any of it
     shards = open_shards(config.data_dir, "train")
     # Computed here, because fineweb.py may add shards to the folder during the run.
     fingerprint = shards_fingerprint(config.data_dir)
-    loader = PretrainLoader(
-        shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size
-    )
-    if config.num_epochs:
-        max_steps = loader.steps_in(config.num_epochs)
-    else:
-        max_steps = config.max_steps or 19073
     enc = shards_tokenizer(config.data_dir)
     val_tokens = read_val_tokens(config)
     benchmarks = load_benchmarks(config, rt)
@@ -478,10 +475,25 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
     if loaded and loaded_from:
         check_agreement(config, fingerprint, loaded, loaded_from)
+    if not loaded and not config.init_from:
+        # A model that is too large for this machine is not even made.
+        with torch.device("meta"):
+            fit_into_memory(config, GPT(new_shape(config, enc)), None, free, rt)
     torch.manual_seed(config.seed)
-    model = make_model(config, enc, loaded, loaded_from).to(rt.device)
+    model = make_model(config, enc, loaded, loaded_from)
     for line in adopt_shape(config, model):
         rt.print(line)
+    if loaded or config.init_from:
+        fit_into_memory(config, model, loaded, free, rt)
+    loader = PretrainLoader(
+        shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size
+    )
+    if config.num_epochs:
+        max_steps = loader.steps_in(config.num_epochs)
+    else:
+        max_steps = config.max_steps or 19073
+
+    model.to(rt.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = make_optimizer(
         model,
@@ -517,6 +529,38 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         start_step=start_step,
         max_steps=max_steps,
         last_saved=loaded_from,
+    )
+
+
+def fit_into_memory(config: Config, model: GPT, loaded: dict | None, free: int, rt: Runtime):
+    """Choose B if it is 0, and raise UserError if the run needs more memory than is free.
+
+    The numbers of one B differ from those of another in the last digits. A run with --B 0 therefore
+    resumes with the B of its checkpoint, if that still fits.
+    """
+    # If a step is not a whole number of sequences, the loader says so.
+    sequences, rest = divmod(config.total_batch_size, config.T * rt.world_size)
+    if rest:
+        config.B = max(1, config.B)
+        return
+    estimate = memory.TrainingMemory(
+        model,
+        config.T,
+        sequences,
+        rt,
+        muon=config.optimizer == "muon",
+        sharded=config.shard_optimizer,
+        activation_checkpointing=config.activation_checkpointing,
+        saves_in_background=True,
+    )
+    earlier = loaded.get("run", {}).get("B", 0) if loaded else 0
+    if config.B == 0 and earlier and sequences % earlier == 0 and estimate.need(earlier) <= free:
+        config.B = earlier
+    config.B = memory.choose_B(config.B, free, estimate)
+    need = estimate.need(config.B)
+    rt.print(
+        f"memory: B {config.B} needs about {memory.gb(need)} per process, "
+        f"{memory.gb(free)} are free"
     )
 
 
@@ -580,25 +624,29 @@ def make_model(
         model, model_enc = checkpoint.load_model(config.init_from, config.dropout)
         check_tokenizer(config, enc, model_enc, config.init_from)
     else:
-        rows = config.padded_vocab_size or 0  # 0: GPTConfig rounds up
-        if 0 < rows < enc.n_vocab:
-            raise UserError(f"padded_vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
-        try:
-            shape = GPTConfig(
-                block_size=config.block_size,
-                vocab_size=enc.n_vocab,
-                padded_vocab_size=rows,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                norm=config.norm,
-                dropout=config.dropout,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        model = GPT(shape)
+        model = GPT(new_shape(config, enc))
     check_lengths(config, enc, model)
     return model
+
+
+def new_shape(config: Config, enc: tiktoken.Encoding) -> GPTConfig:
+    """The shape of a new model. Raises UserError if it is impossible."""
+    rows = config.padded_vocab_size or 0  # 0: GPTConfig rounds up
+    if 0 < rows < enc.n_vocab:
+        raise UserError(f"padded_vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
+    try:
+        return GPTConfig(
+            block_size=config.block_size,
+            vocab_size=enc.n_vocab,
+            padded_vocab_size=rows,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            norm=config.norm,
+            dropout=config.dropout,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def adopt_shape(config: Config, model: GPT) -> list[str]:

@@ -6,6 +6,7 @@ Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, 
 import codecs
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -223,10 +224,7 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # Flush the folder as well, so that the rename survives a power cut.
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        flush_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror or error
@@ -234,6 +232,25 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush_folder(folder: Path):
+    """Flush a folder to the disk, so that a rename in it survives a power cut.
+
+    Does nothing where the system cannot do that: Windows opens no folders, and some network file
+    systems refuse to flush them.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: str | Path) -> str:

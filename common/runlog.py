@@ -58,10 +58,7 @@ class RunLog:
         if step != self.record.get("step"):
             self.flush()
             self.record = dict(step=step)
-        # JSON has no infinity or NaN, which overflow in float16 leaves.
-        for key, value in values.items():
-            is_finite = not isinstance(value, float) or math.isfinite(value)
-            self.record[key] = value if is_finite else None
+        self.record |= finite_or_none(values)
         for key, stream in STREAMS.items():
             if key in values:
                 append(self.text, f"{step} {stream} {values[key]:.6f}\n")
@@ -119,6 +116,15 @@ class RunLog:
         self.flush()
         lines = (line.split() for line in (self.folder / "log.txt").read_text().splitlines())
         return [float(value) for _, name, value in lines if name == stream]
+
+
+def finite_or_none(record: dict) -> dict:
+    """A record for a JSON file: JSON has no infinity and no NaN, so they become null."""
+    result = {}
+    for name, value in record.items():
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        result[name] = value if is_finite else None
+    return result
 
 
 def start_wandb(folder: Path):

@@ -4,19 +4,24 @@ A stage that computes calls `start(device, dtype)` first. Under `torchrun` this 
 ranks: with NCCL on GPUs, with Gloo on CPUs.
 """
 
+import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from common import nvidia
 from common.console import UserError, say
 
 # tf32 is float32 whose matrix products run in TF32 on NVIDIA GPUs.
@@ -83,13 +88,21 @@ class Runtime:
             dist.all_reduce(total)
         return total
 
+    def min(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        smallest = torch.tensor(value, dtype=torch.float32, device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return float(smallest)
+
     def barrier(self):
         if self.world_size > 1:
             self.sum([0.0]).cpu()
 
     def seed(self, *numbers: int):
         """Make the next random numbers a function of `numbers` and the rank alone."""
-        torch.manual_seed(hash((*numbers, self.rank)) % 2**63)
+        torch.manual_seed(mixed_seed(*numbers, self.rank))
 
     def peak_flops(self) -> float | None:
         """Dense 16-bit FLOP/s of this rank's GPU by its datasheet; None if unknown."""
@@ -102,10 +115,24 @@ class Runtime:
         """Peak memory of this rank so far, in bytes: GPU memory, or resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource
-
+        try:
+            import resource
+        except ImportError:  # on Windows
+            memory = psutil.Process().memory_info()
+            return getattr(memory, "peak_wset", memory.rss)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed of 63 bits for each sequence of integers: the beginning of its BLAKE2 digest.
+
+    Sequences that differ at all have unrelated seeds, unlike sums (42 + 1 is also 41 + 2). The
+    result does not depend on Python's version or platform, unlike hash().
+    """
+    text = " ".join(str(int(number)) for number in numbers)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,6 +149,10 @@ def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
+    if device == "auto" and chosen.type == "cpu" and rank == 0:
+        reason = nvidia.why_unusable()
+        if reason:
+            say(f"warning: running on the CPU: {reason} (--device cpu silences this warning)")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
@@ -179,8 +210,12 @@ def end_with_launcher():
 
 def choose_device(name: str, local_rank: int) -> torch.device:
     """The device of that name, or the first available of cuda, mps and cpu for "auto"."""
+    # torch warns of an old driver itself, but only of that, and in several lines.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        has_cuda = torch.cuda.is_available()
     if name == "auto":
-        if torch.cuda.is_available():
+        if has_cuda:
             name = "cuda"
         elif torch.backends.mps.is_available():
             name = "mps"
@@ -194,15 +229,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not available on this machine")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "device cuda is not available: no NVIDIA GPU, no driver, or a CPU build of torch"
-            )
+        if not has_cuda:
+            reason = nvidia.why_unusable() or "this machine has no NVIDIA GPU, or no driver for it"
+            raise UserError(f"device cuda is not available: {reason}")
         if device.index is None:
             device = torch.device("cuda", local_rank)
         num_gpus = torch.cuda.device_count()
         if device.index >= num_gpus:
             raise UserError(f"{device} does not exist: {num_gpus} GPUs found; use fewer processes")
+        too_old = nvidia.too_old_for_torch(device)
+        if too_old:
+            raise UserError(too_old)
     return device
 
 
@@ -246,14 +283,14 @@ class StopSignal:
 
     Python runs signal handlers in the main thread, between two bytecodes: too late if that thread
     waits inside a kernel or a collective. So Python's C handler writes the signal's number into a
-    pipe, and a thread reads it from there.
+    socket (on Windows it cannot write into a pipe), and a thread reads it from there.
     """
 
     def __enter__(self):
         self.number = 0
-        reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.old_handlers = {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows lacks the last two
@@ -266,15 +303,15 @@ class StopSignal:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        os.close(self.writer)
+        self.writer.close()
 
-    def _watch(self, reader: int):
+    def _watch(self, reader: socket.socket):
         first_time = 0.0
-        while numbers := os.read(reader, 16):
+        while numbers := reader.recv(16):
             for number in numbers:
                 if not self.number:
                     first_time = time.monotonic()
                     self.number = number
                 elif time.monotonic() - first_time > 5:
                     os._exit(128 + number)
-        os.close(reader)
+        reader.close()

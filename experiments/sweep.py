@@ -12,7 +12,6 @@ Each run is a script of this repository, started as a command, as a user would. 
 is in results.json is skipped, so an interrupted study resumes when its command is repeated.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -23,9 +22,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import checkpoint, runtime
-from common.console import Progress, UserError, check_at_least, say, write_atomically, write_text
+from common.console import (
+    Progress,
+    UserError,
+    check_at_least,
+    lock_folder,
+    say,
+    write_atomically,
+    write_text,
+)
 from common.machine import num_cores
 from common.optim import Diverged
 from common.runtime import Runtime
@@ -210,7 +218,10 @@ class StudyFolder:
     def __init__(self, folder: str | Path, settings: dict):
         self.path = Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = self.acquire_lock()
+        # Held until this process ends. Runs of train_gpt2.py lock their own folders, too: if the
+        # study is killed, those that are still training keep another study from repeating them.
+        self.lock = ExitStack()
+        self.lock.enter_context(lock_folder(self.path))
         self.file = self.path / "results.json"
         # Through JSON and back: tuples become lists, as in a file that has been read.
         settings = json.loads(json.dumps(settings))
@@ -220,21 +231,6 @@ class StudyFolder:
         else:
             # Saved before the study writes any other file, so that no file lacks its settings.
             self.save()
-
-    def acquire_lock(self) -> IO:
-        """An open file with a lock, held until this process and all its runs have ended."""
-        # No `with`: the file stays open. Its descriptor is inherited by the runs (pass_fds), and
-        # the system releases the lock when the last process that has it open is gone.
-        lock = open(self.path / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise UserError(
-                f"{self.path} is in use by a study that is still running, or by one of its runs: "
-                f"wait, stop it, or choose another --out_dir"
-            ) from error
-        return lock
 
     def read_results(self, settings: dict):
         try:
@@ -291,9 +287,6 @@ class StudyFolder:
         of a training run that diverged, otherwise None. A run that fails in any other way, an
         error in `read` and Ctrl-C end the study: the commands that are still running get SIGTERM,
         on which training saves a checkpoint. The next call resumes them from it.
-
-        The commands inherit the open lock file. If the study is killed, the orphans that are
-        still training keep the folder locked, and a second study can't start the same runs again.
         """
         missing = [run for run in runs if run.name not in self.results]
         # A study that was killed between saving and removing left checkpoints of finished runs.
@@ -303,7 +296,7 @@ class StudyFolder:
 
         # Results are saved one by one as the runs end, in whatever order that happens.
         bar = Progress(total=len(runs), initial=len(runs) - len(missing), desc=desc, unit="run")
-        with bar, CommandPool(device_envs(num_parallel, device), self.lock) as pool:
+        with bar, CommandPool(device_envs(num_parallel, device)) as pool:
             futures = {pool.submit(run): run for run in missing}
             for future in as_completed(futures):
                 run = futures[future]
@@ -323,8 +316,7 @@ class StudyFolder:
 class CommandPool:
     """Runs commands in parallel, one per entry of `envs`. On exit, stops those still running."""
 
-    def __init__(self, envs: list[dict], lock: IO):
-        self.lock = lock
+    def __init__(self, envs: list[dict]):
         self.running: set[subprocess.Popen] = set()
         self.futures: list[Future] = []
         self.threads = ThreadPoolExecutor(len(envs))
@@ -387,7 +379,6 @@ class CommandPool:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | env,
-                pass_fds=[self.lock.fileno()],
                 # In its own session it does not receive the terminal's Ctrl-C: only we stop it.
                 start_new_session=True,
             )
@@ -439,17 +430,24 @@ def read_stream(folder: Path, stream: str) -> tuple[list[int], list[float]]:
 
 
 def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs x and targets y, int64 (count, T), from windows spread evenly over the first shard."""
-    last = shards.lengths[0] - T - 1
-    if last < 0:
+    """Inputs x and targets y, int64 (count, T), from windows spread evenly over all shards."""
+    # Shards too short for a window are left out. Of several, each gets about its share of windows.
+    usable = [n for n, length in enumerate(shards.lengths) if length > T]
+    if not usable:
         raise UserError(
             f"{shards.paths[0]} holds {shards.lengths[0]} tokens, fewer than T + 1 = {T + 1}: "
             f"lower T"
         )
-    # The windows overlap if the shard is short.
-    starts = np.linspace(0, last, count).astype(int)
-    windows = np.stack([shards.read(0, start, start + T + 1) for start in starts])
-    tokens = torch.from_numpy(windows.astype(np.int64))  # (count, T + 1)
+    # Positions at which a window can start, those of all shards one after the other.
+    ends = np.cumsum([shards.lengths[n] - T for n in usable])
+    windows = np.empty((count, T + 1), dtype=np.int64)
+    # The windows overlap if the shards are short.
+    for row, position in enumerate(np.linspace(0, ends[-1] - 1, count).astype(int)):
+        place = int(np.searchsorted(ends, position, side="right"))
+        shard = usable[place]
+        start = int(position - ends[place]) + shards.lengths[shard] - T
+        windows[row] = shards.read(shard, start, start + T + 1)
+    tokens = torch.from_numpy(windows)  # (count, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
 
 

@@ -8,11 +8,11 @@ with DescriptionStore("datasets", offline=False) as store:
 finetune.py reads the text file, see common/finetune_data.py.
 """
 
-import fcntl
 import json
 import os
 import re
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 from common import console
@@ -36,10 +36,11 @@ class DescriptionStore:
 
     Each line of the jsonl file is an object with the fields seed (a PromptSeed as an object), text,
     prompt_tokens, completion_tokens and model. If a crash cut off the last line, that line is
-    removed when the file is opened. A lock on the file keeps a second run out.
+    removed when the file is opened. A lock on the folder keeps a second run out.
 
     Opening raises UserError, with the line's number, if a line is malformed or written by the other
-    source (grammar or model), and OSError if the file is not writable or another run has it open.
+    source (grammar or model), or if another run is writing to the folder, and OSError if the file
+    is not writable.
     """
 
     def __init__(self, out_dir: str | Path, offline: bool):
@@ -53,29 +54,22 @@ class DescriptionStore:
         self.num_near_duplicates = 0  # stored descriptions that nearly repeat an earlier one
 
     def __enter__(self) -> "DescriptionStore":
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered, so that a finished write() has reached the system.
-            self.file = open(self.path, "a+b", buffering=0)
-        except OSError as error:
-            raise OSError(
-                f"{self.path} can't be written ({error.strerror}): choose another out_dir"
-            ) from error
-
-        try:
-            # The system releases this lock when the process ends, even if it is killed.
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(console.lock_folder(self.path.parent))
+                # Unbuffered, so that a finished write() has reached the system.
+                self.file = stack.enter_context(open(self.path, "a+b", buffering=0))
+            except OSError as error:
+                raise OSError(
+                    f"{self.path} can't be written ({error.strerror}): choose another out_dir"
+                ) from error
             self.read()
-        except BlockingIOError as error:  # the lock is taken
-            self.file.close()
-            raise OSError(f"another run is writing {self.path}") from error
-        except BaseException:
-            self.file.close()
-            raise
+            self.open_until_exit = stack.pop_all()  # nothing has failed: keep both open
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        self.open_until_exit.close()
 
     def read(self):
         """Load all records, and repair the end of the file if a crash cut off the last line."""

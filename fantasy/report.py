@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from common.checkpoint import load_model, not_finite_error
 from common.console import Progress, UserError, say, table, write_atomically, write_text
 from common.finetune_data import CLOSE, OPEN, is_tagged
-from common.runtime import Runtime
+from common.runlog import finite_or_none
+from common.runtime import Runtime, mixed_seed
 from common.scoring import stream_loss
 from common.shards import open_shards, shards_tokenizer
 from common.tokenizer import tokenizer_to_text
@@ -143,8 +144,6 @@ def measure_model(
 
     # In windows of T tokens, as during finetuning, so that the loss is that of the log.
     held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
-    if not math.isfinite(held_out_loss):
-        raise not_finite_error(model)
     figures: dict[str, float | None] = {"held-out perplexity": perplexity(held_out_loss)}
     figures |= measure_samples(samples, training)
 
@@ -152,8 +151,6 @@ def measure_model(
     figures["general perplexity"] = None
     if general_tokens is not None:
         general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
-        if not math.isfinite(general_loss):
-            raise not_finite_error(model)
         figures["general perplexity"] = perplexity(general_loss)
     return figures, samples
 
@@ -161,15 +158,6 @@ def measure_model(
 def perplexity(loss: float) -> float:
     """exp of a loss in nats per token; infinite where that is too large to mean anything."""
     return math.exp(loss) if loss < 99 else math.inf
-
-
-def finite_or_none(record: dict) -> dict:
-    """A record for a JSON file: JSON has no infinity and no NaN, so they become null."""
-    result = {}
-    for name, value in record.items():
-        is_number = isinstance(value, float)
-        result[name] = None if is_number and not math.isfinite(value) else value
-    return result
 
 
 def show(value: float | None, spec: str) -> str:
@@ -192,8 +180,9 @@ def draw_samples(
         while len(samples) < count:
             # In batches, to bound the memory of the KV cache; each batch has a different seed.
             batch = [prompt] * min(16, count - len(samples))
+            batch_seed = mixed_seed(seed, len(samples))
             try:
-                outputs = model.generate(batch, max_tokens, seed=seed + len(samples), **options)
+                outputs = model.generate(batch, max_tokens, seed=batch_seed, **options)
             except FloatingPointError as error:
                 raise not_finite_error(model) from error
             samples += [start + enc.decode(output) for output in outputs]

@@ -70,6 +70,16 @@ def run(folder: Path, out: Path, **changes):
     finetune.main(finetune.Config(**settings(folder, out, **changes)))
 
 
+def train_with(outcome, folder: Path, out: Path, monkeypatch) -> list[dict]:
+    """The records of a training in float16; outcome(step) is what train_step returns."""
+    config = finetune.Config(**settings(folder, out, num_epochs=2, dropout=0.0))
+    training, held_out = finetune.split(BLOCKS, 1)
+    tuner = finetune.Finetuner(config, training, held_out, Runtime(CPU.device, torch.float16))
+    steps = itertools.count()
+    monkeypatch.setattr(finetune, "train_step", lambda *_: map(torch.tensor, outcome(next(steps))))
+    return list(tuner.train(tuner.reset(), 1e-3, config.num_epochs))
+
+
 def command_line(folder: Path, out: Path, **changes) -> list[str]:
     words = ["finetune.py"]
     for name, value in settings(folder, out, **changes).items():
@@ -158,6 +168,25 @@ def test_a_short_step_is_averaged_over_its_tokens():
     loss, grad_norm = train_step(model, optimizer, batch, 0.0, 0.0, CPU, weights)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert grad_norm.item() == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", [5.0, math.nan])
+def test_a_step_that_float16_skips_is_left_out_of_the_training_loss(
+    folder, tmp_path, monkeypatch, loss
+):
+    def outcome(step: int) -> tuple[float, float]:
+        return (loss, math.inf) if step == 2 else (2.0, 1.0)
+
+    first, second = train_with(outcome, folder, tmp_path, monkeypatch)
+    assert first["train_loss"] == second["train_loss"] == 2.0
+    assert math.isfinite(second["val_loss"])
+
+
+def test_a_loss_that_is_not_finite_ends_training_if_nothing_overflowed(
+    folder, tmp_path, monkeypatch
+):
+    (record,) = train_with(lambda step: (math.nan, 1.0), folder, tmp_path, monkeypatch)
+    assert record == dict(epoch=1, step=1, train_loss=math.inf, val_loss=math.inf)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -434,7 +463,7 @@ WRONG = {
     "learning rate of nan": (ALL, dict(learning_rates=(math.nan,)), "learning_rates contains nan"),
     "warmup too long": (ALL, dict(warmup_fraction=2.0), "warmup_fraction is 2.0"),
     "negative seed": (ALL, dict(seed=-1), "seed is -1, must be at least 0"),
-    "huge seed": (ALL, dict(seed=2**63), "must be from 0 to 2**62"),
+    "huge seed": (ALL, dict(seed=2**64), "must be below 2**64"),
     "decay of nan": (ALL, dict(weight_decay=math.nan), "weight_decay is nan, must be at least 0"),
     "infinite clip": (ALL, dict(grad_clip=math.inf), "grad_clip is inf, must be at least 0"),
     "negative decay": (ALL, dict(weight_decay=-0.1), "weight_decay is -0.1"),

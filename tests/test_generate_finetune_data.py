@@ -473,7 +473,7 @@ def test_a_second_run_is_refused_and_ctrl_c_keeps_all_answers(serve, tmp_path):
     server = serve(lambda prompt, attempt: "good" if len(server.requests) < 20 else "late:60")
     process = start(server, tmp_path, "--num_samples", 100, "--concurrency", 4)
     wait_for(lambda: len(records(tmp_path)) == 20)
-    assert "another run is writing" in one_line(generate(server, tmp_path))
+    assert "is in use by process" in one_line(generate(server, tmp_path))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 130

@@ -74,6 +74,15 @@ def test_a_seed_gives_the_same_samples_and_another_others(model, capsys):
     assert first != second
 
 
+@pytest.mark.parametrize("how", [["--batch_size", 1], ["--stream"]])
+def test_neighbouring_seeds_share_no_samples(model, capsys, how):
+    texts = []
+    for seed in (1, 2):
+        run(sample, "--model", model, "--seed", seed, "--num_samples", 3, "--max_tokens", 30, *how)
+        texts += capsys.readouterr().out.split(DASHES)[:3]
+    assert len(set(texts)) == 6
+
+
 def test_an_export_samples_like_its_checkpoint(model, tmp_path, capsys):
     run(export, "--model", model, "--out", tmp_path / "hf")
     assert greedy(tmp_path / "hf", "def main(", 30) == greedy(model, "def main(", 30)

@@ -216,7 +216,7 @@ def test_a_stopped_study_stops_its_runs_which_save_checkpoints(data_dir, tmp_pat
         while sum("train" in log.read_text() for log in tmp_path.rglob("log.txt")) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        with pytest.raises(UserError, match="is in use by a study"):
+        with pytest.raises(UserError, match="is in use by process"):
             StudyFolder(tmp_path, {})
         process.send_signal(number)
         assert "error: interrupted" in process.communicate(timeout=60)[1]

@@ -4,14 +4,12 @@ The runs are small scripts in place of train_gpt2.py, so that these tests take l
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.console import UserError
+from common.console import UserError, lock_folder
 from common.optim import Diverged
 from common.shards import Shards
 from experiments import sweep
@@ -118,16 +116,21 @@ def test_an_interrupted_study_stops_its_runs(study):
 
 
 def test_a_folder_in_use_is_refused(study):
-    with pytest.raises(UserError, match="is in use by a study"):
+    with pytest.raises(UserError, match="study is in use by process"):
         StudyFolder(study.path, dict(T=64))
-    # A run inherits the lock, and keeps it if the study is killed.
-    fd = study.lock.fileno()
-    orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, pass_fds=[fd])
     study.lock.close()
-    with pytest.raises(UserError, match="is in use by a study"):
-        StudyFolder(study.path, dict(T=64))
-    orphan.communicate()
     StudyFolder(study.path, dict(T=64))
+
+
+def test_a_run_that_outlived_its_study_is_not_repeated(study, data_dir):
+    """It holds the lock of its own folder, so the next study stops with its name."""
+    flags = dict(n_layer=1, n_head=1, n_embd=8, B=1, max_steps=1, device="cpu", seeds=(1,))
+    config = SweepConfig(out_dir=str(study.path), **flags)
+    run = sweep.train_run(config, "a", data_dir, T=8, total_batch_size=8, max_lr=1e-3, seed=1)
+    run.folder.mkdir(parents=True)
+    expected = "train_gpt2.py failed: .*runs/a is in use by process"
+    with lock_folder(run.folder), pytest.raises(UserError, match=expected):
+        run_all(study, run)
 
 
 def test_files_of_a_stopped_study_are_not_taken_for_those_of_another(study):
@@ -196,14 +199,31 @@ def test_read_stream_ignores_half_a_line(tmp_path):
     assert sweep.read_stream(tmp_path / "none", "val") == ([], [])
 
 
-def test_read_windows_are_spread_over_the_first_shard(tmp_path):
-    np.save(tmp_path / "x.npy", np.arange(12, dtype=np.uint16))
-    shards = Shards("val", [Path(tmp_path / "x.npy")], [12], vocab_size=100)
+def make_shards(folder: Path, *lengths: int) -> Shards:
+    """Shards that contain the numbers 0, 1, 2, ..., one after the other."""
+    paths = [folder / f"val_{n}.npy" for n in range(len(lengths))]
+    ends = np.cumsum(lengths)
+    for path, length, end in zip(paths, lengths, ends):
+        np.save(path, np.arange(end - length, end, dtype=np.uint16))
+    return Shards("val", paths, list(lengths), vocab_size=100)
+
+
+def test_windows_are_spread_over_a_shard(tmp_path):
+    shards = make_shards(tmp_path, 12)
     x, y = sweep.read_windows(shards, count=3, T=3)
     assert x.tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
     assert y.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
     with pytest.raises(UserError, match="lower T"):
         sweep.read_windows(shards, count=3, T=12)
+
+
+def test_windows_are_spread_over_all_shards(tmp_path):
+    """Also if some are too short for a window; none spans two shards."""
+    shards = make_shards(tmp_path, 2, 12, 3, 12)
+    x, _ = sweep.read_windows(shards, count=4, T=3)
+    assert x[:, 0].tolist() == [2, 7, 19, 25]
+    every, _ = sweep.read_windows(shards, count=18, T=3)
+    assert every[:, 0].tolist() == [*range(2, 11), *range(17, 26)]
 
 
 def test_mean_and_deviation():

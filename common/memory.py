@@ -1,0 +1,266 @@
+"""How much memory training needs, and how much is free: a run that cannot fit says so first.
+
+    free = free_memory(rt)                    # before the model is made
+    estimate = TrainingMemory(model, T, sequences, rt)
+    B = choose_B(B, free, estimate)           # or UserError; B = 0 chooses
+
+The need is computed, not measured: it is the peak of a training step, in bytes, from the shapes of
+all large tensors. docs/log.md compares it with measured peaks. torch.compile saves activations that
+it can recompute cheaply, so a compiled model needs less.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from common.console import UserError
+from common.runtime import Runtime
+from model import GPT
+
+FLOAT = 4  # bytes of a float32
+
+
+# ---------------------------------------------------------------------------------------------
+# Need
+
+
+@dataclass
+class TrainingMemory:
+    """What training a model needs in one process, as a function of the micro-batch B.
+
+    In the formulas, N = B * T tokens, C = n_embd, V = rows of the embedding, L = n_layer,
+    H = n_head, and half = bytes of a number in the dtype of matrix products (4 or 2).
+    """
+
+    model: GPT  # only its shape counts: it can be on the device "meta"
+    T: int  # sequence length in tokens
+    sequences: int  # sequences per optimizer step in this process
+    rt: Runtime
+    muon: bool = False
+    sharded: bool = False  # optimizer states shared among the ranks
+    activation_checkpointing: bool = False
+    saves_in_background: bool = False  # a copy of weights and optimizer states in host memory
+
+    def __post_init__(self):
+        self.config = self.model.config
+        self.half = FLOAT if self.rt.dtype == torch.float32 else 2
+        # PyTorch's CPU kernel for attention has no dropout: it then stores the (T, T) matrices.
+        self.stores_attention = self.config.dropout > 0 and self.rt.device.type == "cpu"
+
+    def need(self, B: int) -> int:
+        """Bytes at the peak of a training step."""
+        accumulates = self.sequences > B or self.rt.world_size > 1  # DDP's buckets always exist
+        gradients = FLOAT * self.num_params(trained=True)
+        kept = gradients if accumulates else 0
+        embedding = FLOAT * self.model.wte.weight.numel()
+        activations = self.activations(B)
+        peak = max(
+            # 1. At the end of the forward pass, in the loss.
+            kept + activations + self.loss(B),
+            # 2. In the backward pass of the last block, when nearly all activations still exist.
+            kept + activations + embedding + self.backward(B),
+            # 3. At the end of the backward pass: the embedding has one gradient as the head and
+            #    another as the input, and if gradients accumulate also their sum so far.
+            gradients + embedding + (embedding if accumulates else 0),
+            # 4. In the optimizer.
+            gradients + self.update(),
+        )
+        return int(self.permanent() + peak + self.tokens())
+
+    def num_params(self, trained: bool) -> int:
+        params = self.model.parameters()
+        return sum(p.numel() for p in params if p.requires_grad or not trained)
+
+    def num_block_matrices(self) -> int:
+        """Numbers in the matrices of the blocks."""
+        return sum(p.numel() for p in self.model.h.parameters() if p.dim() == 2)
+
+    def permanent(self) -> float:
+        """What exists all the time: weights, optimizer states, and the copy of both for saving."""
+        weights = FLOAT * self.num_params(trained=False)
+        # AdamW keeps two numbers per parameter, Muon one.
+        moments = 2 * FLOAT * self.num_params(trained=True)
+        if self.muon:
+            moments -= FLOAT * self.num_block_matrices()
+        states = moments / self.rt.world_size if self.sharded else moments
+        # On a GPU, the copy lies in host memory. Only rank 0 has it, with the states of all ranks.
+        is_copied = self.saves_in_background and self.rt.device.type != "cuda"
+        return weights + states + (weights + moments if is_copied else 0)
+
+    def block(self, B: int) -> int:
+        """What the backward pass of one block needs of its forward pass.
+
+            tensor                        numbers per token    bytes of each
+            inputs of the LayerNorms      2 C                  4
+            outputs of the LayerNorms     2 C                  half
+            queries, keys, values         3 C                  half
+            output of attention           C                    half
+            before and after the GELU     8 C                  half
+            logsumexp of attention        H                    4
+            mean and deviation of the LayerNorms               4 numbers of 4 bytes
+
+        With dropout: its two masks (C each), and on CPUs three (T, T) matrices per head, with
+        queries, keys and values in float32.
+        """
+        N = B * self.T
+        C = self.config.n_embd
+        H = self.config.n_head
+        half = self.half
+        size = N * (C * (2 * FLOAT + 14 * half) + FLOAT * (H + 4))
+        if self.config.dropout:
+            is_gpu = self.rt.device.type == "cuda"
+            size += N * 2 * C * (1 if is_gpu else half)  # a mask is bool on GPUs
+        if self.stores_attention:
+            size += N * (3 * FLOAT * H * self.T + 3 * C * (FLOAT - half))
+        return size
+
+    def activations(self, B: int) -> int:
+        """What exists at the end of the forward pass, besides weights and gradients."""
+        hidden = FLOAT * B * self.T * self.config.n_embd  # (N, C)
+        if self.activation_checkpointing:
+            blocks = self.config.n_layer * hidden  # only the input of each block
+        else:
+            blocks = self.config.n_layer * self.block(B)
+        if self.config.dropout:
+            blocks += hidden  # the mask of the input's dropout
+        # Autocast keeps the weights that it has converted until the end of the backward pass.
+        converted = self.half * self.num_block_matrices() if self.half < FLOAT else 0
+        return blocks + converted + hidden  # the last one is the input of ln_f
+
+    def loss(self, B: int) -> int:
+        """LinearCrossEntropy in model.py, with its inputs."""
+        N = B * self.T
+        C = self.config.n_embd
+        V = self.config.padded_vocab_size
+        half = self.half
+        part = max(256, N // 8)
+        # In float32, everything happens in the buffer of a part's logits. Otherwise the loop holds
+        # the buffer, and the softmax in float32 and its gradient of this part and the previous one.
+        logits = part * V * FLOAT
+        if half < FLOAT:
+            logits = part * V * (half + 2 * FLOAT + half)
+        # The input, its gradient in parts, and put together; the gradient of the embedding.
+        size = logits + 3 * FLOAT * N * C + FLOAT * V * C
+        if half < FLOAT:
+            size += half * (N * C + 2 * V * C)  # input and embedding converted, a product
+        return size
+
+    def backward(self, B: int) -> int:
+        """Gradients inside the last block and ln_f, at their peak, behind the GELU."""
+        N = B * self.T
+        C = self.config.n_embd
+        # Of the output of the model and of the block (float32), and of GELU's output and input.
+        size = N * C * (3 * FLOAT + 4 * self.half)
+        if self.half < FLOAT:
+            size += N * C * self.half  # the block's converted
+        if self.activation_checkpointing:
+            size += self.block(B)  # computed again
+        return size
+
+    def update(self) -> int:
+        """Muon's copies of one matrix: the update in float32, and four of its size in bfloat16."""
+        matrices = [p.numel() for p in self.model.h.parameters() if p.dim() == 2]
+        return max(matrices) * (FLOAT + 4 * 2) if self.muon else 0
+
+    def tokens(self) -> int:
+        """Batches that the loader has read ahead: up to 4, with inputs and targets in one int64."""
+        return 4 * 8 * self.sequences * (self.T + 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Free
+
+
+def free_memory(rt: Runtime) -> int:
+    """Bytes that this process can still allocate on its device; all ranks get the smallest value.
+
+    On a CPU, the processes of a machine share its memory equally.
+    """
+    if rt.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(rt.device)
+        # Blocks that torch holds but does not use are free, too.
+        free += torch.cuda.memory_reserved(rt.device) - torch.cuda.memory_allocated(rt.device)
+    else:
+        free = min(psutil.virtual_memory().available, container_memory())
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(rt.min(free))
+
+
+def container_memory(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> float:
+    """Bytes that the control groups of this process leave free; infinite without a limit.
+
+    Containers and schedulers limit memory by control groups (cgroups), of which Linux has two
+    versions. A process belongs to a group of a tree, and each group above it can have a limit.
+    """
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return float("inf")
+    smallest = float("inf")
+    for line in lines:
+        _, controllers, path = line.split(":", 2)  # 4:memory:/docker/7f3a, or 0::/user.slice
+        if controllers == "":
+            root = sys / "fs/cgroup"
+            names = ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            root = sys / "fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        # In a container, the path can be that outside of it. Its own group is then the root.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                smallest = min(smallest, group_memory(folder, *names))
+    return smallest
+
+
+def group_memory(folder: Path, limit_name: str, usage_name: str, prefix: str) -> float:
+    """Bytes that one control group leaves free; infinite without a limit."""
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        usage = int((folder / usage_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return float("inf")
+    if limit == "max":
+        return float("inf")
+    # The kernel gives up cached files, the shards for example, before it runs out of memory.
+    cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(0, int(limit) - usage + cache)
+
+
+# ---------------------------------------------------------------------------------------------
+# Choice
+
+
+def choose_B(B: int, free: int, estimate: TrainingMemory) -> int:
+    """B if it fits into `free` bytes; for B = 0 the largest micro-batch that does.
+
+    All ranks must pass the same `free`, so that they choose the same. Raises UserError if B, or
+    even a single sequence, does not fit.
+    """
+    # A micro-batch must divide the sequences of a step.
+    sequences = estimate.sequences
+    candidates = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    fitting = [n for n in candidates if estimate.need(n) <= free]
+    if B == 0 and fitting:
+        return max(fitting)
+    if B > 0 and estimate.need(B) <= free:
+        return B
+    where = "GPU memory" if estimate.rt.device.type == "cuda" else "memory"
+    problem = f"B {max(B, 1)} needs about {gb(estimate.need(max(B, 1)))} of {where} per process"
+    if fitting:
+        remedy = f"the largest B that fits is {max(fitting)} (--B 0 chooses it)"
+    else:
+        remedy = "not even B 1 fits: lower T, n_layer or n_embd, or free memory"
+        if not estimate.activation_checkpointing:
+            remedy += ", or try --activation_checkpointing"
+    raise UserError(f"{problem}, and {gb(free)} are free: {remedy}")
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
