@@ -4,7 +4,7 @@
     python sample.py --model gpt2 --prompt "The meaning of life is" --num_samples 5
     python sample.py --model log/model_05000.pt --stream --temperature 0.8 --top_p 0.95
     python sample.py --prompt_file prompts.txt --out samples.txt      # one prompt per line
-    python sample.py --interactive                                    # type prompts, watch the texts
+    python sample.py --interactive                                    # type prompts
 
 A sample ends after max_tokens, or where the model ends its text. It may be longer than the model's
 context: when the context is full, the model forgets the older half of it, reads the rest once more
@@ -71,8 +71,9 @@ class Config:
             raise UserError("num_samples, max_tokens and batch_size must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}, must be a number from 0 on")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}, must not be negative")
+        # Several samples have seeds above this one, and torch's seeds have 64 bits.
+        if not 0 <= self.seed <= 2**62:
+            raise UserError(f"seed is {self.seed}, must be from 0 to 2**62")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, must be at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -240,6 +241,8 @@ def change_setting(config: Config, line: str) -> Config:
         except (UserError, ValueError) as error:
             say(f"{name} is unchanged: {error}")
             return config
+    elif name not in COMMANDS and name:
+        say(f"there is no setting {name!r}")
     say(describe_settings(config))
     return config
 

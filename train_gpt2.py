@@ -73,7 +73,8 @@ class Config:
 
     # ---- Length of the run, in steps or in epochs
 
-    # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given
+    # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given. A finished run that is
+    # resumed with more steps goes on: the learning rate returns to the schedule of the new number
     max_steps: int | None = None
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
 
@@ -132,8 +133,7 @@ class Config:
     hellaswag_data: str | None = None
     sample_every: int = 250  # text samples, printed
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
-    # checkpoints to keep; 0 = only the final one (this disables rolling_every, too)
-    checkpoint_every: int = 5000
+    checkpoint_every: int = 5000  # checkpoints to keep; 0 = only the final one
     rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
     wandb: bool = False  # also log to Weights & Biases
 
@@ -303,8 +303,6 @@ def is_due(every: int, step: int, last_step: bool) -> bool:
 
 
 def is_save_due(config: Config, step: int) -> bool:
-    if not config.checkpoint_every:
-        return False
     return is_due(config.checkpoint_every, step, False) or is_due(config.rolling_every, step, False)
 
 
@@ -650,16 +648,18 @@ def write_config(run: Run):
     path = run.folder / "config.json"
     earlier = read_earlier_config(path) if run.start_step else None
     if earlier:
-        for name, value in record["constants"].items():
-            before = earlier.get("constants", {}).get(name, value)
-            if name != "resume" and before != json.loads(json.dumps(value)):
-                run.rt.print(
-                    f"changed since step {earlier.get('start_step', 0)}: "
-                    f"{name} was {before}, is {value}"
-                )
-        history = earlier.pop("history", [])
-        record["history"] = [*history, earlier]
+        history = [*earlier.pop("history", []), earlier]
+        print_changes(history[0].get("constants", {}), record["constants"], run.rt)
+        record["history"] = history
     write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def print_changes(first: dict, constants: dict, rt: Runtime):
+    """Print the settings that differ from those that the run was started with."""
+    for name, value in constants.items():
+        before = first.get(name, value)
+        if name != "resume" and before != json.loads(json.dumps(value)):
+            rt.print(f"changed since the run was started: {name} was {before}, is {value}")
 
 
 def read_earlier_config(path: Path) -> dict | None:

@@ -229,17 +229,14 @@ def test_settings_change_between_prompts(model, monkeypatch, capsys):
 
 
 def test_wrong_settings_change_nothing(model, monkeypatch, capsys):
-    lines = ["/temperature -1", "/top_k many", "/temperature none", "/top_p 2", "/volume 11", "/"]
+    lines = ["/temperature -1", "/top_k many", "/temperature none", "/top_p 2"]
+    lines += [f"/seed {2**64}", "/volume 11", "/"]
     out = answers(model, monkeypatch, capsys, *lines).splitlines()
     assert out[0] == "temperature is unchanged: temperature is -1.0, must be a number from 0 on"
-    assert [line.split(":")[0] for line in out[1:4]] == [
-        "top_k is unchanged",
-        "temperature is unchanged",
-        "top_p is unchanged",
-    ]
-    assert (
-        out[4:] == ["/temperature 1.0   /top_k 50   /top_p None   /max_tokens 100   /seed 42"] * 2
-    )
+    names = ("temperature", "top_k", "temperature", "top_p", "seed")
+    assert [line.split(":")[0] for line in out[:5]] == [f"{name} is unchanged" for name in names]
+    settings = "/temperature 1.0   /top_k 50   /top_p None   /max_tokens 100   /seed 42"
+    assert out[5:] == ["there is no setting 'volume'", settings, settings]
 
 
 def test_each_text_has_a_seed_of_its_own(model, monkeypatch, capsys):
