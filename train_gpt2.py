@@ -52,6 +52,8 @@ from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
+from common.tracker import Name as Tracker
+from common.tracker import check_installed
 from dataloader import PretrainLoader
 from model import GPT, GPTConfig
 
@@ -135,7 +137,8 @@ class Config:
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
     checkpoint_every: int = 5000  # checkpoints to keep; 0 = only the final one
     rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
-    wandb: bool = False  # also log to Weights & Biases
+    # where else to log: Weights & Biases, Trackio or TensorBoard; each is a package to install
+    tracker: Tracker = "none"
 
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:
@@ -153,6 +156,7 @@ class Config:
             self.min_lr = self.max_lr / 10
         if not 0 <= self.min_lr <= self.max_lr:
             raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
+        check_installed(self.tracker)
 
 
 def main(config: Config):
@@ -177,7 +181,9 @@ def pretrain(config: Config, resume: bool, rt: Runtime):
         rt.print(f"{config.log_dir} is finished: {run.start_step} steps; nothing to do")
         return runtime.leave()
 
-    run.log = RunLog(run.folder, run.start_step, rt, config.wandb)
+    settings = asdict(config) | dict(max_steps=run.max_steps)
+    name = run.folder.resolve().name
+    run.log = RunLog(run.folder, run.start_step, rt, config.tracker, name, settings)
     if rt.is_main:
         write_config(run)
     rt.print(run.describe())
@@ -189,6 +195,8 @@ def pretrain(config: Config, resume: bool, rt: Runtime):
 
     seconds = time.perf_counter() - began
     runtime.leave()
+    if rt.is_main and config.tracker != "none":
+        run.log.finish(step, draw_pictures(run) if step == run.max_steps else [])
     if step < run.max_steps:
         rt.print(f"stopped: saved {run.last_saved}; --resume continues from there")
         sys.exit(128 + (stop.number or signal.SIGTERM))
@@ -401,6 +409,16 @@ def log_step(run: Run, step: int, loss: float, lr: float, grad_norm: float, seco
         memory=run.rt.peak_memory(),
         **run.scaler.record(grad_norm),
     )
+
+
+def draw_pictures(run: Run) -> list[Path]:
+    """The pictures that plot.py draws of the logs."""
+    script = Path(__file__).with_name("plot.py")
+    done = subprocess.run([sys.executable, script, run.folder], capture_output=True, text=True)
+    if done.returncode:
+        run.rt.print(f"warning: no plots: {done.stderr.strip()}")
+        return []
+    return [Path(line) for line in done.stdout.splitlines()]
 
 
 def summarize(run: Run, seconds: float) -> str:

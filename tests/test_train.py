@@ -650,7 +650,7 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         "no such device": (["--device", "cuda:7"], "cuda"),
         "unknown device": (["--device", "abacus"], "abacus"),
         "no such weights": (["--init_from", "no_such_model"], "no model 'no_such_model'"),
-        "no wandb": (["--wandb"], "wandb is not installed"),
+        "no tracker": (["--tracker", "trackio"], "trackio is not installed: pip install trackio"),
     }[name]
 
 
@@ -684,7 +684,7 @@ WRONG = [
     "no such device",
     "unknown device",
     "no such weights",
-    "no wandb",
+    "no tracker",
 ]
 
 
@@ -700,8 +700,7 @@ def test_wrong_inputs_end_in_one_line(name, data_dir, tmp_path, reference, monke
 def one_line_in_process(words, monkeypatch, capsys) -> str:
     """What `one_line` checks, without the seconds that it takes to start a process."""
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    if "--wandb" in sys.argv:
-        monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     with pytest.raises(SystemExit) as stopped:
         console.cli(train_gpt2.Config, train_gpt2.main, train_gpt2.__doc__)
     assert stopped.value.code in (1, 2)
