@@ -8,44 +8,58 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import SMALL_RUN, command, ok
+from matplotlib.image import imsave
+from test_train import train_here
 
+import train_gpt2
 from common.console import UserError
 from common.tracker import check_installed, start_tracker
 
-FLAGS = [*SMALL_RUN, *"--val_every 5 --checkpoint_every 4 --rolling_every 0".split()]
+# The learning rate is constant, so that it does not depend on max_steps.
+FLAGS = "--val_every 5 --checkpoint_every 4 --rolling_every 0 --min_lr 1e-3".split()
 
 
 def needs(package: str):
     return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
 
 
-def run_twice(data_dir: Path, log_dir: Path, tracker: str) -> dict[str, list[tuple[int, float]]]:
-    """Train for 10 steps, then again from step 8 to 14, as if the first run had been killed.
+@pytest.fixture
+def run_twice(data_dir, tmp_path, monkeypatch):
+    """A function that trains for 10 steps, then again from step 8 to 14, as if it had been killed.
 
-    Returns the points of the streams train and val of the whole run.
+    It returns the points of the streams train and val of the whole run.
     """
-    flags = ("--data_dir", data_dir, "--log_dir", log_dir, *FLAGS, "--tracker", tracker)
-    ok(command("train_gpt2.py", *flags, "--max_steps", 10))
-    (log_dir / "model_final.pt").unlink()
-    result = ok(command("train_gpt2.py", *flags, "--max_steps", 14, "--resume"))
-    assert f"resuming from {log_dir}/model_00008.pt, step 8" in result.stdout
-    assert "warning: no plots" not in result.stdout
-    points: dict[str, list[tuple[int, float]]] = {}
-    for line in (log_dir / "log.txt").read_text().splitlines():
-        step, name, value = line.split()
-        points.setdefault(name, []).append((int(step), pytest.approx(float(value), abs=1e-5)))
-    assert [step for step, _ in points["train"]] == list(range(14))
-    return points
+
+    def draw_pictures(run) -> list[Path]:  # the real one takes seconds
+        imsave(run.folder / "log_plot.png", np.ones((30, 50, 3)))
+        return [run.folder / "log_plot.png"]
+
+    def train_twice(tracker: str) -> dict[str, list[tuple[int, float]]]:
+        log_dir = tmp_path / "my_run"
+        flags = (*FLAGS, "--tracker", tracker)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt2, "draw_pictures", draw_pictures)
+            train_here(data_dir, log_dir, *flags, "--max_steps", 10)
+            (log_dir / "model_final.pt").unlink()
+            train_here(data_dir, log_dir, *flags, "--max_steps", 14, "--resume")
+        points: dict[str, list[tuple[int, float]]] = {}
+        for line in (log_dir / "log.txt").read_text().splitlines():
+            step, name, value = line.split()
+            points.setdefault(name, []).append((int(step), pytest.approx(float(value), abs=1e-5)))
+        assert [step for step, _ in points["train"]] == list(range(14))
+        return points
+
+    return train_twice
 
 
 @needs("tensorboard")
-def test_tensorboard_shows_one_curve(data_dir, tmp_path):
+def test_tensorboard_shows_one_curve(run_twice, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log_dir = tmp_path / "my_run"
-    expected = run_twice(data_dir, log_dir, "tensorboard")
+    expected = run_twice("tensorboard")
     events = EventAccumulator(str(log_dir), size_guidance=dict(scalars=0, images=0, tensors=0))
     events.Reload()
     for name, stream in (("loss", "train"), ("val", "val")):
@@ -54,7 +68,7 @@ def test_tensorboard_shows_one_curve(data_dir, tmp_path):
     # The run of 10 steps had a picture at step 10, which was purged; 14 is the last step.
     (picture,) = events.Images("log_plot")
     assert picture.step == 14
-    assert (picture.width, picture.height) == (1200, 750)
+    assert (picture.width, picture.height) == (50, 30)
     settings = events.Tensors("settings/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| total_batch_size" in settings and "| 512" in settings
 
@@ -83,11 +97,11 @@ def wandb_records(path: Path) -> list:
 
 
 @needs("wandb")
-def test_wandb_has_one_curve(data_dir, tmp_path, monkeypatch):
+def test_wandb_has_one_curve(run_twice, tmp_path, monkeypatch):
     """Offline: each process leaves a file for `wandb sync`, both of the same run."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     log_dir = tmp_path / "my_run"
-    expected = run_twice(data_dir, log_dir, "wandb")
+    expected = run_twice("wandb")
     history = {"loss": [], "val": [], "log_plot": []}
     for path in sorted(log_dir.glob("wandb/offline-run-*/*.wandb")):
         records = wandb_records(path)
@@ -113,10 +127,10 @@ def test_wandb_has_one_curve(data_dir, tmp_path, monkeypatch):
 
 
 @needs("trackio")
-def test_trackio_has_one_curve(data_dir, tmp_path, monkeypatch):
+def test_trackio_has_one_curve(run_twice, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     log_dir = tmp_path / "my_run"
-    expected = run_twice(data_dir, log_dir, "trackio")
+    expected = run_twice("trackio")
     database = sqlite3.connect(tmp_path / "trackio" / "gpt2.db")
     name = "my_run-" + (log_dir / "tracker_id.txt").read_text().strip()
     assert database.execute("select distinct run_name from metrics").fetchall() == [(name,)]
@@ -172,3 +186,28 @@ def test_a_new_run_in_an_old_folder_has_a_new_identity(monkeypatch, tmp_path):
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
     assert started[0] == started[1] != started[2] == started[3]
+
+
+@pytest.mark.slow
+def test_the_pictures_are_those_of_plot_py(data_dir, tmp_path):
+    sent = []
+
+    class Package:
+        @staticmethod
+        def start(*_, **__):
+            return Package()
+
+        def log(self, step, values):
+            pass
+
+        def log_pictures(self, step, paths):
+            sent.extend((step, path.name) for path in paths)
+
+        def finish(self):
+            sent.append("finished")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.runlog.start_tracker", Package.start)
+        train_here(data_dir, tmp_path / "log", "--tracker", "tensorboard", "--max_steps", 3)
+    assert (3, "log_plot.png") in sent and (3, "learning_rate.png") in sent
+    assert sent[-1] == "finished"
