@@ -45,8 +45,7 @@ from common.optim import (
 from common.runlog import RunLog
 from common.runtime import Runtime
 from common.scoring import stream_loss
-from common.tracker import Name as Tracker
-from common.tracker import check_installed
+from common.tracker import TrackerName, check_installed
 from dataloader import FinetuneLoader
 from fantasy.report import draw_losses, draw_search, finite_or_none, perplexity, write_report
 
@@ -106,7 +105,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     # where else to log the final run: Weights & Biases, Trackio or TensorBoard; each is a package
     # to install
-    tracker: Tracker = "none"
+    tracker: TrackerName = "none"
 
     # report
     num_samples: int = 50  # texts sampled from each model, before and after finetuning

@@ -52,8 +52,7 @@ from common.scoring import stream_loss
 from common.shards import manifest_checksum, open_shards, read_manifest, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
-from common.tracker import Name as Tracker
-from common.tracker import check_installed
+from common.tracker import TrackerName, check_installed
 from dataloader import PretrainLoader
 from model import GPT, GPTConfig
 
@@ -138,7 +137,7 @@ class Config:
     checkpoint_every: int = 5000  # checkpoints to keep; 0 = only the final one
     rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
     # where else to log: Weights & Biases, Trackio or TensorBoard; each is a package to install
-    tracker: Tracker = "none"
+    tracker: TrackerName = "none"
 
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:

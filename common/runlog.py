@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from common.console import write_text
 from common.published import REFERENCES
 from common.runtime import Runtime
-from common.tracker import Name, start_tracker
+from common.tracker import TrackerName, start_tracker
 
 # Names of the series in metrics.jsonl -> in log.txt. Benchmarks have the same name in both.
 STREAMS = {"loss": "train", "val": "val"}
@@ -30,7 +30,7 @@ class RunLog:
         folder: Path,
         start_step: int,
         rt: Runtime,
-        tracker: Name = "none",
+        tracker: TrackerName = "none",
         name: str = "",
         settings: dict | None = None,
     ):

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 from common.console import UserError, say, table, write_text
 
-Name = Literal["none", "wandb", "trackio", "tensorboard"]
+TrackerName = Literal["none", "wandb", "trackio", "tensorboard"]
 PROJECT = "gpt2"  # what wandb and Trackio file the runs under
 
 
-def check_installed(name: Name):
+def check_installed(name: TrackerName):
     """Raise UserError if the package of a tracker is missing."""
     if name == "none":
         return
@@ -35,7 +35,7 @@ def check_installed(name: Name):
 
 
 def start_tracker(
-    name: Name, folder: Path, run_name: str, start_step: int, settings: dict
+    name: TrackerName, folder: Path, run_name: str, start_step: int, settings: dict
 ) -> "Dashboard | TensorBoard":
     """Begin to track the run in `folder`, or continue at start_step.
 
@@ -54,7 +54,7 @@ def start_tracker(
 class Dashboard:
     """A run in wandb, or in Trackio, whose functions have the same names."""
 
-    def __init__(self, name: Name, folder: Path, run_name: str, settings: dict):
+    def __init__(self, name: TrackerName, folder: Path, run_name: str, settings: dict):
         metrics = folder / "metrics.jsonl"
         identity = folder / "tracker_id.txt"
         if not (identity.exists() and metrics.exists()):
