@@ -17,7 +17,7 @@ row in the table gives the reason.
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -111,11 +111,12 @@ def evaluate_model(
     """One result per benchmark: from `stored`, or computed and added to it, or with its error."""
     results = []
     model = None  # loaded when the first result has to be computed
+    fingerprint = cache(partial(checkpoint.fingerprint, name))  # reads the whole file: only once
     for title in config.benchmarks:
         benchmark = benchmarks[title]
         try:
             # Look for a stored result. This does not need the model, only its checksum.
-            key = result_key(name, benchmark, config, rt)
+            key = result_key(fingerprint(), benchmark, config, rt)
             result = find_result(stored, key)
             if result:
                 rt.print(f"{name} on {title}: computed before")
@@ -153,12 +154,15 @@ def data_and_limit(benchmark: Benchmark, config: Config) -> tuple[str | None, in
     return data, config.val_tokens if benchmark.name == "val" else config.limit
 
 
-def result_key(name: str, benchmark: Benchmark, config: Config, rt: Runtime) -> dict:
-    """Everything that a result depends on. Two results with the same key are the same."""
+def result_key(weights: str, benchmark: Benchmark, config: Config, rt: Runtime) -> dict:
+    """Everything that a result depends on. Two results with the same key are the same.
+
+    `weights` is the fingerprint of the model.
+    """
     data, limit = data_and_limit(benchmark, config)
     return dict(
         benchmark=benchmark.name,
-        weights=checkpoint.fingerprint(name),
+        weights=weights,
         data=benchmark.data_fingerprint(data),
         limit=limit,
         dtype=rt.dtype_name,

@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ from common.optim import (
 from common.runlog import RunLog, finite_or_none
 from common.runtime import Runtime
 from common.scoring import stream_loss
+from common.tracker import TrackerName, check_installed
 from dataloader import FinetuneLoader
 from fantasy.report import draw_losses, draw_search, perplexity, write_report
 
@@ -102,6 +103,9 @@ class Config:
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
+    # where else to log the final run: Weights & Biases, Trackio or TensorBoard; each is a package
+    # to install
+    tracker: TrackerName = "none"
 
     # report
     num_samples: int = 50  # texts sampled from each model, before and after finetuning
@@ -132,6 +136,7 @@ class Config:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, must be between 0 and 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}, must be at least 0 and below 1")
+        check_installed(self.tracker)
 
 
 def main(config: Config):
@@ -187,6 +192,10 @@ def run(config: Config, rt: Runtime):
     runtime.leave()
     if rt.is_main:
         draw_losses(folder / "finetune_losses.png", history, base_val_loss)
+        if tuner.log:
+            pictures = [folder / "finetune_losses.png", out_dir / f"{SEARCH}.png"]
+            pictures = [path for path in pictures if path.exists()]
+            tuner.log.finish(history[-1]["step"], pictures)
         alone = Runtime(rt.device, rt.dtype)
         finetuned = folder / "model_best.pt"
         write_report(config, finetuned, training, tuner.val_tokens, tuner.enc, alone)
@@ -281,6 +290,7 @@ class Finetuner:
     def __init__(self, config: Config, training: list[str], held_out: list[str], rt: Runtime):
         self.config = config
         self.rt = rt
+        self.log: RunLog | None = None  # that of the final run, once it begins
 
         # The model, and a copy of the weights that every training starts from.
         self.model, self.enc = checkpoint.load_model(config.init_from, config.dropout)
@@ -541,7 +551,10 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
     if is_over(history, config):
         return history
     optimizer = tuner.reset(loaded)
-    log = RunLog(folder, loaded["step"] if loaded else 0, rt, use_wandb=False)
+    start_step = loaded["step"] if loaded else 0
+    name = Path(config.out_dir).resolve().name
+    log = RunLog(folder, start_step, rt, config.tracker, name, asdict(config) | dict(lr=lr))
+    tuner.log = log
     if loaded:
         # The log was cut at this step. The steps after it are repeated, its validation is not.
         log.write(loaded["step"], val=history[-1]["val_loss"])

@@ -126,6 +126,12 @@ class KVCache:
         values.scatter_(2, index, v)
         return keys[:, :, : self.end], values[:, :, : self.end]
 
+    def replace(self, rows: list[int], other: "KVCache"):
+        """Take over the slots of another cache, whose rows these are."""
+        for mine, theirs in zip(self.keys + self.values, other.keys + other.values):
+            assert mine is not None and theirs is not None
+            mine[rows, :, : other.size] = theirs
+
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
@@ -304,39 +310,69 @@ class GPT(nn.Module):
         top_p: draw from the most likely tokens that together reach this probability (Holtzman et
             al. 2020, "The Curious Case of Neural Text Degeneration").
 
-        Raises ValueError for an empty prompt, and if a prompt and its continuation exceed
-        block_size; FloatingPointError if the logits are not finite.
+        A text may be longer than the context: the model then sees a window at its end. Positions
+        are absolute and learned, so the tokens of a window that has moved have to be read again.
+        It therefore moves rarely, by half of its size, and one token in block_size / 2 costs a
+        pass over half a window. With a block_size of 8, tokens a to m:
 
-        Positions are absolute and learned (wpe has block_size rows), so a window that slides past
-        them cannot keep its cache: every token would have to be read again.
+            text       a b c d e f g h i j k l m
+            window 1   a b c d e f g h
+            window 2           e f g h i j k l       i is where e to i are read in one pass
+            window 3                   i j k l m     the same at m
+
+        The window depends only on the length of the text, not on where its prompt ended.
+
+        Raises ValueError for an empty prompt, FloatingPointError if the logits are not finite.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths, default=0)
-        if not prompts or min(lengths) == 0:
+        if not prompts or not all(prompts):
             raise ValueError("the prompt is empty: give at least one token")
-        if longest + max_tokens > self.config.block_size:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_tokens} new ones do not fit the context of "
-                f"{self.config.block_size} tokens: shorten the prompt or lower max_tokens"
-            )
+        block_size = self.config.block_size
+        windows = [prompt[self.window_start(len(prompt)) :] for prompt in prompts]
         device = self.wte.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        cache = KVCache(self.config, longest + max_tokens)
-
-        # Read the prompts, padded on the right. KVCache says why the padding does no harm.
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        idx = torch.tensor(padded, device=device)  # (B, longest)
-        positions = torch.arange(longest, device=device).expand_as(idx)
-        x = self.hidden(idx, positions, cache=cache)
-        last = torch.tensor(lengths, device=device) - 1  # (B,) position of each row's last token
-        x = x[torch.arange(len(prompts), device=device), last]  # (B, n_embd)
+        longest = max(len(window) for window in windows)
+        cache = KVCache(self.config, min(longest + max_tokens, block_size))
+        x, last = self.read(windows, cache)  # (B, n_embd), (B,)
 
         for n in range(max_tokens):
             tokens = sample_token(self.head(x), temperature, top_k, top_p, generator)  # (B,)
-            yield tokens.tolist()
-            if n + 1 < max_tokens:
-                last = last + 1
-                x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
+            new_ids = tokens.tolist()
+            yield new_ids
+            if n + 1 == max_tokens:
+                break
+            last = last + 1
+            for window, token in zip(windows, new_ids):
+                window.append(token)
+            full = [row for row, window in enumerate(windows) if len(window) > block_size]
+            if full:
+                for row in full:
+                    del windows[row][: max(1, block_size // 2)]
+                moved = KVCache(self.config, len(windows[full[0]]))  # all have this length
+                _, positions = self.read([windows[row] for row in full], moved)
+                cache.replace(full, moved)
+                last[full] = positions
+            # Rows that moved have already read this token; it is not worth a special case.
+            x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
+
+    def window_start(self, length: int) -> int:
+        """Where the window begins in a text of `length` tokens: 0 if all of it fits."""
+        half = max(1, self.config.block_size // 2)
+        return max(0, math.ceil((length - self.config.block_size) / half) * half)
+
+    def read(self, windows: list[list[int]], cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill an empty cache with the tokens of windows of any lengths.
+
+        Returns the hidden state (B, n_embd) and the position (B,) of each window's last token.
+        """
+        # Padded on the right. KVCache says why the padding does no harm.
+        device = self.wte.weight.device
+        longest = max(len(window) for window in windows)
+        padded = [window + [0] * (longest - len(window)) for window in windows]
+        idx = torch.tensor(padded, device=device)  # (B, longest)
+        positions = torch.arange(longest, device=device).expand_as(idx)
+        x = self.hidden(idx, positions, cache=cache)  # (B, longest, n_embd)
+        last = torch.tensor([len(window) - 1 for window in windows], device=device)  # (B,)
+        return x[torch.arange(len(windows), device=device), last], last
 
     def generate(
         self, prompts: list[list[int]], max_tokens: int, stop_token: int | None = None, **sampling

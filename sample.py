@@ -4,16 +4,26 @@
     python sample.py --model gpt2 --prompt "The meaning of life is" --num_samples 5
     python sample.py --model log/model_05000.pt --stream --temperature 0.8 --top_p 0.95
     python sample.py --prompt_file prompts.txt --out samples.txt      # one prompt per line
+    python sample.py --interactive                                    # type prompts
 
-A sample ends after max_tokens, or where the model ends its text.
+A sample ends after max_tokens, or where the model ends its text. It may be longer than the model's
+context: when the context is full, the model forgets the older half of it, reads the rest once more
+at its new positions and continues. With a context of 1024 tokens this happens every 512 tokens, and
+each token is drawn with 512 to 1024 tokens in view.
+
+With --interactive, each line of input is a prompt. Ctrl-C stops the text; Ctrl-D or an empty line
+ends the program. A line like "/temperature 0.8" changes a setting: temperature, top_k, top_p,
+max_tokens or seed. Each text has its own seed, one above that of the text before.
 """
 
 import codecs
+import io
 import math
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from textwrap import shorten
+from typing import Any
 
 import tiktoken
 
@@ -25,6 +35,8 @@ from common.tokenizer import END_OF_TEXT
 from model import GPT
 
 SEPARATOR = "-" * 80
+# Settings that a line of --interactive can change, and their types. top_k and top_p may be none.
+COMMANDS = {"temperature": float, "top_k": int, "top_p": float, "max_tokens": int, "seed": int}
 
 
 @dataclass
@@ -36,7 +48,8 @@ class Config:
     # a file with one prompt per line, instead of prompt; - = standard input
     prompt_file: str | None = None
     num_samples: int = 4  # samples per prompt
-    max_tokens: int = 100  # largest number of new tokens per sample
+    # largest number of new tokens per sample; with the prompt, they may exceed the context
+    max_tokens: int = 100
     # below 1 favours likely tokens, above 1 unlikely ones; 0 = always the most likely token
     temperature: float = 1.0
     top_k: int | None = 50  # draw from the k most likely tokens only; None = from all
@@ -44,6 +57,9 @@ class Config:
     top_p: float | None = None
     seed: int = 42  # seed of the random draws
     stream: bool = False  # print the samples one after another, token by token
+    # read prompts from the terminal (or a pipe), one per line, and continue each token by token;
+    # prompt, num_samples and batch_size are not used
+    interactive: bool = False
     out: str | None = None  # also write the samples to this file
     batch_size: int = 16  # samples generated at a time
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
@@ -55,20 +71,25 @@ class Config:
             raise UserError("num_samples, max_tokens and batch_size must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}, must be a number from 0 on")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}, must not be negative")
+        # Several samples have seeds above this one, and torch's seeds have 64 bits.
+        if not 0 <= self.seed <= 2**62:
+            raise UserError(f"seed is {self.seed}, must be from 0 to 2**62")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, must be at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+        if self.interactive and (self.prompt_file or self.out):
+            raise UserError(
+                "interactive reads prompts from the terminal and writes no file: "
+                "leave out prompt_file and out"
+            )
 
 
 def main(config: Config):
-    prompts = read_prompts(config)
+    prompts = [] if config.interactive else read_prompts(config)
     rt = runtime.start(config.device, config.dtype)
     model, enc = load_model(config.model)
     model.to(rt.device).eval()
-    jobs, num_too_long = encode_prompts(prompts, model, enc, config)
 
     # On CPUs, packed weights are faster, and they need no autocast.
     packed = model
@@ -77,28 +98,17 @@ def main(config: Config):
         packed = pack_weights(model, rt.dtype)
         autocast = nullcontext()
 
-    batch_size = 1 if config.stream else config.batch_size
-    samples = []
-    bar = Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream)
-    with bar, autocast:
-        for first in range(0, len(jobs), batch_size):
-            batch = jobs[first : first + batch_size]
-            try:
-                # With config.seed + first, the second batch would be the first one of seed + 1.
-                seed = runtime.mixed_seed(config.seed, first)
-                drawn = draw(packed, enc, batch, config, seed)
-            except FloatingPointError as error:
-                raise not_finite_error(model) from error
-            for sample in drawn:
-                samples.append(sample)
-                if not config.stream:
-                    say(f"{sample}\n{SEPARATOR}")
-            bar.update(len(batch))
+    try:
+        with autocast:
+            if config.interactive:
+                interact(packed, enc, config)
+                return
+            samples = draw_all(packed, enc, prompts, config)
+    except FloatingPointError as error:
+        raise not_finite_error(model) from error
     if config.out:
         write_text(config.out, "".join(f"{sample}\n{SEPARATOR}\n" for sample in samples))
         say(f"{len(samples)} samples: {config.out}")
-    if num_too_long:
-        raise UserError(f"{num_too_long} prompts were too long and have no samples, see above")
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -110,31 +120,40 @@ def read_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def encode_prompts(
-    prompts: list[str], model: GPT, enc: tiktoken.Encoding, config: Config
-) -> tuple[list[tuple[str, list[int]]], int]:
-    """A job (prompt, its token ids) for each sample, and the number of prompts that are too long.
-
-    Raises UserError if no prompt leaves room for max_tokens new tokens.
-    """
-    jobs = []
-    num_too_long = 0
+def draw_all(model: GPT, enc: tiktoken.Encoding, prompts: list[str], config: Config) -> list[str]:
+    """num_samples samples for each prompt, printed as they are drawn."""
+    # A job for each sample: the prompt as it is shown, and its token ids.
+    jobs: list[tuple[str, list[int]]] = []
     for prompt in prompts:
-        # Special tokens in a prompt are tokens: <|endoftext|>, which separates documents in
-        # training, and those of the model's tokenizer.
-        ids = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
-        if len(ids) + config.max_tokens <= model.config.block_size:
-            jobs += [(prompt.replace(END_OF_TEXT, ""), ids)] * config.num_samples
-            continue
-        num_too_long += 1
-        message = (
-            f"a prompt of {len(ids)} tokens and {config.max_tokens} new ones do not fit the "
-            f"context of {model.config.block_size} tokens: shorten the prompt or lower max_tokens"
+        jobs += [encode_prompt(prompt, model, enc)] * config.num_samples
+
+    batch_size = 1 if config.stream else config.batch_size
+    samples = []
+    with Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream) as bar:
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            # With config.seed + first, the second batch would be the first one of seed + 1.
+            seed = runtime.mixed_seed(config.seed, first)
+            for sample in draw(model, enc, batch, config, seed):
+                samples.append(sample)
+                say(SEPARATOR if config.stream else f"{sample}\n{SEPARATOR}")
+            bar.update(len(batch))
+    return samples
+
+
+def encode_prompt(prompt: str, model: GPT, enc: tiktoken.Encoding) -> tuple[str, list[int]]:
+    """The prompt as it is shown, and its token ids."""
+    # Special tokens in a prompt are tokens: <|endoftext|>, which separates documents in training,
+    # and those of the model's tokenizer.
+    ids = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
+    num_unseen = model.window_start(len(ids))
+    if num_unseen:
+        say(
+            f"a prompt of {len(ids)} tokens is longer than the context of "
+            f"{model.config.block_size}: the model sees its last {len(ids) - num_unseen} "
+            f"tokens: {shorten(prompt, 60)}"
         )
-        if len(prompts) == 1:
-            raise UserError(message)
-        say(f"skipped: {message}: {shorten(prompt, 60)}")
-    return jobs, num_too_long
+    return prompt.replace(END_OF_TEXT, ""), ids
 
 
 def draw(
@@ -145,40 +164,94 @@ def draw(
     seed: int,
 ) -> list[str]:
     """A sample for each (prompt, its token ids) of the batch: the prompt and its continuation."""
-    sampling = dict(
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed
-    )
     if config.stream:
         [(prompt, ids)] = batch
-        outputs = [stream_to_screen(model, enc, prompt, ids, config.max_tokens, sampling)]
+        outputs = [stream_to_screen(model, enc, prompt, ids, config, seed)]
     else:
         encoded = [ids for _, ids in batch]
-        outputs = model.generate(encoded, config.max_tokens, stop_token=enc.eot_token, **sampling)
+        outputs = model.generate(
+            encoded, config.max_tokens, stop_token=enc.eot_token, **sampling(config, seed)
+        )
     return [prompt + enc.decode(output) for (prompt, _), output in zip(batch, outputs)]
 
 
+def sampling(config: Config, seed: int) -> dict:
+    """The arguments of model.stream that say how tokens are drawn."""
+    return dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed)
+
+
 def stream_to_screen(
-    model: GPT,
-    enc: tiktoken.Encoding,
-    prompt: str,
-    ids: list[int],
-    max_tokens: int,
-    sampling: dict,
+    model: GPT, enc: tiktoken.Encoding, prompt: str, ids: list[int], config: Config, seed: int
 ) -> list[int]:
     """Print a sample token by token; return its new token ids."""
     # A character may consist of several tokens: the decoder holds back its bytes until the last.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     output = []
     sys.stdout.write(prompt)
-    for (token,) in model.stream([ids], max_tokens, **sampling):
+    sys.stdout.flush()
+    for (token,) in model.stream([ids], config.max_tokens, **sampling(config, seed)):
         if token == enc.eot_token:
             break
         output.append(token)
         sys.stdout.write(decoder.decode(enc.decode_single_token_bytes(token)))
         sys.stdout.flush()
-    print(decoder.decode(b"", final=True))
-    print(SEPARATOR)
+    print(decoder.decode(b"", final=True), flush=True)
     return output
+
+
+# ---------------------------------------------------------------------------------------------
+# Interactive
+
+
+def interact(model: GPT, enc: tiktoken.Encoding, config: Config):
+    """Continue each line of standard input, until it ends or a line is empty."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  # input() then has a history and can be edited
+        say("Type a text to continue. Ctrl-C stops the model, Ctrl-D or an empty line ends.")
+        say(describe_settings(config))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input("> " if is_terminal else "")
+            if not line.strip():
+                break
+            if line.startswith("/"):
+                config = change_setting(config, line)
+                continue
+            prompt, ids = encode_prompt(line, model, enc)
+            seed = config.seed
+            config = replace(config, seed=seed + 1)
+            stream_to_screen(model, enc, prompt, ids, config, seed)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            say("\n(stopped; Ctrl-D or an empty line ends)")
+
+
+def change_setting(config: Config, line: str) -> Config:
+    """The settings after a line like "/top_k 40". It is answered with all of them."""
+    name, _, value = line[1:].strip().partition(" ")
+    value = value.strip()
+    if name in COMMANDS and value:
+        try:
+            is_none = value.lower() == "none" and name in ("top_k", "top_p")
+            change: dict[str, Any] = {name: None if is_none else COMMANDS[name](value)}
+            config = replace(config, **change)
+        except (UserError, ValueError) as error:
+            say(f"{name} is unchanged: {error}")
+            return config
+    elif name not in COMMANDS and name:
+        say(f"there is no setting {name!r}")
+    say(describe_settings(config))
+    return config
+
+
+def describe_settings(config: Config) -> str:
+    """The settings, as the lines that would set them."""
+    return "   ".join(f"/{name} {getattr(config, name)}" for name in COMMANDS)
 
 
 if __name__ == "__main__":

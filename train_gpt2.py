@@ -52,6 +52,7 @@ from common.scoring import stream_loss
 from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
+from common.tracker import TrackerName, check_installed
 from dataloader import PretrainLoader
 from model import GPT, GPTConfig
 
@@ -73,7 +74,8 @@ class Config:
 
     # ---- Length of the run, in steps or in epochs
 
-    # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given
+    # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given. A finished run that is
+    # resumed with more steps goes on: the learning rate returns to the schedule of the new number
     max_steps: int | None = None
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
 
@@ -132,10 +134,10 @@ class Config:
     hellaswag_data: str | None = None
     sample_every: int = 250  # text samples, printed
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
-    # checkpoints to keep; 0 = only the final one (this disables rolling_every, too)
-    checkpoint_every: int = 5000
+    checkpoint_every: int = 5000  # checkpoints to keep; 0 = only the final one
     rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
-    wandb: bool = False  # also log to Weights & Biases
+    # where else to log: Weights & Biases, Trackio or TensorBoard; each is a package to install
+    tracker: TrackerName = "none"
 
     def __post_init__(self):
         if self.max_steps is not None and self.num_epochs is not None:
@@ -153,6 +155,7 @@ class Config:
             self.min_lr = self.max_lr / 10
         if not 0 <= self.min_lr <= self.max_lr:
             raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
+        check_installed(self.tracker)
 
 
 def main(config: Config):
@@ -177,7 +180,9 @@ def pretrain(config: Config, resume: bool, rt: Runtime):
         rt.print(f"{config.log_dir} is finished: {run.start_step} steps; nothing to do")
         return runtime.leave()
 
-    run.log = RunLog(run.folder, run.start_step, rt, config.wandb)
+    settings = asdict(config) | dict(max_steps=run.max_steps)
+    name = run.folder.resolve().name
+    run.log = RunLog(run.folder, run.start_step, rt, config.tracker, name, settings)
     if rt.is_main:
         write_config(run)
     rt.print(run.describe())
@@ -189,6 +194,8 @@ def pretrain(config: Config, resume: bool, rt: Runtime):
 
     seconds = time.perf_counter() - began
     runtime.leave()
+    if rt.is_main and config.tracker != "none":
+        run.log.finish(step, draw_pictures(run) if step == run.max_steps else [])
     if step < run.max_steps:
         rt.print(f"stopped: saved {run.last_saved}; --resume continues from there")
         sys.exit(128 + (stop.number or signal.SIGTERM))
@@ -304,8 +311,6 @@ def is_due(every: int, step: int, last_step: bool) -> bool:
 
 
 def is_save_due(config: Config, step: int) -> bool:
-    if not config.checkpoint_every:
-        return False
     return is_due(config.checkpoint_every, step, False) or is_due(config.rolling_every, step, False)
 
 
@@ -407,6 +412,16 @@ def log_step(run: Run, step: int, loss: float, lr: float, grad_norm: float, seco
         memory=run.rt.peak_memory(),
         **run.scaler.record(grad_norm),
     )
+
+
+def draw_pictures(run: Run) -> list[Path]:
+    """The pictures that plot.py draws of the logs."""
+    script = Path(__file__).with_name("plot.py")
+    done = subprocess.run([sys.executable, script, run.folder], capture_output=True, text=True)
+    if done.returncode:
+        run.rt.print(f"warning: no plots: {done.stderr.strip()}")
+        return []
+    return [Path(line) for line in done.stdout.splitlines()]
 
 
 def summarize(run: Run, seconds: float) -> str:
@@ -707,16 +722,18 @@ def write_config(run: Run):
     path = run.folder / "config.json"
     earlier = read_earlier_config(path) if run.start_step else None
     if earlier:
-        for name, value in record["constants"].items():
-            before = earlier.get("constants", {}).get(name, value)
-            if name != "resume" and before != json.loads(json.dumps(value)):
-                run.rt.print(
-                    f"changed since step {earlier.get('start_step', 0)}: "
-                    f"{name} was {before}, is {value}"
-                )
-        history = earlier.pop("history", [])
-        record["history"] = [*history, earlier]
+        history = [*earlier.pop("history", []), earlier]
+        print_changes(history[0].get("constants", {}), record["constants"], run.rt)
+        record["history"] = history
     write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def print_changes(first: dict, constants: dict, rt: Runtime):
+    """Print the settings that differ from those that the run was started with."""
+    for name, value in constants.items():
+        before = first.get(name, value)
+        if name != "resume" and before != json.loads(json.dumps(value)):
+            rt.print(f"changed since the run was started: {name} was {before}, is {value}")
 
 
 def read_earlier_config(path: Path) -> dict | None:

@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.console import UserError, checksum, read_lines, read_text
+from common.foreign import END_OF_TEXT
 
 # The tags around each text of a block file.
 OPEN = "<LOC>"
 CLOSE = "</LOC>"
-END_OF_TEXT = "<|endoftext|>"
 
 # Columns that are looked for if the caller names none.
 DEFAULT_COLUMNS = (("text",), ("prompt", "completion"))

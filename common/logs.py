@@ -25,9 +25,8 @@ from common.console import UserError, read_text
 
 # The same series has other names in other logs than in metrics.jsonl, whose names are used here.
 NAMES = {
-    # log.txt and hellaswag_results.jsonl
+    # log.txt
     "train": "loss",
-    "acc_norm": "hella",
     # main.log
     "trl": "loss",
     "tel": "val",
@@ -74,16 +73,20 @@ def read_points(file: Path) -> Iterator[tuple[int, str, float]]:
         text = read_text(file)
     except UserError:  # the output of a terminal may contain bytes of another encoding
         text = file.read_text("utf-8", "replace")
+    names = NAMES
+    # Other benchmarks have an acc_norm, too.
+    if file.name == "hellaswag_results.jsonl":
+        names = NAMES | {"acc_norm": "hella"}
     for step, name, value in parse(text):
         number = to_number(value)
         # nanoGPT prints an MFU of -100% until it knows it.
         is_unknown = name == "mfu" and number is not None and number < 0
         if number is not None and not is_unknown and 0 <= step <= MAX_STEP:
-            yield step, NAMES.get(name, name), number
+            yield step, names.get(name, name), number
 
 
 def to_number(value: Any) -> float | None:
-    """A value as float; None if it is no number, not finite or too large."""
+    """A value as float; None if it is not a number, not finite, or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     # Python's integers have any size. They compare with a float, but may not fit into one.

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.console import UserError, write_text
+from common.console import write_text
 from common.published import REFERENCES
 from common.runtime import Runtime
+from common.tracker import TrackerName, start_tracker
 
 # Names of the series in metrics.jsonl -> in log.txt. Benchmarks have the same name in both.
 STREAMS = {"loss": "train", "val": "val"}
@@ -24,16 +25,25 @@ class RunLog:
     resumes, so that each step appears once.
     """
 
-    def __init__(self, folder: Path, start_step: int, rt: Runtime, use_wandb: bool):
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        rt: Runtime,
+        tracker: TrackerName = "none",
+        name: str = "",
+        settings: dict | None = None,
+    ):
+        """The tracker shows the run by its name, with its settings."""
         self.folder = folder
         self.rt = rt
         self.record: dict[str, Any] = {}  # values of the current step, not yet written
         self.last_shown = 0.0
-        self.wandb = None
+        self.tracker = None
         if not rt.is_main:
             return
-        if use_wandb:
-            self.wandb = start_wandb(folder)
+        if tracker != "none":
+            self.tracker = start_tracker(tracker, folder, name, start_step, settings or {})
 
         def is_earlier(line: str) -> bool:
             # hellaswag.py adds results without a step to its file: they stay.
@@ -76,10 +86,21 @@ class RunLog:
         """Write the current record to metrics.jsonl."""
         if self.record:
             append(self.metrics, json.dumps(self.record) + "\n")
-            if self.wandb:
-                numbers = {key: value for key, value in self.record.items() if key != "samples"}
-                self.wandb.log(numbers, step=self.record["step"])
+            if self.tracker:
+                numbers = {
+                    name: value
+                    for name, value in self.record.items()
+                    if name != "step" and isinstance(value, int | float)
+                }
+                self.tracker.log(self.record["step"], numbers)
         self.record = {}
+
+    def finish(self, step: int, pictures: list[Path]):
+        """Send the pictures to the tracker, as those of this step, and end it."""
+        self.flush()
+        if self.tracker:
+            self.tracker.log_pictures(step, pictures)
+            self.tracker.finish()
 
     def show(self, values: dict):
         """Print the step, but at most one line per second, or per 10 seconds into a file.
@@ -125,21 +146,6 @@ def finite_or_none(record: dict) -> dict:
         is_finite = not isinstance(value, float) or math.isfinite(value)
         result[name] = value if is_finite else None
     return result
-
-
-def start_wandb(folder: Path):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "wandb is not installed: pip install wandb, or leave out --wandb"
-        ) from error
-    try:
-        return wandb.init(project="gpt2", name=folder.name, dir=folder)
-    except wandb.Error as error:  # not logged in, or no network
-        raise UserError(
-            f"wandb does not start: {error}; WANDB_MODE=offline needs no account"
-        ) from error
 
 
 def keep_lines(path: Path, is_kept: Callable[[str], bool]):

@@ -338,8 +338,7 @@ def make_run(config: Config, study: StudyFolder, name: str, seed: int) -> Run:
         warmup_steps=config.max_steps // 10,
         # The held-out text is the same for all vocabularies; the validation shards are not.
         val_every=0,
-        # Not 0, which would also switch off the rolling checkpoints, from which a run resumes
-        checkpoint_every=config.max_steps,
+        checkpoint_every=0,  # the rolling checkpoints are enough to resume from
     )
 
 

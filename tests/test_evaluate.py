@@ -11,6 +11,7 @@ from conftest import command, ok, one_line
 from small_benchmarks import CPU, TEXT, write_model_and_data
 
 import evaluate
+from common import checkpoint
 from common.console import UserError
 from common.published import REFERENCES
 from common.tasks import Metric
@@ -81,7 +82,7 @@ def test_flags_below_their_range_are_rejected(name, value):
         evaluate.Config(**{name: value})
 
 
-def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys):
+def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys, monkeypatch):
     broken = torch.load(folder / "model.pt")
     broken["model"]["h.1.attn.c_proj.weight"][3, 4] = torch.nan
     torch.save(broken, tmp_path / "broken.pt")
@@ -99,8 +100,16 @@ def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys):
         out_dir=str(tmp_path),
         device="cpu",
     )
+    read = []
+
+    def fingerprint(name):
+        read.append(name)
+        return f"fingerprint of {name}"
+
+    monkeypatch.setattr(checkpoint, "fingerprint", fingerprint)
     with pytest.raises(UserError, match="nothing could be evaluated"):
         evaluate.main(config)
+    assert read == [f"{tmp_path}/broken.pt"], "once, not once for each benchmark"
     reason = f"{tmp_path}/broken.pt is broken: its tensor h.1.attn.c_proj.weight is not finite"
     assert capsys.readouterr().out.count(reason) == len(evaluate.NAMES)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == []

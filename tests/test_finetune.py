@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_ends_training_if_nothing_overflowed(
 def whole(folder, tmp_path_factory) -> Path:
     """A complete run that was never interrupted."""
     out = tmp_path_factory.mktemp("whole") / "runs"
-    result = ok(command(*command_line(folder, out)))
+    result = ok(command(*command_line(folder, out, tracker="tensorboard")))
     assert "best epoch: 3 of 3" in result.stdout
     return out
 
@@ -211,7 +211,8 @@ def test_a_run_writes_search_checkpoints_log_and_report(whole):
     final = whole / "final_lr_0.01"
     names = {path.name for path in final.iterdir()}
     models = {f"model_{name}.pt" for name in ("epoch_1", "epoch_2", "epoch_3", "best", "00021")}
-    assert names == models | {"log.txt", "metrics.jsonl", "finetune_losses.png"}
+    (events,) = [path.name for path in final.glob("events.out.tfevents.*")]
+    assert names == models | {"log.txt", "metrics.jsonl", "finetune_losses.png", events}
     assert logged_steps(final, "train") == list(range(21))
     assert logged_steps(final, "val") == [7, 14, 21]
     losses = [record["val_loss"] for record in history(final)]
@@ -223,6 +224,19 @@ def test_a_run_writes_search_checkpoints_log_and_report(whole):
     assert (whole / "final_gens_after_finetune.txt").read_text().count("<LOC>") >= 3
     for picture in (whole / "finetune_hyperparameter_search.png", final / "finetune_losses.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tracker_has_the_final_run_and_the_pictures(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    final = whole / "final_lr_0.01"
+    events = EventAccumulator(str(final), size_guidance=dict(scalars=0, images=0))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(21))
+    losses = [record["val_loss"] for record in history(final)]
+    assert [event.value for event in events.Scalars("val")] == pytest.approx(losses)
+    pictures = {"finetune_losses", "finetune_hyperparameter_search"}
+    assert set(events.Tags()["images"]) == pictures
 
 
 def test_the_best_model_is_an_ordinary_checkpoint_with_the_lowest_loss(whole):

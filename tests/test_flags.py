@@ -27,7 +27,7 @@ FLAGS = {
         n_layer n_head n_embd block_size padded_vocab_size norm dropout activation_checkpointing
         init_from resume seed device dtype compile timeout deterministic
         val_every val_tokens hellaswag_every hellaswag_data sample_every sample_prompt
-        checkpoint_every rolling_every wandb
+        checkpoint_every rolling_every tracker
     """,
     "hellaswag": "model data limit device dtype save_predictions results",
     "lambada": "model data limit device dtype save_predictions",
@@ -45,11 +45,11 @@ FLAGS = {
         init_from data out_dir B T total_batch_size learning_rates search_epochs num_epochs patience
         warmup_fraction weight_decay grad_clip dropout lora_rank resume seed device dtype compile
         num_samples general_data general_tokens
-        text_column separator
+        text_column separator tracker
     """,
     "sample": """
-        model prompt prompt_file num_samples max_tokens temperature top_k top_p seed stream out
-        batch_size device dtype
+        model prompt prompt_file num_samples max_tokens temperature top_k top_p seed stream
+        interactive out batch_size device dtype
     """,
     "export": "model out",
     "plot": "runs out_dir size",

@@ -132,10 +132,15 @@ def test_too_many_tokens_are_refused():
 
 
 def greedy_without_cache(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
+    """Each token from a pass over the window of the text that the docstring of stream describes."""
+    size = model.config.block_size
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(max_tokens):
-            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+            start = 0
+            while len(tokens) - start > size:
+                start += max(1, size // 2)
+            tokens.append(model(torch.tensor([tokens[start:]]))[0, -1].argmax().item())
     return tokens[len(prompt) :]
 
 
@@ -180,14 +185,34 @@ def test_rows_of_a_batch_do_not_see_each_other():
     assert model.generate(prompts, 40, temperature=0) == expected
 
 
-def test_generation_fills_the_context_to_its_end():
+@pytest.mark.parametrize("block_size", [1, 2, 7, 16])
+def test_texts_longer_than_the_context(block_size):
+    """Rows move their windows at different tokens; some prompts are longer than the context."""
+    model = random_model(block_size=block_size)
+    prompts = [random_tokens(length, seed=length).tolist() for length in (5, 1, 40, 16, 17, 5)]
+    copies = [list(prompt) for prompt in prompts]
+    expected = [greedy_without_cache(model, prompt, 60) for prompt in prompts]
+    assert model.generate(prompts, 60, temperature=0) == expected
+    assert prompts == copies
+    # A text is continued in the same way wherever it was interrupted.
+    longer = [prompt + text[:23] for prompt, text in zip(prompts, expected)]
+    assert model.generate(longer, 37, temperature=0) == [text[23:] for text in expected]
+
+
+def test_windows_move_rarely(monkeypatch):
+    """Past a context of 32, 17 tokens are read again once in 16 tokens."""
     model = random_model(block_size=32)
-    prompt = random_tokens(20).tolist()
-    assert model.generate([prompt], 12, temperature=0) == [greedy_without_cache(model, prompt, 12)]
-    with pytest.raises(ValueError, match="32"):
-        model.generate([prompt], 13)
-    with pytest.raises(ValueError, match="32"):
-        model.generate([[1], random_tokens(33).tolist()], 1)
+    computed = []
+    hidden = model.hidden
+
+    def counted(idx, *args, **kwargs):
+        computed.append(idx.numel())
+        return hidden(idx, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", counted)
+    model.generate([random_tokens(8).tolist()], 24 + 16 * 10 + 1)
+    assert computed[:25] == [8] + [1] * 24  # fills the context
+    assert sum(computed[25:]) == 10 * (17 + 16)
 
 
 def test_stop_token_ends_its_row_only():

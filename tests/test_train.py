@@ -282,6 +282,64 @@ def test_an_extended_run_resumes_from_its_highest_step(data_dir, tmp_path, capsy
     assert weights(log_dir / "model_final.pt")["step"] == newest + 5
 
 
+def rates(log_dir: Path) -> dict[int, float]:
+    """The learning rate of each step."""
+    lines = (log_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["lr"] for record in records if "lr" in record}
+
+
+def test_a_finished_run_that_gets_more_steps_follows_their_schedule(data_dir, tmp_path, capsys):
+    log_dir = tmp_path / "log"
+    train_here(data_dir, log_dir, "--max_steps", 12)
+    short = rates(log_dir)
+    train_here(data_dir, log_dir, "--max_steps", 20, "--resume")
+    assert "max_steps was 12, is 20" in capsys.readouterr().out
+    assert len(losses(log_dir)) == 20
+    assert weights(log_dir / "model_final.pt")["step"] == 20
+    # The steps of the first part keep their rates; the others have those of a run of 20 steps.
+    extended = rates(log_dir)
+    assert {step: extended[step] for step in range(12)} == short
+    for step in range(12, 20):
+        cosine = 1 + math.cos(math.pi * (step - 4) / 16)
+        assert extended[step] == pytest.approx(1e-4 + 0.45e-3 * cosine)
+    assert extended[12] > 2 * extended[11], "the rate rises again where the run was extended"
+
+
+def test_rolling_checkpoints_without_others(data_dir, tmp_path, monkeypatch):
+    """A run that fails leaves the two newest; resumed to its end, only the final one."""
+    log_dir = tmp_path / "log"
+    flags = ("--checkpoint_every", 0, "--rolling_every", 2, "--max_steps", 12)
+    with monkeypatch.context() as patch:
+
+        def fail(run, step):
+            if step == 10:
+                raise OSError("no more")
+
+        patch.setattr(train_gpt2, "validate", fail)
+        with pytest.raises(OSError, match="no more"):
+            train_here(data_dir, log_dir, *flags)
+    names = [path.name for path in checkpoint.candidates(log_dir)]
+    assert names == ["model_00010.pt", "model_00008.pt"]
+    train_here(data_dir, log_dir, *flags, "--resume")
+    assert [path.name for path in checkpoint.candidates(log_dir)] == ["model_final.pt"]
+    assert len(losses(log_dir)) == 12
+
+
+def test_a_run_without_intermediate_checkpoints(data_dir, tmp_path, monkeypatch):
+    saved = []
+    save = checkpoint.BackgroundSaver.save
+
+    def note(self, path, *args, **kwargs):
+        saved.append(path.name)
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.BackgroundSaver, "save", note)
+    flags = ("--checkpoint_every", 0, "--rolling_every", 0, "--max_steps", 4)
+    train_here(data_dir, tmp_path / "log", *flags)
+    assert saved == ["model_final.pt"]
+
+
 def test_rotation_keeps_the_checkpoint_just_written(tmp_path):
     """Damaged files of higher steps, which a resumed run skipped, must not count as newer."""
     for step in (10, 12, 14, 90, 95):
@@ -454,6 +512,13 @@ def test_settings_of_a_resumed_run(data_dir, tmp_path, reference, capsys):
     assert config["constants"]["weight_decay"] == 0.25
     assert config["start_step"] == STEPS
     assert [record["constants"]["weight_decay"] for record in config["history"]] == [0.1]
+    # Later, too, the settings are compared with those that the run was started with.
+    train_here(data_dir, log_dir, *more[:2], STEPS + 3, "--weight_decay", 0.25)
+    screen = capsys.readouterr().out
+    assert "weight_decay was 0.1, is 0.25" in screen
+    assert "beta2" not in screen
+    # They are printed before the first step is taken.
+    assert screen.index("weight_decay was") < screen.index(f"step {STEPS + 2} |")
 
 
 def test_a_run_is_resumed_only_on_the_same_shards(
@@ -607,7 +672,7 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         "no such device": (["--device", "cuda:7"], "cuda"),
         "unknown device": (["--device", "abacus"], "abacus"),
         "no such weights": (["--init_from", "no_such_model"], "no model 'no_such_model'"),
-        "no wandb": (["--wandb"], "wandb is not installed"),
+        "no tracker": (["--tracker", "trackio"], "trackio is not installed: pip install trackio"),
     }[name]
 
 
@@ -641,7 +706,7 @@ WRONG = [
     "no such device",
     "unknown device",
     "no such weights",
-    "no wandb",
+    "no tracker",
 ]
 
 
@@ -657,8 +722,7 @@ def test_wrong_inputs_end_in_one_line(name, data_dir, tmp_path, reference, monke
 def one_line_in_process(words, monkeypatch, capsys) -> str:
     """What `one_line` checks, without the seconds that it takes to start a process."""
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    if "--wandb" in sys.argv:
-        monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     with pytest.raises(SystemExit) as stopped:
         console.cli(train_gpt2.Config, train_gpt2.main, train_gpt2.__doc__)
     assert stopped.value.code in (1, 2)

@@ -129,6 +129,14 @@ def test_values_of_other_logs(tmp_path, text, expected, encoding, end):
     assert "loss" in plot.read_series(path)
 
 
+def test_only_hellaswags_own_file_calls_it_acc_norm(tmp_path):
+    """Other benchmarks have an acc_norm, too."""
+    line = '{"step": 5, "loss": 4.5, "acc_norm": 0.31}\n'
+    for name, expected in (("hellaswag_results.jsonl", "hella"), ("metrics.jsonl", "acc_norm")):
+        (tmp_path / name).write_text(line)
+        assert series_of(tmp_path / name) == {"loss": [(5, 4.5)], expected: [(5, 0.31)]}
+
+
 def test_the_progress_of_another_project_is_cut_off_by_a_crash(tmp_path):
     path = tmp_path / "output.txt"
     path.write_text(NANOGPT + "iter 260: loss 2")  # was going to be 2.0312
