@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
+import common.before_torch
+
 import numpy as np
 import tiktoken
 

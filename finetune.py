@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.before_torch
+
 import numpy as np
 import torch
 

@@ -15,6 +15,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from textwrap import shorten
 
+import common.before_torch
+
 import tiktoken
 
 from common import runtime

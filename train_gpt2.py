@@ -27,6 +27,8 @@ from pathlib import Path
 from shutil import which
 from typing import Any, Literal
 
+import common.before_torch
+
 import numpy as np
 import tiktoken
 import torch
