@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,15 +60,14 @@ class Config:
 
 
 def shape(config: Config) -> dict:
-    """The model: GPT-2 (124M), or a tiny one."""
+    """The model: GPT-2 (124M), or a tiny one with the same vocabulary."""
     if config.small:
-        return dict(n_layer=2, n_head=2, n_embd=32, block_size=64, padded_vocab_size=512)
+        return dict(n_layer=2, n_head=2, n_embd=32, block_size=64, padded_vocab_size=50304)
     return dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, padded_vocab_size=50304)
 
 
 def gpt_config(config: Config) -> GPTConfig:
-    values = shape(config)
-    return GPTConfig(vocab_size=values["padded_vocab_size"] - 47, **values)
+    return GPTConfig(vocab_size=50257, **shape(config))
 
 
 def micro_batch(config: Config) -> int:
@@ -389,12 +389,16 @@ def run_section(section: Callable, config: Config, limit: float) -> list[str]:
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=record_section, args=(section.__name__, config, out, result))
     process.start()
-    process.join(limit)
-    if process.is_alive():
-        # The section leads a group of processes, to which the commands that it started belong.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, 9)
-        process.join()
+    try:
+        process.join(limit)
+    finally:  # also after Ctrl-C
+        is_late = process.is_alive()
+        if is_late:
+            # The section leads a group of processes, with the commands that it started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+    if is_late:
         return [f"no result after {limit:.0f} s; its output is in {out}"]
     if not result.exists():
         last = out.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]

@@ -1,6 +1,5 @@
 """Optimization: torch.compile and DDP, AdamW and Muon, loss scaling, schedule, a training step."""
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,16 +30,18 @@ def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.
     `compile` is "on", "off", or "auto": torch.compile on GPUs only. With several ranks, the model
     to train averages its gradients over them (DistributedDataParallel).
     """
-    compiled = compile == "on" or (compile == "auto" and rt.device.type == "cuda")
-    eval_model = compile_model(model) if compiled else model
+    if compile == "on" or (compile == "auto" and rt.device.type == "cuda"):
+        eval_model = compile_model(model)
+    else:
+        eval_model = model
     if rt.world_size == 1:
         return eval_model, eval_model
     device_ids = [rt.device] if rt.device.type == "cuda" else None
-    # Gradients live in DDP's communication buffers, which saves a copy of them.
+    # Gradients live in DDP's communication buffers, which saves a copy of them. torch.compile sees
+    # that it works inside DDP, and cuts the graph where a bucket of gradients is full: the ranks
+    # exchange it while the rest of the backward pass is computed.
     train_model = DistributedDataParallel(
-        compile_blocks(model) if compiled else model,
-        device_ids=device_ids,
-        gradient_as_bucket_view=True,
+        eval_model, device_ids=device_ids, gradient_as_bucket_view=True
     )
     return train_model, eval_model
 
@@ -53,26 +54,6 @@ def compile_model(model: GPT) -> nn.Module:
     if model.wte.weight.device.type == "cpu":
         model.loss = torch.compiler.disable(model.loss)
     return torch.compile(model)
-
-
-def compile_blocks(model: GPT) -> GPT:
-    """A copy with the same weights (shared, not copied), whose blocks are compiled one by one.
-
-    DDP sends a bucket of gradients as soon as all of them are there. The backward pass of a model
-    that is compiled as a whole delivers them at its end; this one delivers them block by block, so
-    that the ranks exchange gradients while they compute. All blocks share one compiled graph.
-
-    torch.compile around DDP does it too, by splitting the graph. But older versions of it reject
-    graphs with a custom autograd function, such as our loss, and it compiles for longer.
-    """
-    # deepcopy takes what `memo` holds for an object instead of copying it.
-    memo = {id(parameter): parameter for parameter in model.parameters()}
-    copied = copy.deepcopy(model, memo)
-    for block in copied.h:
-        block.compile()
-    if model.wte.weight.device.type != "cpu":
-        copied.loss = torch.compile(copied.loss)
-    return copied
 
 
 # ---------------------------------------------------------------------------------------------
