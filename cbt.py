@@ -29,6 +29,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+import common.before_torch
+
 import tiktoken
 
 from common import runtime, tasks

@@ -276,9 +276,17 @@ class FinetuneLoader:
             padding = ((0, self.B - len(rows)), (0, 0))
             x = np.pad(self.x[rows], padding)
             y = np.pad(self.y[rows], padding, constant_values=IGNORE)
-            micro_batches.append((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)))
+            micro_batches.append((start_copy(x, device), start_copy(y, device)))
             weights.append(float((y != IGNORE).sum() * self.world_size / num_targets))
         return micro_batches, weights, num_targets
+
+
+def start_copy(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on the device. The copy to a GPU runs while the previous step is computed."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # without this, the copy would wait for that step
+    return tensor.to(device, non_blocking=True)
 
 
 def divide_up(a: int, b: int) -> int:

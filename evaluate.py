@@ -21,6 +21,8 @@ from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
 
+import common.before_torch
+
 import numpy as np
 import tiktoken
 

@@ -8,6 +8,8 @@ takes a model.
 
 from dataclasses import dataclass
 
+import common.before_torch
+
 from common.checkpoint import load_model
 from common.console import cli, say
 from common.huggingface import save_pretrained, save_tokenizer

@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common.before_torch
+
 import numpy as np
 import torch
 
@@ -37,6 +39,8 @@ from common.finetune_data import fingerprint, is_tagged, read_texts
 from common.optim import (
     Diverged,
     LossScaler,
+    PendingResult,
+    StepResult,
     learning_rate,
     make_optimizer,
     prepare_model,
@@ -284,6 +288,32 @@ def decimal(lr: float) -> str:
 # Training
 
 
+@dataclass
+class Update:
+    """An update that was started. A GPU may still be computing it."""
+
+    step: int
+    lr: float
+    num_tokens: int  # targets in the batch, on all ranks
+    began: float  # time.perf_counter() when the device began to compute it
+    result: PendingResult
+
+
+def in_background(updates: Iterator[Update], rt: Runtime) -> Iterator[Update]:
+    """On a GPU, yield each update only after the next one was started."""
+    previous = None
+    for update in updates:
+        if previous:
+            yield previous
+            update.began = time.perf_counter()  # until now, the GPU was busy with `previous`
+        previous = update
+        if not rt.runs_ahead:
+            yield previous
+            previous = None
+    if previous:
+        yield previous
+
+
 class Finetuner:
     """The model, its data and its initial weights, from which it is trained several times."""
 
@@ -378,19 +408,23 @@ class Finetuner:
             for epoch in range(epochs_done + 1, num_epochs + 1):
                 loss_sum = 0.0  # of the losses of all tokens
                 tokens_seen = 0
-                for _ in range(steps_per_epoch):
-                    step_lr = learning_rate(step, num_steps, warmup_steps, lr, lr / 10)
-                    loss, num_tokens, skipped = self.take_step(optimizer, step, step_lr, log)
-                    step += 1
+                # A GPU computes an update while Python starts the next one.
+                steps = range(step, step + steps_per_epoch)
+                lrs = [learning_rate(n, num_steps, warmup_steps, lr, lr / 10) for n in steps]
+                updates = (self.start_update(optimizer, *item) for item in zip(steps, lrs))
+                for update in in_background(updates, self.rt):
+                    result = self.finish_update(update, log)
+                    step = update.step + 1
                     bar.update()
-                    if skipped:
+                    if result.skipped:
                         continue
-                    if not math.isfinite(loss):
+                    if result.diverged:
                         yield dict(epoch=epoch, step=step, train_loss=math.inf, val_loss=math.inf)
                         return
                     # The last step of an epoch has fewer tokens than the others.
-                    loss_sum += loss * num_tokens
-                    tokens_seen += num_tokens
+                    loss = result.loss
+                    loss_sum += loss * update.num_tokens
+                    tokens_seen += update.num_tokens
                     bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}", refresh=False)
 
                 train_loss = loss_sum / tokens_seen if tokens_seen else math.nan
@@ -399,17 +433,10 @@ class Finetuner:
                     log.write(step, val=val_loss)
                 yield dict(epoch=epoch, step=step, train_loss=train_loss, val_loss=val_loss)
 
-    def take_step(
-        self, optimizer: torch.optim.Optimizer, step: int, step_lr: float, log: RunLog | None
-    ) -> tuple[float, int, bool]:
-        """Train on one global batch. Returns its mean loss, its number of tokens, and whether
-        float16 overflowed, so that the update was skipped.
-
-        The loss is infinite if it, or the norm of the gradient, is not finite, except after a
-        skipped update.
-        """
+    def start_update(self, optimizer: torch.optim.Optimizer, step: int, lr: float) -> Update:
+        """Start to train on one global batch."""
         rt = self.rt
-        start = time.perf_counter()
+        began = time.perf_counter()
         # Dropout is a function of the step, so that a resumed run drops the same activations.
         rt.seed(self.config.seed, step)
         batch, micro_batch_weights, num_tokens = self.loader.batch(step, rt.device)
@@ -417,33 +444,34 @@ class Finetuner:
             self.train_model,
             optimizer,
             batch,
-            step_lr,
+            lr,
             self.config.grad_clip,
             rt,
             micro_batch_weights,
             self.scaler,
         )
         # The mean over the ranks. All of them learn of a divergence, and stop together.
-        loss = float(rt.sum([loss]) / rt.world_size)
-        grad_norm = float(grad_norm)
-        skipped = self.scaler.skipped(grad_norm)
-        if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return math.inf, num_tokens, skipped
+        result = PendingResult(loss, grad_norm, self.scaler, rt)
+        return Update(step, lr, num_tokens, began, result)
+
+    def finish_update(self, update: Update, log: RunLog | None) -> StepResult:
+        """Wait for the result of an update, and log it unless the run has diverged."""
+        result = update.result.read()
+        if result.diverged:
+            return result
         # The search has no log: only its results are kept.
         if log:
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - update.began
             log.write(
-                step,
-                loss=loss,
-                lr=step_lr,
-                grad_norm=grad_norm,
+                update.step,
+                **result.record(),
+                lr=update.lr,
                 ms=1000 * seconds,
-                tokens_per_sec=num_tokens / seconds,
+                tokens_per_sec=update.num_tokens / seconds,
                 mfu=None,
-                memory=rt.peak_memory(),
-                **self.scaler.record(grad_norm),
+                memory=self.rt.peak_memory(),
             )
-        return loss, num_tokens, skipped
+        return result
 
 
 # ---------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import common.before_torch
+
 import numpy as np
 import tiktoken
 

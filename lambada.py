@@ -22,6 +22,8 @@ only begin with such a token.
 import math
 from dataclasses import dataclass
 
+import common.before_torch
+
 import tiktoken
 import torch
 

@@ -99,6 +99,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, size: int):
         self.size = size
+        self.end = 0  # slots in use
         # One tensor per layer, each (B, n_head, size, head_dim), allocated when first used.
         self.keys: list[torch.Tensor | None] = [None] * config.n_layer
         self.values: list[torch.Tensor | None] = [None] * config.n_layer
@@ -106,7 +107,9 @@ class KVCache:
     def locate(self, positions: torch.Tensor) -> torch.Tensor:
         """Announce the tokens at `positions` (B, T); return the mask of slots that they see."""
         self.positions = positions
-        self.end = int(positions.max()) + 1
+        # No row can have a position beyond the number of columns read so far. The largest position
+        # itself is known to the device only, and asking for it would wait for all work so far.
+        self.end = min(self.end + positions.size(1), self.size)
         slots = torch.arange(self.end, device=positions.device)
         return (slots <= positions[:, :, None])[:, None]  # (B, 1, T, end)
 
@@ -336,7 +339,10 @@ class GPT(nn.Module):
 
         for n in range(max_tokens):
             tokens = sample_token(self.head(x), temperature, top_k, top_p, generator)  # (B,)
+            # The only wait for the device: the caller decides by these tokens whether to go on.
             new_ids = tokens.tolist()
+            if min(new_ids) < 0:
+                raise FloatingPointError("the logits are not finite")
             yield new_ids
             if n + 1 == max_tokens:
                 break
@@ -406,13 +412,12 @@ def sample_token(
 ) -> torch.Tensor:
     """Draw token ids (B,) from logits (B, vocab_size).
 
-    Raises FloatingPointError if a logit is not finite: softmax and argmax would still return a
-    token, but a meaningless one.
+    The id is -1 where a logit is not finite: softmax and argmax would still return a token, but a
+    meaningless one. The caller, who must read the ids anyway, raises the error.
     """
-    if not logits.isfinite().all():
-        raise FloatingPointError("the logits are not finite")
+    is_finite = logits.isfinite().all(-1)  # (B,)
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1).where(is_finite, -1)
     # Without the maximum, tiny temperatures can't overflow.
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -424,7 +429,9 @@ def sample_token(
         # A token is left out if the more likely ones already reach top_p.
         outside = probs.cumsum(-1) - probs >= top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # What torch.multinomial does to draw one token, without its checks, which wait for the device.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1).where(is_finite, -1)
 
 
 # ---------------------------------------------------------------------------------------------

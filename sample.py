@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
 
+import common.before_torch
+
 import tiktoken
 
 from common import runtime

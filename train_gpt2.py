@@ -27,6 +27,8 @@ from pathlib import Path
 from shutil import which
 from typing import Any, Literal
 
+import common.before_torch
+
 import numpy as np
 import tiktoken
 import torch
@@ -39,6 +41,8 @@ from common.optim import (
     Diverged,
     LossScaler,
     Optimizer,
+    PendingResult,
+    StepResult,
     learning_rate,
     load_optimizer_state,
     make_optimizer,
@@ -249,11 +253,18 @@ def train(run: Run, stop: StopSignal) -> int:
     config = run.config
     batches = run.loader.iterate(run.start_step, run.max_steps, run.rt.device)
     stop_asked = False
-    assert config.min_lr is not None  # set by Config.__post_init__
+    update = None  # the newest update, until its result has been read
     bar = Progress(total=run.max_steps, initial=run.start_step, desc="pretraining", unit="step")
     with bar, closing(batches), run.saver:
         for step in range(run.start_step, run.max_steps + 1):
             last_step = step == run.max_steps
+
+            # A GPU may still be computing the last update. Before anything is saved, evaluated or
+            # sampled, that update must be known to be good.
+            wait = not run.rt.runs_ahead or stop_asked or is_pause(run, step)
+            if update and wait:
+                stop_asked = finish_update(run, update, bar)
+                update = None
 
             # Save first: if something below fails, no more than this step is lost.
             if last_step or stop_asked or (step > run.start_step and is_save_due(config, step)):
@@ -271,35 +282,61 @@ def train(run: Run, stop: StopSignal) -> int:
                 break
 
             # One update. The loader has read the batch ahead of time.
-            batch = next(batches)
-            began = time.perf_counter()
-            run.rt.seed(config.seed, step)  # makes dropout a function of the step: resume is exact
-            lr = learning_rate(
-                step, run.max_steps, config.warmup_steps, config.max_lr, config.min_lr
-            )
-            loss, grad_norm = train_step(
-                run.train_model,
-                run.optimizer,
-                batch,
-                lr,
-                config.grad_clip,
-                run.rt,
-                scaler=run.scaler,
-            )
-            # Reduce the loss together with "was any rank asked to stop?", so that all ranks agree.
-            sums = run.rt.sum(torch.stack([loss, loss.new_tensor(stop.number)])).tolist()
-            mean_loss = sums[0] / run.rt.world_size
-            stop_asked = sums[1] > 0
-            grad_norm = float(grad_norm)
-            if not run.scaler.skipped(grad_norm):
-                check_finite(run, step, mean_loss, grad_norm)
-
-            seconds = time.perf_counter() - began
-            rate = config.total_batch_size / seconds
-            log_step(run, step, mean_loss, lr, grad_norm, seconds)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tok/s", refresh=False)
-            bar.update()
+            next_update = start_update(run, step, next(batches), stop)
+            if update:
+                stop_asked = finish_update(run, update, bar)
+                next_update.began = time.perf_counter()  # until now, the GPU was busy with `update`
+            update = next_update
     return step
+
+
+@dataclass
+class Update:
+    """An update that was started. A GPU may still be computing it."""
+
+    step: int
+    lr: float
+    began: float  # time.perf_counter() when the device began to compute it
+    result: PendingResult
+
+
+def start_update(run: Run, step: int, batch: list, stop: StopSignal) -> Update:
+    config = run.config
+    began = time.perf_counter()
+    run.rt.seed(config.seed, step)  # makes dropout a function of the step: resume is exact
+    assert config.min_lr is not None  # set by Config.__post_init__
+    lr = learning_rate(step, run.max_steps, config.warmup_steps, config.max_lr, config.min_lr)
+    loss, grad_norm = train_step(
+        run.train_model, run.optimizer, batch, lr, config.grad_clip, run.rt, scaler=run.scaler
+    )
+    # The ranks share their losses and "was any of them asked to stop?", so that all agree.
+    result = PendingResult(loss, grad_norm, run.scaler, run.rt, stop.number)
+    return Update(step, lr, began, result)
+
+
+def finish_update(run: Run, update: Update, bar: Progress) -> bool:
+    """Wait for the result of an update and log it; return whether any rank was asked to stop.
+
+    Raises Diverged if the loss or the gradient is not finite.
+    """
+    result = update.result.read()
+    check_finite(run, update.step, result)
+    seconds = time.perf_counter() - update.began
+    log_step(run, update, result, seconds)
+    rate = run.config.total_batch_size / seconds
+    bar.set_postfix_str(f"loss {result.loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+    bar.update()
+    return result.stop_asked
+
+
+def is_pause(run: Run, step: int) -> bool:
+    """Whether the model after `step` updates is saved, evaluated or sampled."""
+    config = run.config
+    intervals = [config.val_every, config.sample_every]
+    intervals += [getattr(config, f"{benchmark.name}_every") for benchmark, _ in run.benchmarks]
+    if step == run.max_steps or is_save_due(config, step):
+        return True
+    return any(is_due(every, step, last_step=False) for every in intervals)
 
 
 def is_due(every: int, step: int, last_step: bool) -> bool:
@@ -378,9 +415,9 @@ def draw_samples(run: Run, step: int):
     run.log.write(step, samples=samples)
 
 
-def check_finite(run: Run, step: int, loss: float, grad_norm: float):
+def check_finite(run: Run, step: int, result: StepResult):
     """Raise Diverged if the loss or the gradient is not finite. Nothing is saved after that."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    if not result.diverged:
         return
     remedy = "lower max_lr or lengthen the warmup"
     if run.scaler.is_enabled():
@@ -389,12 +426,12 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float):
     if run.last_saved:
         last_good = f"the last good checkpoint is {run.last_saved}"
     raise Diverged(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: the run diverged and stops; "
-        f"{last_good}; {remedy}"
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: the run diverged and "
+        f"stops; {last_good}; {remedy}"
     )
 
 
-def log_step(run: Run, step: int, loss: float, lr: float, grad_norm: float, seconds: float):
+def log_step(run: Run, update: Update, result: StepResult, seconds: float):
     rate = run.config.total_batch_size / seconds
     peak_flops = run.rt.peak_flops()
     mfu = None
@@ -402,15 +439,13 @@ def log_step(run: Run, step: int, loss: float, lr: float, grad_norm: float, seco
         flops = run.model.flops_per_token(run.config.T)
         mfu = flops * rate / (peak_flops * run.rt.world_size)
     run.log.write(
-        step,
-        loss=loss,
-        lr=lr,
-        grad_norm=grad_norm,
+        update.step,
+        **result.record(),
+        lr=update.lr,
         ms=1000 * seconds,
         tokens_per_sec=rate,
         mfu=mfu,
         memory=run.rt.peak_memory(),
-        **run.scaler.record(grad_norm),
     )
 
 

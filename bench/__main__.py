@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import common.before_torch
+
 import torch
 
 from bench.commands import start, tokenize

@@ -1,6 +1,7 @@
 """Optimization: torch.compile and DDP, AdamW and Muon, loss scaling, schedule, a training step."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +37,9 @@ def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.
     if rt.world_size == 1:
         return eval_model, eval_model
     device_ids = [rt.device] if rt.device.type == "cuda" else None
-    # Gradients live in DDP's communication buffers, which saves a copy of them.
+    # Gradients live in DDP's communication buffers, which saves a copy of them. torch.compile sees
+    # that it works inside DDP, and cuts the graph where a bucket of gradients is full: the ranks
+    # exchange it while the rest of the backward pass is computed.
     train_model = DistributedDataParallel(
         eval_model, device_ids=device_ids, gradient_as_bucket_view=True
     )
@@ -181,22 +184,6 @@ class LossScaler(GradScaler):
         if state:
             super().load_state_dict(state)
 
-    def skipped(self, grad_norm: float) -> bool:
-        """Whether the last step overflowed, so that its update was skipped, and training can go on.
-
-        grad_norm is what train_step returned. A run that keeps overflowing falls below MIN_SCALE,
-        after 17 steps in a row if the scale was 65,536. It has diverged: the result is then False,
-        although grad_norm is not finite.
-        """
-        overflowed = self.is_enabled() and not math.isfinite(grad_norm)
-        return overflowed and self.get_scale() >= self.MIN_SCALE
-
-    def record(self, grad_norm: float) -> dict:
-        """What the log of a step holds in float16 only: was it skipped, and the scale after it."""
-        if not self.is_enabled():
-            return {}
-        return dict(skipped=self.skipped(grad_norm), loss_scale=self.get_scale())
-
 
 # ---------------------------------------------------------------------------------------------
 # A training step
@@ -264,3 +251,81 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm
+
+
+@dataclass
+class StepResult:
+    """What an update reports, the same on all ranks."""
+
+    loss: float  # mean over the batch, in nats
+    grad_norm: float  # norm of the gradient before clipping
+    loss_scale: float | None  # in float16, the scale after the update
+    stop_asked: bool  # whether a rank was asked to stop
+
+    @property
+    def skipped(self) -> bool:
+        """Whether float16 overflowed, so that there was no update, and training can go on.
+
+        A run that keeps overflowing falls below MIN_SCALE, after 17 steps in a row if the scale was
+        65,536. It has diverged: the result is then False, although grad_norm is not finite.
+        """
+        if self.loss_scale is None or math.isfinite(self.grad_norm):
+            return False
+        return self.loss_scale >= LossScaler.MIN_SCALE
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss or the gradient is not finite, and that is no skipped step."""
+        is_finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return not is_finite and not self.skipped
+
+    def record(self) -> dict:
+        """What the log holds of it. Whether it was skipped, and the scale, in float16 only."""
+        values: dict[str, Any] = dict(loss=self.loss, grad_norm=self.grad_norm)
+        if self.loss_scale is not None:
+            values |= dict(skipped=self.skipped, loss_scale=self.loss_scale)
+        return values
+
+
+class PendingResult:
+    """The result of an update that the device may still be computing.
+
+    Python starts the kernels of a GPU ahead of time. A loop that reads each result only after it
+    has started the next update never lets the GPU wait:
+
+        Python    start 1   start 2   read 1   start 3   read 2   start 4   ...
+        GPU           1 1 1 1 1 1 1 1 1 2 2 2 2 2 2 2 2 2 3 3 3 3 3 3 3 3 3 4 4 ...
+
+    All ranks must create it at the same time.
+    """
+
+    def __init__(
+        self,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        scaler: LossScaler,
+        rt: Runtime,
+        stop_number: int = 0,
+    ):
+        """loss and grad_norm are what train_step returned. stop_number is not 0 if this rank was
+        asked to stop."""
+        self.is_float16 = scaler.is_enabled()
+        # A copy, because the next update changes the scale; 1 in other dtypes. `get_scale` and
+        # `tensor` would wait for the device, `scale` and `full` do not.
+        loss_scale = scaler.scale(torch.ones_like(loss))
+        stop = torch.full_like(loss, stop_number)
+        mean = rt.sum(torch.stack([loss, grad_norm, loss_scale, stop])) / rt.world_size
+
+        # The copy must begin now: later, it would queue behind the kernels of the next update.
+        self.numbers = mean.to("cpu", non_blocking=rt.runs_ahead)
+        self.arrived = None
+        if mean.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> StepResult:
+        """Wait for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm, loss_scale, stop = self.numbers.tolist()
+        return StepResult(loss, grad_norm, loss_scale if self.is_float16 else None, stop > 0)

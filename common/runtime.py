@@ -69,6 +69,11 @@ class Runtime:
             return "tf32"
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether Python can start more work on the device while it computes."""
+        return self.device.type == "cuda"
+
     def autocast(self):
         """Context in which matrix products run in `dtype`."""
         if self.dtype == torch.float32:

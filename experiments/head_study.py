@@ -39,6 +39,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+import common.before_torch
+
 import numpy as np
 import tiktoken
 import torch

@@ -38,6 +38,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import common.before_torch
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes

@@ -35,6 +35,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import common.before_torch
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -38,6 +38,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import common.before_torch
+
 import numpy as np
 import pyarrow as pa
 import tiktoken

@@ -12,7 +12,7 @@ from test_train import TORCHRUN, assert_same_bits, losses, stream, train_here, w
 from torch.amp import GradScaler
 
 from common.console import UserError
-from common.optim import Diverged, LossScaler, make_optimizer, train_step
+from common.optim import Diverged, LossScaler, PendingResult, make_optimizer, train_step
 from common.runtime import Runtime, choose_dtype
 from model import GPT, IGNORE, GPTConfig, linear_cross_entropy
 
@@ -170,7 +170,7 @@ def test_an_overflow_changes_nothing_but_the_scale(muon):
             model, optimizer, [small_batch()], 1e-3, 1.0, FLOAT16, scaler=scaler
         )
         assert loss.isfinite()
-        return scaler.skipped(float(grad_norm))
+        return PendingResult(loss, grad_norm, scaler, FLOAT16).read().skipped
 
     assert not step()
     before = [*snapshot(model), *snapshot(optimizer.state_dict())]
@@ -207,7 +207,7 @@ def test_float16_without_a_scaler_is_rejected():
 TWO_RANKS = """
 import json, sys, torch
 from common import runtime
-from common.optim import LossScaler, make_optimizer, prepare_model, train_step
+from common.optim import LossScaler, PendingResult, make_optimizer, prepare_model, train_step
 from model import GPT, GPTConfig
 
 rt = runtime.start("cpu", "float16")
@@ -225,8 +225,8 @@ for name in ("adamw", "sharded", "muon"):
     batch = [tuple(torch.randint(384, (2, 4, 32))) for _ in range(2)]
     skipped, sums = [], []
     for step in range(3):
-        _, norm = train_step(train_model, optimizer, batch, 1e-3, 1.0, rt, scaler=scaler)
-        skipped.append(scaler.skipped(float(norm)))
+        loss, norm = train_step(train_model, optimizer, batch, 1e-3, 1.0, rt, scaler=scaler)
+        skipped.append(PendingResult(loss, norm, scaler, rt).read().skipped)
         sums.append(sum(p.double().abs().sum().item() for p in model.parameters()))
     result = dict(optimizer=name, skipped=skipped, sums=sums, scale=scaler.get_scale())
     sys.stdout.write(json.dumps(result) + "\\n")
