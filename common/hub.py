@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-WEIGHTS = ["config.json", "model*.safetensors"]
+WEIGHTS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+# Of repositories without safetensors.
+OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # Beside byte-level BPE, the vocabularies of other kinds, so that they are recognized and rejected.
 TOKENIZER = [
     "config.json",
