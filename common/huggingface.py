@@ -244,31 +244,21 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
     for name in ("vocab.tiktoken", "added_tokens.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
 
+    vocab, merges = vocab_and_merges(enc)
     if isinstance(enc, ForeignEncoding):
         end_of_text = enc.end_of_text
         text = json.dumps(enc.description, indent=2, ensure_ascii=False)
         (folder / "tokenizer.json").write_text(text, "utf-8")
-        library = Tokenizer.from_str(text)
-        vocab = library.get_vocab()
-        merges = merge_pairs(enc.description)
         # This class takes every step from tokenizer.json; GPT2Tokenizer replaces some.
         config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
     else:
         end_of_text = END_OF_TEXT
-        chars = byte_to_char()
-
-        def spell(token: bytes) -> str:
-            return "".join(chars[byte] for byte in token)
-
-        ranks = enc._mergeable_ranks
-        vocab = {spell(token): rank for token, rank in ranks.items()}
-        merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
-        library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        mergeable = {token: i for token, i in vocab.items() if i != enc.eot_token}
+        library = Tokenizer(models.BPE(vocab=mergeable, merges=merges))
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         library.add_special_tokens([END_OF_TEXT])
         library.save(str(folder / "tokenizer.json"))
-        vocab[END_OF_TEXT] = enc.eot_token
         config = dict(
             tokenizer_class="GPT2Tokenizer", add_prefix_space=False, unk_token=END_OF_TEXT
         )
@@ -281,3 +271,19 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
     if max_length:
         config["model_max_length"] = max_length
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def vocab_and_merges(enc: tiktoken.Encoding) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids by token, and the pairs to merge, with bytes spelled as in vocab.json and merges.txt."""
+    if isinstance(enc, ForeignEncoding):
+        library = Tokenizer.from_str(json.dumps(enc.description))
+        return library.get_vocab(), merge_pairs(enc.description)
+    chars = byte_to_char()
+
+    def spell(token: bytes) -> str:
+        return "".join(chars[byte] for byte in token)
+
+    ranks = enc._mergeable_ranks
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
+    return vocab | {END_OF_TEXT: enc.eot_token}, merges
