@@ -225,6 +225,8 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
         return model, enc
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds weights only: name its folder, which also has config.json")
     if is_llmc(path):
         return read_llmc(path, dropout), load_gpt2()
     content = load_pickle(path)

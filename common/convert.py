@@ -169,9 +169,9 @@ def read_nanogpt(content: Any, path: str | Path, dropout: float = 0.0) -> GPT:
     another checkpoint, or has another vocabulary.
     """
     is_mapping = isinstance(content, Mapping)
-    settings = content.get("model_args", content.get("config")) if is_mapping else None
-    if isinstance(settings, PickledConfig):
-        settings = vars(settings)
+    settings = content.get("model_args") if is_mapping else None
+    if is_mapping and isinstance(content.get("config"), PickledConfig):
+        settings = vars(content["config"])
     if not isinstance(settings, Mapping) or not isinstance(content.get("model"), Mapping):
         hint = ""
         if is_mapping and any(isinstance(value, torch.Tensor) for value in content.values()):

@@ -226,6 +226,30 @@ def test_pytorch_model_bin(tmp_path, num_files):
     assert first != checkpoint.fingerprint(str(tmp_path / "absent")) and first != str(tmp_path)
 
 
+def test_a_hub_model_without_safetensors(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    reference = reference_with()
+    save_as_pickle(reference, tmp_path / "hub", 3)
+
+    def snapshot_download(repo, allow_patterns):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for file in (tmp_path / "hub").iterdir():
+            if any(map(file.match, allow_patterns)):
+                (tmp_path / "cache" / file.name).write_bytes(file.read_bytes())
+        return tmp_path / "cache"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert logit_difference("somebody/model", reference) < 1e-4
+
+
+def test_a_weight_file_by_itself_is_refused(reference_folder, tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        save_as_pickle(reference_with(), tmp_path)
+        copy_with(reference_folder, tmp_path)
+        with pytest.raises(UserError, match=f"{name} .* folder"):
+            checkpoint.load_model(tmp_path / name)
+
+
 def test_code_in_pytorch_model_bin_is_not_run(tmp_path):
     class Attack:
         def __reduce__(self):
