@@ -81,7 +81,7 @@ CORE_TASKS = {
             for n in range(6)
         ]
         + [
-            dict(context="", continuation="model "),
+            dict(context="It", continuation="is a model "),
             dict(context=LONG + "The model", continuation="reads a token"),
         ],
     ),

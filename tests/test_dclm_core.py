@@ -5,6 +5,7 @@ import math
 import random
 import stat
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_a_greedy_continuation_is_right(folder):
 
 def test_what_texts_share_is_read_once(folder):
     model, enc, _ = load_both(folder)
-    task = dclm_core.load(folder / "eval_bundle")[0]
+    task = replace(dclm_core.load(folder / "eval_bundle")[0], shots=0)
     index = [example["ind"] for example in task.examples].index(0)
     result = dclm_core.evaluate_task(model, enc, task, range(index, index + 1), CPU, "")
     rows = [[enc.eot_token, *enc.encode_ordinary(text)] for text in dclm_core.render(task, index)]
@@ -253,27 +254,30 @@ def test_a_damaged_archive_is_an_error(tmp_path):
 # The command, and training
 
 
-def test_command_for_one_and_two_processes(folder, tmp_path):
+def test_command_prints_a_table_and_draws_it(folder, tmp_path):
     words = ["--data", folder / "eval_bundle", "--plot", tmp_path / "core.png"]
-    one = ok(run(folder, "dclm_core.py", *words, "--save_predictions", tmp_path / "one.jsonl"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words += ["--save_predictions", tmp_path / "two.jsonl"]
-    model = ["--model", folder / "model.pt", "--device", "cpu"]
-    two = ok(command(*launcher, "dclm_core.py", *model, *words))
-    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
-    tables = [
-        [line for line in result.stdout.splitlines() if line.startswith("|")]
-        for result in (one, two)
-    ]
-    assert tables[0] == tables[1]
+    words += ["--save_predictions", tmp_path / "predictions.jsonl"]
+    out = ok(run(folder, "dclm_core.py", *words)).stdout
     assert (tmp_path / "core.png").read_bytes().startswith(b"\x89PNG")
-
-    lines = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
     right = sum(line["right"] for line in lines if line["task"] == "my_schema")
-    row = next(line for line in tables[0] if "my_schema" in line)
+    row = next(line for line in out.splitlines() if "my_schema" in line)
     assert f"({right}/7)" in row
     for text in ("0.2565", "0.1139", "0.2690", "tokens read: ", "lost their beginning: "):
-        assert text in one.stdout
+        assert text in out
+
+
+@pytest.mark.slow
+def test_two_processes_predict_as_one(folder, tmp_path):
+    words = ["dclm_core.py", "--model", folder / "model.pt", "--device", "cpu"]
+    words += ["--data", folder / "eval_bundle", "--plot", tmp_path / "core.png"]
+    tables = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        path = tmp_path / f"{len(tables)}.jsonl"
+        out = ok(command(*launcher, *words, "--save_predictions", path)).stdout
+        tables.append([line for line in out.splitlines() if line.startswith("|")])
+    assert tables[0] == tables[1]
+    assert (tmp_path / "0.jsonl").read_text() == (tmp_path / "1.jsonl").read_text()
 
 
 def test_missing_data_is_one_line(folder, tmp_path):

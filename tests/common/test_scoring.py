@@ -228,7 +228,7 @@ def test_unscored_tokens_are_a_context_of_their_own():
 
 
 def test_bits_per_byte_by_hand():
-    enc, _ = train_tokenizer(["ab ab ab"], 300)
+    enc, _ = train_tokenizer(["ab ab ab"], 259)
     text = "abcé ab"  # 8 bytes
     tokens = np.array([enc.eot_token, *enc.encode_ordinary(text), enc.eot_token])
     bits = scoring.bits_per_byte(2.0, tokens, enc)
