@@ -8,10 +8,11 @@
 --benchmarks lists the benchmarks. One of them is val: the loss on the validation shards in nats per
 token, and in bits per byte of its text, which also compares models of different vocabularies.
 
-The table is printed and written to out_dir as evaluation.md, the results as evaluation.json. A
-result in evaluation.json is reused if nothing that it depends on has changed: the model's weights,
-the data, limit, dtype, and the code of the benchmark. If a model or its data is not available, its
-row in the table gives the reason.
+The table is printed and written to out_dir as evaluation.md, the results as evaluation.json, and a
+picture as evaluation.png: a panel for each benchmark, a bar for each model, the published figures
+as lines. A result in evaluation.json is reused if nothing that it depends on has changed: the
+model's weights, the data, limit, dtype, and the code of the benchmark. If a model or its data is
+not available, its row in the table gives the reason.
 """
 
 import json
@@ -25,8 +26,11 @@ import common.before_torch
 
 import numpy as np
 import tiktoken
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, drawing needs no display
 
 import cbt
+import dclm_core
 import hellaswag
 import lambada
 from common import checkpoint, runtime
@@ -36,7 +40,9 @@ from common.console import (
     checksum,
     cli,
     read_text,
+    say,
     table,
+    write_atomically,
     write_text,
 )
 from common.published import REFERENCES
@@ -49,7 +55,7 @@ from model import GPT, OPENAI_MODELS
 
 # A new benchmark is added here. A field NAME_data in Config gives it a flag for its data; without
 # that field, it uses its default data.
-BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK)
+BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK, dclm_core.BENCHMARK)
 NAMES = (*[benchmark.name for benchmark in BENCHMARKS], "val")
 
 
@@ -62,11 +68,13 @@ class Config:
     lambada_data: str | None = None  # lambada_test.jsonl; None = downloaded once
     # a file, a glob or a folder of cbtest_*_test*.txt; None = from the Hugging Face hub
     cbt_data: str | None = None
+    # folder with core.yaml, eval_meta_data.csv and eval_data; None = downloaded once
+    core_data: str | None = None
     val_data: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
     val_tokens: int = 10485760  # tokens of the validation shards used for the validation loss
-    limit: int | None = None  # evaluate only the first examples (of each kind), this many
+    limit: int | None = None  # evaluate only the first examples (of each kind or task), this many
     B: int = 8  # sequences per forward pass of the validation loss
-    out_dir: str = "log/evaluation"  # folder for evaluation.json and evaluation.md
+    out_dir: str = "log/evaluation"  # folder for evaluation.json, evaluation.md and evaluation.png
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
     dtype: runtime.Dtype = "auto"
@@ -98,6 +106,8 @@ def main(config: Config):
     if rt.is_main:
         write_text(out_dir / "evaluation.md", text + "\n")
     rt.print(f"{text}\n{out_dir}/evaluation.md, {out_dir}/evaluation.json")
+    if rt.is_main:
+        draw(out_dir / "evaluation.png", results, benchmarks)
     runtime.leave()
     if all("error" in result for result in results):
         raise UserError("nothing could be evaluated: see the table for the reasons")
@@ -234,6 +244,61 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# The picture
+
+
+def draw(path: Path, results: list[dict], benchmarks: dict[str, Benchmark]):
+    """Draw a panel for each benchmark that has results, and write the picture."""
+    results = [result for result in results if "error" not in result]
+    names = [name for name in benchmarks if any(name == r["benchmark"] for r in results)]
+    if not names:
+        return
+    models = list(dict.fromkeys(result["model"] for result in results))
+    figure = Figure((1.5 + len(names) * max(3.5, 0.6 * len(models)), 5), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names):
+        draw_benchmark(ax, benchmarks[name], models, results)
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    say(path)
+
+
+def draw_benchmark(ax: Axes, benchmark: Benchmark, models: list[str], results: list[dict]):
+    """The headline metric of each model as a bar with its standard error. Dashed lines are the
+    published figures of OpenAI's models, the dotted line is chance."""
+    reference = benchmark.reference
+    for result in results:
+        if result["benchmark"] != benchmark.name:
+            continue
+        metric = benchmark.headline([Metric(**values) for values in result["metrics"]])
+        place = models.index(result["model"])
+        ax.bar(place, metric.value, yerr=metric.stderr, color="#0072B2", ecolor="black", capsize=3)
+        ax.annotate(
+            metric.format(metric.value),
+            (place, max(metric.value, 0)),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="center",
+        )
+    for model, color in zip(OPENAI_MODELS, ("#E69F00", "#009E73", "#CC79A7", "#D55E00")):
+        figure = reference.published(reference.headline, model)
+        if figure is not None:
+            text = f"{figure:.1%}" if reference.as_percent else f"{figure:.4f}"
+            ax.axhline(figure, color=color, ls="--", label=f"{model}, published: {text}")
+    if reference.chance:
+        ax.axhline(reference.chance, color="grey", ls=":", label=f"chance: {reference.chance:.0%}")
+    ax.margins(y=0.15)
+    # The end of a long path says more than its beginning.
+    ticks = [model if len(model) <= 24 else f"...{model[-21:]}" for model in models]
+    ax.set_xticks(range(len(models)), ticks, rotation=30, ha="right")
+    ax.set(title=f"{reference.title}: {reference.headline}", xlim=(-0.6, len(models) - 0.4))
+    if reference.as_percent:
+        ax.yaxis.set_major_formatter("{x:.0%}")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="lower right", fontsize="small")
+
+
+# ---------------------------------------------------------------------------------------------
 # The validation loss, as a benchmark
 
 
@@ -306,6 +371,7 @@ def evaluate_validation(
     bits = loss * (len(tokens) - 1) / math.log(2)
     metrics = [
         Metric("loss", loss),
+        Metric("perplexity", math.exp(min(loss, 99))),
         Metric("bits per byte", bits / num_bytes),
     ]
     return metrics, []

@@ -48,7 +48,7 @@ from common.optim import (
 )
 from common.runlog import RunLog, finite_or_none
 from common.runtime import Runtime
-from common.scoring import stream_loss
+from common.scoring import bits_per_byte, stream_loss
 from common.tracker import TrackerName, check_installed
 from dataloader import FinetuneLoader
 from fantasy.report import draw_losses, draw_search, perplexity, write_report
@@ -171,7 +171,8 @@ def run(config: Config, rt: Runtime):
     base_val_loss = tuner.validate()
     if not math.isfinite(base_val_loss):
         raise checkpoint.not_finite_error(tuner.model)
-    rt.print(f"validation loss before finetuning: {base_val_loss:.4f}")
+    bits = bits_per_byte(base_val_loss, tuner.val_tokens, tuner.enc)
+    rt.print(f"validation loss before finetuning: {base_val_loss:.4f} ({bits:.4f} bits per byte)")
     if rt.is_main:
         write_text(out_dir / "settings.json", json.dumps(settings, indent=1) + "\n")
 
@@ -430,7 +431,8 @@ class Finetuner:
                 train_loss = loss_sum / tokens_seen if tokens_seen else math.nan
                 val_loss = self.validate()
                 if log:
-                    log.write(step, val=val_loss)
+                    bits = bits_per_byte(val_loss, self.val_tokens, self.enc)
+                    log.write(step, val=val_loss, val_bits_per_byte=bits)
                 yield dict(epoch=epoch, step=step, train_loss=train_loss, val_loss=val_loss)
 
     def start_update(self, optimizer: torch.optim.Optimizer, step: int, lr: float) -> Update:
@@ -585,7 +587,9 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
     tuner.log = log
     if loaded:
         # The log was cut at this step. The steps after it are repeated, its validation is not.
-        log.write(loaded["step"], val=history[-1]["val_loss"])
+        val_loss = history[-1]["val_loss"]
+        bits = bits_per_byte(val_loss, tuner.val_tokens, tuner.enc)
+        log.write(loaded["step"], val=val_loss, val_bits_per_byte=bits)
 
     # Train.
     for record in tuner.train(optimizer, lr, config.num_epochs, len(history), log):
@@ -596,9 +600,10 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
                 f"{folder}; --resume with a lower learning rate in --learning_rates"
             )
         history.append(record)
+        bits = bits_per_byte(record["val_loss"], tuner.val_tokens, tuner.enc)
         rt.print(
             f"epoch {record['epoch']} | train {record['train_loss']:.4f} "
-            f"| val {record['val_loss']:.4f}"
+            f"| val {record['val_loss']:.4f} | bits per byte {bits:.4f}"
         )
         if rt.is_main:
             save_epoch(folder, tuner, optimizer, history)

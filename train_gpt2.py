@@ -34,6 +34,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 
+import dclm_core
 import hellaswag
 from common import checkpoint, cpu, memory, runtime
 from common.console import Progress, UserError, cli, lock_folder, write_text
@@ -52,7 +53,7 @@ from common.optim import (
 )
 from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
-from common.scoring import stream_loss
+from common.scoring import bits_per_byte, stream_loss
 from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
@@ -61,7 +62,7 @@ from dataloader import PretrainLoader
 from model import GPT, GPTConfig
 
 # Benchmarks that can be evaluated during training. Each needs two flags: NAME_every and NAME_data.
-BENCHMARKS = (hellaswag.BENCHMARK,)
+BENCHMARKS = (hellaswag.BENCHMARK, dclm_core.BENCHMARK)
 
 
 @dataclass
@@ -136,6 +137,9 @@ class Config:
     hellaswag_every: int = 250  # HellaSwag accuracy
     # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
     hellaswag_data: str | None = None
+    core_every: int = 0  # CORE, estimated from 500 examples of each of its 22 tasks
+    # folder with core.yaml and eval_data; None = downloaded once to datasets/dclm_core
+    core_data: str | None = None
     sample_every: int = 250  # text samples, printed
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
     checkpoint_every: int = 5000  # checkpoints to keep; 0 = only the final one
@@ -148,8 +152,9 @@ class Config:
             raise UserError("give max_steps or num_epochs, not both")
         if self.shard_optimizer and self.optimizer != "adamw":
             raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
-        intervals = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
-        for name in ("B", *intervals, "rolling_every", "warmup_steps", "grad_clip", "seed"):
+        intervals = ("val_every", "hellaswag_every", "core_every", "sample_every")
+        saving = ("checkpoint_every", "rolling_every")
+        for name in ("B", *intervals, *saving, "warmup_steps", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
         for name in ("T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
@@ -377,9 +382,12 @@ def save(run: Run, step: int):
 
 def validate(run: Run, step: int):
     loss = stream_loss(run.eval_model, run.val_tokens, run.config.B, run.config.T, run.rt)
-    run.log.write(step, val=loss)
+    bits = bits_per_byte(loss, run.val_tokens, run.enc)
+    run.log.write(step, val=loss, val_bits_per_byte=bits)
     perplexity = math.exp(min(loss, 99))
-    run.rt.print(f"step {step} | val {loss:.4f} | perplexity {perplexity:.2f}")
+    run.rt.print(
+        f"step {step} | val {loss:.4f} | perplexity {perplexity:.2f} | bits per byte {bits:.4f}"
+    )
 
 
 def evaluate(run: Run, step: int, benchmark: Benchmark, examples: Any):

@@ -3,14 +3,17 @@
     python -m bench                                    # all rows: this project and transformers
     python -m bench --nanogpt ../nanoGPT --build_nanogpt ../build-nanogpt
     python -m bench --rows train memory --nanogpt ../nanoGPT
+    python -m bench --rows core --nanochat ../nanochat
     python -m bench --rows tokenize --data_files 'corpus/*.parquet'
 
-Needs requirements-dev.txt. nanoGPT and build-nanogpt are folders that you have cloned. The rows:
+Needs requirements-dev.txt. nanoGPT, build-nanogpt and nanochat are folders that you have cloned.
+The rows:
 
     train       time of a training step: every implementation as it is shipped, and compiled with
                 fused AdamW in each dtype
     memory      peak memory of a process that trains for three steps
     hellaswag   examples scored per second, compared with a plain loop over transformers' model
+    core        the same for a task of CORE with ten shots, compared with nanochat's evaluation
     generate    greedy generation of 256 tokens, one and eight texts at a time
     tokenize    fineweb.py as a command, compared with tiktoken on texts that are in memory
     start       train_gpt2.py as a command: seconds until its first step is done
@@ -33,7 +36,7 @@ import common.before_torch
 import torch
 
 from bench.commands import start, tokenize
-from bench.inference import generate, hellaswag
+from bench.inference import core, find_core_eval, generate, hellaswag
 from bench.measure import Figure
 from bench.peers import find_scripts
 from bench.train import memory, train
@@ -46,6 +49,7 @@ ROWS: dict[str, Callable[..., list[Figure]]] = {
     "train": train,
     "memory": memory,
     "hellaswag": hellaswag,
+    "core": core,
     "generate": generate,
     "tokenize": tokenize,
     "start": start,
@@ -57,10 +61,12 @@ class Config:
     rows: tuple[str, ...] = tuple(ROWS)  # what to measure
     nanogpt: str | None = None  # folder that contains nanoGPT's model.py
     build_nanogpt: str | None = None  # folder that contains build-nanogpt's train_gpt2.py
+    nanochat: str | None = None  # folder that contains nanochat's nanochat/core_eval.py
     rounds: int = 5  # times that each candidate is measured
     # hellaswag_val.jsonl; None = download it once to datasets/hellaswag
     hellaswag_data: str | None = None
     hellaswag_limit: int = 100  # number of HellaSwag examples
+    core_limit: int = 8  # number of HellaSwag examples with ten shots
     # parquet files to tokenize; none = Python's documentation, which is too short for a fair figure
     data_files: tuple[str, ...] = ()
     device: str = "auto"  # cuda or cpu; auto = the first that is available
@@ -70,7 +76,7 @@ class Config:
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"there is no row {row!r}: choose from {', '.join(ROWS)}")
-        check_at_least(self, 1, "rounds", "hellaswag_limit")
+        check_at_least(self, 1, "rounds", "hellaswag_limit", "core_limit")
 
 
 def main(config: Config):
@@ -79,6 +85,7 @@ def main(config: Config):
         raise UserError(f"the benchmark does not support {rt.device}: use --device cpu or cuda")
     # Look for the folders first: a wrong one should not end the benchmark after an hour.
     find_scripts(config.nanogpt, config.build_nanogpt)
+    find_core_eval(config.nanochat)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
 
     figures = []

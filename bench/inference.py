@@ -1,20 +1,24 @@
-"""The rows about inference with GPT-2 (124M), random weights: HellaSwag and greedy generation."""
+"""The rows about inference with GPT-2 (124M), random weights: HellaSwag, CORE, generation."""
 
 import copy
+import runpy
 import tempfile
+from pathlib import Path
 
 import tiktoken
 import torch
 from torch.nn import functional as F
 
+import dclm_core
 import hellaswag as hellaswag_task
 from bench import measure, peers
 from bench.measure import DTYPE_NAMES, Figure, Stopwatch
-from common.console import say
+from common.console import UserError, say
 from common.cpu import can_pack, pack_weights
 from common.huggingface import save_pretrained
 from common.runtime import Runtime
 from common.tokenizer import load_tokenizer
+from dclm_core import Task
 from model import GPT, GPTConfig
 
 NUM_TOKENS = 256  # tokens generated per text
@@ -108,6 +112,95 @@ def predict_plainly(
         ]
         predictions.append(means.index(min(means)))
     return predictions
+
+
+# ---------------------------------------------------------------------------------------------
+# CORE
+
+
+class CoreModel:
+    """transformers' model behind the interface that nanochat's core_eval.py expects."""
+
+    max_seq_len = 1024  # as nanochat evaluates GPT-2
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def __call__(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.model(idx).logits
+
+
+class CoreTokenizer:
+    """The same for a tokenizer."""
+
+    def __init__(self, enc: tiktoken.Encoding):
+        self.enc = enc
+
+    def get_bos_token_id(self) -> int:
+        return self.enc.eot_token
+
+    def __call__(self, texts: list[str], prepend: int) -> list[list[int]]:
+        return [[prepend, *self.enc.encode_ordinary(text)] for text in texts]
+
+
+def evaluate_as_nanochat(
+    path: Path, model: CoreModel, tokenizer: CoreTokenizer, task: Task, indices: range, rt: Runtime
+) -> list[bool]:
+    """Whether the model is right, for each of these examples: by the core_eval.py at `path`."""
+    meta = dict(task_type=task.kind, num_fewshot=task.shots, continuation_delimiter=task.delimiter)
+    evaluate_example = runpy.run_path(str(path))["evaluate_example"]
+    with rt.autocast():
+        return [
+            evaluate_example(index, model, tokenizer, task.examples, rt.device, meta)
+            for index in indices
+        ]
+
+
+def find_core_eval(folder: str | None) -> Path | None:
+    """nanochat's core_eval.py in a folder that the user names."""
+    if folder is None:
+        return None
+    path = Path(folder, "nanochat", "core_eval.py")
+    if not path.exists():
+        raise UserError(f"no file {path}: --nanochat is the folder of a clone of nanochat")
+    return path
+
+
+def core(config, rt: Runtime) -> list[Figure]:
+    """Examples of a task with ten shots per second, compared with nanochat's evaluation."""
+    row = f"CORE, HellaSwag with ten shots, GPT-2 (124M), {config.core_limit} examples"
+    examples = []
+    # The shots are drawn from more examples than are scored.
+    for n, example in enumerate(hellaswag_task.load(config.hellaswag_data, 500)):
+        query = f"{example['activity_label']}: {example['ctx']}"
+        examples.append(dict(query=query, choices=example["endings"], gold=example["label"], ind=n))
+    task = Task("hellaswag", "multiple_choice", 10, " ", 0.25, examples)
+    indices = range(min(config.core_limit, len(examples)))
+    enc = load_tokenizer("gpt2")
+    ours, theirs = with_same_weights(rt)
+    path = find_core_eval(config.nanochat)
+
+    watches = {}
+    for dtype in measure.dtypes_of(rt.device):
+        dtype_rt = Runtime(rt.device, dtype)
+        watches[our_name(dtype)] = Stopwatch(
+            rt, dclm_core.evaluate_task, ours, enc, task, indices, dtype_rt, "CORE"
+        )
+        if path:
+            peer = (path, CoreModel(theirs), CoreTokenizer(enc))
+            name = f"nanochat's core_eval.py on transformers, {DTYPE_NAMES[dtype]}"
+            watches[name] = Stopwatch(rt, evaluate_as_nanochat, *peer, task, indices, dtype_rt)
+    seconds = measure.medians(watches, config.rounds, row)
+
+    # The comparison is fair only if both compute the same.
+    result = next(iter(watches.values())).result
+    for name, watch in watches.items():
+        if name.startswith("nanochat"):
+            equal = sum(a == b for a, b in zip(watch.result, result.hits))
+            say(f"{equal} of {len(indices)} examples have the same result with {name}")
+    reads = f"{result.tokens:,} tokens, the reference {result.reference_tokens:,}"
+    say(f"this project reads {reads}")
+    return measure.rates(row, seconds, len(indices), "examples/s", our_name(rt.dtype))
 
 
 # ---------------------------------------------------------------------------------------------

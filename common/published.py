@@ -11,7 +11,7 @@ Sources:
     GPT-3 paper    Brown et al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165
     build-nanogpt  https://github.com/karpathy/build-nanogpt, hellaswag.py and play.ipynb
     llm.c          https://github.com/karpathy/llm.c, dev/vislog.ipynb
-    nanochat       https://github.com/karpathy/nanochat, dev/LEADERBOARD.md and
+    nanochat       https://github.com/karpathy/nanochat, README.md, dev/LEADERBOARD.md and
                    dev/estimate_gpt3_core.ipynb
     harness        https://github.com/EleutherAI/lm-evaluation-harness
 
@@ -48,6 +48,11 @@ class Reference:
 
     def published(self, metric: str, model: str) -> float | None:
         return self.figures.get(metric, {}).get(model)
+
+
+def openai_sizes(*figures: float) -> dict[str, float]:
+    """Figures of gpt2, gpt2-medium, gpt2-large and gpt2-xl, by name."""
+    return dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), figures))
 
 
 # One entry per benchmark, by the name that evaluate.py's flags use.
@@ -144,14 +149,28 @@ REFERENCES = {
         stream="core",
         as_percent=False,
         chance=0.0,  # by definition: each task's accuracy is rescaled so that guessing gives 0
-        # nanochat: gpt2-xl in dev/LEADERBOARD.md, the others in dev/estimate_gpt3_core.ipynb.
+        # nanochat: gpt2-xl in dev/LEADERBOARD.md, the others in dev/estimate_gpt3_core.ipynb, which
+        # also has the accuracies of six of the 22 tasks, in tenths of a percent. The figures that
+        # the notebook lists for GPT-3 are estimates and left out.
         figures={
-            "CORE": {
-                "gpt2": 0.1139,
-                "gpt2-medium": 0.1849,
-                "gpt2-large": 0.2146,
-                "gpt2-xl": 0.256525,
-            },
+            "hellaswag_zeroshot": openai_sizes(0.309, 0.390, 0.440, 0.502),
+            "lambada_openai": openai_sizes(0.323, 0.426, 0.488, 0.523),
+            "hellaswag": openai_sizes(0.308, 0.395, 0.444, 0.512),
+            "piqa": openai_sizes(0.623, 0.670, 0.698, 0.725),
+            "arc_easy": openai_sizes(0.412, 0.480, 0.535, 0.595),
+            "arc_challenge": openai_sizes(0.222, 0.262, 0.264, 0.299),
+            "CORE": openai_sizes(0.1139, 0.1849, 0.2146, 0.256525),
         },
     ),
+}
+
+# CORE of the entries of nanochat's leaderboard (README.md), with the hours of training on eight
+# H100.
+CORE_LEADERBOARD = {
+    "nanochat d24, 3.04 h (Jan 29 2026)": 0.2585,
+    "nanochat d26 in fp8, 2.91 h (Feb 2 2026)": 0.2578,
+    "nanochat, batches of 1M tokens, 2.76 h (Feb 5 2026)": 0.2602,
+    "nanochat, ClimbMix, 2.02 h (Mar 4 2026)": 0.2571,
+    "nanochat, autoresearch 1, 1.80 h (Mar 9 2026)": 0.2690,
+    "nanochat, autoresearch 2, 1.65 h (Mar 14 2026)": 0.2626,
 }

@@ -28,6 +28,10 @@ Two special cases follow. An ending that is only the shared part, `x y`, adds no
 there is nothing but the shared part (a single ending, or several equal ones), its last token is not
 read either.
 
+A request may ask for the scores of an ending's last tokens only. If the first two of ending 1 are
+unscored, the row is the same, but ending 1 then has nothing but p from column 4 and q from 5. So
+texts that begin alike, differ in the middle and are compared by their ends are one request, too.
+
 Rows of similar length form a batch, and logits are computed only at columns that predict something.
 
 A model that computes NaN or infinity has no scores and no loss: NotFinite is raised.
@@ -35,10 +39,13 @@ A model that computes NaN or infinity has no scores and no loss: NotFinite is ra
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 
 from common.checkpoint import not_finite_error
@@ -61,10 +68,16 @@ Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Request:
     context: list[int]  # at least one token
     continuations: list[list[int]]  # at least one token each
+    # for each continuation, how many of its first tokens are read but not scored; [] = none of them
+    unscored: list[int] = field(default_factory=list)
+
+    def parts(self) -> list[tuple[list[int], int]]:
+        """Each continuation, and how many of its first tokens are not scored."""
+        return list(zip(self.continuations, self.unscored or [0] * len(self.continuations)))
 
 
 class Score(NamedTuple):
-    logprob: float  # log-probability of the whole continuation, in nats
+    logprob: float  # log-probability of the scored tokens of the continuation, in nats
     num_tokens: int  # tokens that it is the sum of: at most block_size
     greedy: bool  # whether each of its tokens is the most likely one
     chosen: bool  # whether each of its tokens is the one that `choose` returns
@@ -101,23 +114,25 @@ def make_rows(request: Request, first_index: int, block_size: int) -> list[Row]:
     lm-evaluation-harness.
     """
     context = request.context
-    continuations = request.continuations
-    if not context or not all(continuations):
+    lengths = [len(continuation) for continuation in request.continuations]
+    if not context or not all(lengths):
         raise UserError("a context and each of its continuations must hold at least one token")
     # The last token of a continuation is predicted but not read, hence the 1.
     num_kept = block_size + 1
-    if len(context) + max(map(len, continuations)) <= num_kept:
-        return [make_row(context, continuations, first_index)]
+    if len(context) + max(lengths) <= num_kept:
+        return [make_row(request, first_index)]
     rows = []
-    for number, continuation in enumerate(continuations):
+    for number, (continuation, unscored) in enumerate(request.parts()):
         kept = (context + continuation)[-num_kept:]
-        start = len(kept) - min(len(continuation), block_size)
-        rows.append(make_row(kept[:start], [kept[start:]], first_index + number))
+        start = len(kept) - min(len(continuation) - unscored, block_size)
+        rows.append(make_row(Request(kept[:start], [kept[start:]]), first_index + number))
     return rows
 
 
-def make_row(context: list[int], continuations: list[list[int]], first_index: int) -> Row:
+def make_row(request: Request, first_index: int) -> Row:
     """Pack a context and its continuations into one row."""
+    context = request.context
+    continuations = request.continuations
     shared = shared_length(continuations)
     stem = context + continuations[0][:shared]
     row = Row(
@@ -129,7 +144,7 @@ def make_row(context: list[int], continuations: list[list[int]], first_index: in
         score_index=[],
         is_first=[],
     )
-    for number, continuation in enumerate(continuations):
+    for number, (continuation, unscored) in enumerate(request.parts()):
         # The rest of this continuation, less its last token, is appended as a branch.
         branch = continuation[shared:-1]
         branch_columns = range(len(row), len(row) + len(branch))
@@ -139,10 +154,11 @@ def make_row(context: list[int], continuations: list[list[int]], first_index: in
 
         # Each token is predicted from the one before it, the first from the end of the context.
         columns = [*range(len(context) - 1, len(stem)), *branch_columns]
-        row.targets += continuation
-        row.columns += columns[: len(continuation)]
-        row.score_index += [first_index + number] * len(continuation)
-        row.is_first += [True] + [False] * (len(continuation) - 1)
+        num_scored = len(continuation) - unscored
+        row.targets += continuation[unscored:]
+        row.columns += columns[unscored : len(continuation)]
+        row.score_index += [first_index + number] * num_scored
+        row.is_first += [True] + [False] * (num_scored - 1)
 
     # If nothing follows the shared part, nothing is predicted from its last token.
     if all(len(continuation) == shared for continuation in continuations):
@@ -196,10 +212,10 @@ def score(
     """
     block_size = model.config.block_size
     rows = []
-    lengths = []  # of all continuations
+    lengths = []  # scored tokens of each continuation
     for request in requests:
         rows += make_rows(request, len(lengths), block_size)
-        lengths += map(len, request.continuations)
+        lengths += [len(continuation) - unscored for continuation, unscored in request.parts()]
     num_cut = sum(length > block_size for length in lengths)
     if num_cut:
         report_once(
@@ -363,3 +379,27 @@ def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> 
     if not math.isfinite(mean):
         raise not_finite_error(model)
     return mean
+
+
+def bits_per_byte(loss: float, tokens: np.ndarray, enc: tiktoken.Encoding) -> float:
+    """The loss of a stream, from stream_loss in nats per token, in bits per byte of its text.
+
+    It compares models of different vocabularies. The end-of-text token is predicted, but is no
+    text. Infinite for a stream without text.
+    """
+    num_bytes = int(token_lengths(enc)[tokens[1:]].sum())
+    bits = loss * (len(tokens) - 1) / math.log(2)
+    return bits / num_bytes if num_bytes else math.inf
+
+
+@cache
+def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
+    """The length of each token in bytes, int64 (n_vocab,); 0 for special tokens."""
+    lengths = np.zeros(enc.n_vocab, np.int64)
+    special = {enc.encode_single_token(text) for text in enc.special_tokens_set}
+    for token in range(enc.n_vocab):
+        # Some vocabularies of other projects have numbers without a token.
+        with suppress(KeyError):
+            if token not in special:
+                lengths[token] = len(enc.decode_single_token_bytes(token))
+    return lengths

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,9 +38,12 @@ class Metric:
     value: float  # a fraction of 1 if it is an accuracy
     correct: int | None = None  # for accuracies: right answers
     total: int | None = None  # for accuracies: examples
+    stderr: float | None = None  # standard error of the value, if it is known
 
     def __str__(self):
         text = self.format(self.value)
+        if self.stderr is not None:
+            text += f" ± {self.format(self.stderr)}"
         if self.total is None:
             return text
         return f"{text} ({self.correct}/{self.total})"
@@ -54,7 +58,11 @@ class Metric:
 
 
 def accuracy(name: str, hits: list[bool]) -> Metric:
-    return Metric(name, sum(hits) / len(hits), sum(hits), len(hits))
+    share = sum(hits) / len(hits)
+    # The standard error of a mean, from the sample's variance, as in lm-evaluation-harness. One
+    # example has none.
+    stderr = math.sqrt(share * (1 - share) / (len(hits) - 1)) if len(hits) > 1 else None
+    return Metric(name, share, sum(hits), len(hits), stderr)
 
 
 def result_line(metrics: list[Metric]) -> dict:
@@ -119,11 +127,14 @@ def run(config, benchmark: Benchmark) -> list[Metric] | None:
     if rt.is_main:
         say(results_table(config.model, model, metrics, benchmark.reference, rt))
         if config.save_predictions:
-            lines = [json.dumps(prediction) + "\n" for prediction in predictions]
-            write_text(config.save_predictions, "".join(lines))
-            say(f"predictions: {config.save_predictions}")
+            save_predictions(config.save_predictions, predictions)
     runtime.leave()
     return metrics if rt.is_main else None
+
+
+def save_predictions(path: str, predictions: list[dict]):
+    write_text(path, "".join(json.dumps(prediction) + "\n" for prediction in predictions))
+    say(f"predictions: {path}")
 
 
 def results_table(
@@ -183,9 +194,9 @@ def load_on_all_ranks(load: Callable[[], Any], rt: Runtime):
     return examples
 
 
-def fetch(url: str, path: str | Path, sha256: str) -> Path:
+def fetch(url: str, path: str | Path, sha256: str, flag: str = "--data FILE") -> Path:
     """Download a file unless it exists. Nothing is left behind if it is cut off or its checksum is
-    wrong. Raises OSError.
+    wrong. Raises OSError, which names the `flag` that makes the download unnecessary.
     """
     import pooch  # imported here: not needed if the data exists
 
@@ -205,8 +216,7 @@ def fetch(url: str, path: str | Path, sha256: str) -> Path:
         if isinstance(error, ValueError):
             reason = "its checksum is wrong"
         raise OSError(
-            f"{url} can't be downloaded to {path} ({reason}): check the network, or give "
-            "--data FILE"
+            f"{url} can't be downloaded to {path} ({reason}): check the network, or give {flag}"
         ) from error
 
 
@@ -252,14 +262,12 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
     The shortcut: a long context would be tokenized again for every continuation. Therefore it is
     split before its last word, into a head and a tail, and only the tail is tokenized again. The
     tokens are the same, because GPT-2's pattern never joins the blank before a word with the text
-    before it, except where two blanks meet. There, and if there is no blank, the head is empty.
+    before it, except where two blanks meet.
     """
     # Split the context into head, tail and the blanks at its end.
     stripped = context.rstrip()
     blanks = context[len(stripped) :]
-    cut = stripped.rfind(" ")
-    if cut < 1 or stripped[cut - 1].isspace():
-        cut = 0
+    cut = last_cut(stripped)
     head = enc.encode_ordinary(stripped[:cut])
     tail = stripped[cut:]
     tail_ids = enc.encode_ordinary(tail)
@@ -271,3 +279,12 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
         continuation_ids.append(whole[len(tail_ids) :])
     # An empty context is the end-of-text token, which every document starts with.
     return Request(head + tail_ids or [enc.eot_token], continuation_ids)
+
+
+def last_cut(text: str) -> int:
+    """Where a text can be split so that its parts have the tokens of the whole: before its last
+    blank that follows a character other than a blank; 0 if it has none."""
+    cut = text.rfind(" ")
+    while cut > 0 and text[cut - 1].isspace():
+        cut = text.rfind(" ", 0, cut)
+    return max(0, cut)

@@ -27,7 +27,7 @@ from common.console import Progress, UserError, say, table, write_atomically, wr
 from common.finetune_data import CLOSE, OPEN, is_tagged
 from common.runlog import finite_or_none
 from common.runtime import Runtime, mixed_seed
-from common.scoring import stream_loss
+from common.scoring import bits_per_byte, stream_loss
 from common.shards import open_shards, shards_tokenizer
 from common.tokenizer import tokenizer_to_text
 from model import GPT
@@ -42,6 +42,12 @@ FIGURES = (
         "held-out perplexity",
         ".2f",
         "exp of the mean loss per token on texts that were not trained on. Lower is better.",
+    ),
+    (
+        "held-out bits per byte",
+        ".4f",
+        "the same loss in bits, divided by the texts' bytes. It also compares models of different "
+        "vocabularies.",
     ),
     (
         DELIMITED,
@@ -78,6 +84,7 @@ FIGURES = (
         "exp of the mean loss per token on the validation shard of general text. "
         "If it rises, the model has forgotten some of what it had learned in pretraining.",
     ),
+    ("general bits per byte", ".4f", "the same loss in bits, divided by the text's bytes."),
 )
 
 
@@ -144,14 +151,19 @@ def measure_model(
 
     # In windows of T tokens, as during finetuning, so that the loss is that of the log.
     held_out_loss = stream_loss(model, val_tokens, config.B, config.T, rt)
-    figures: dict[str, float | None] = {"held-out perplexity": perplexity(held_out_loss)}
+    figures: dict[str, float | None] = {
+        "held-out perplexity": perplexity(held_out_loss),
+        "held-out bits per byte": bits_per_byte(held_out_loss, val_tokens, enc),
+    }
     figures |= measure_samples(samples, training)
 
     # In windows of the whole context, as in pretraining.
     figures["general perplexity"] = None
+    figures["general bits per byte"] = None
     if general_tokens is not None:
         general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
         figures["general perplexity"] = perplexity(general_loss)
+        figures["general bits per byte"] = bits_per_byte(general_loss, general_tokens, enc)
     return figures, samples
 
 

@@ -40,6 +40,73 @@ PASSAGES = [
     for word in LAST_WORDS
 ]
 
+# CORE's three types of tasks: shots, percent of right guesses, examples. Most have blanks where
+# they matter, and one text of each type is longer than the small model's context.
+LONG = "The model reads a token and writes a token. " * 25
+CORE_TASKS = {
+    "multiple_choice": (
+        2,
+        25.0,
+        [
+            dict(query=f"What is {n}? ", choices=[f"{n}", f" {n} models ", "a token"], gold=n % 3)
+            for n in range(6)
+        ]
+        + [
+            dict(query="Equal", choices=["the model", "the model"], gold=1),
+            dict(query="Begins with the other", choices=["the model", "the model reads"], gold=0),
+            dict(query=LONG + "What?", choices=["the model", "a token is read"], gold=1),
+        ],
+    ),
+    "schema": (
+        1,
+        50.0,
+        [
+            dict(
+                context_options=[f"Ann {n} saw the model ", f"Bob saw {n}"],
+                continuation="and read it. ",
+                gold=n % 2,
+            )
+            for n in range(5)
+        ]
+        + [
+            dict(context_options=["Same", "Same"], continuation="end", gold=0),
+            dict(context_options=[LONG, LONG + "It"], continuation="and read it", gold=0),
+        ],
+    ),
+    "language_modeling": (
+        3,
+        0.0,
+        [
+            dict(context=f" The model reads {n} " + "\n" * (n % 2), continuation="tokens")
+            for n in range(6)
+        ]
+        + [
+            dict(context="It", continuation="is a model "),
+            dict(context=LONG + "The model", continuation="reads a token"),
+        ],
+    ),
+}
+
+
+def write_bundle(folder: Path) -> Path:
+    """A bundle like that of CORE, with a task of each type."""
+    (folder / "eval_data" / "small").mkdir(parents=True)
+    entries = []
+    chances = ["Eval Task,Task Category,Random baseline"]
+    for kind, (shots, chance, examples) in CORE_TASKS.items():
+        uri = f"small/{kind}.jsonl"
+        lines = [json.dumps(example) + "\n" for example in examples]
+        (folder / "eval_data" / uri).write_text("".join(lines))
+        # JSON is YAML.
+        entries.append(
+            dict(label=f"my_{kind}", dataset_uri=uri, num_fewshot=[shots], icl_task_type=kind)
+        )
+        chances.append(f"my_{kind},any,{chance}")
+    entries[0]["continuation_delimiter"] = "\nAnswer: "
+    (folder / "core.yaml").write_text(json.dumps(dict(icl_tasks=entries)))
+    (folder / "eval_meta_data.csv").write_text("\n".join(chances) + "\n")
+    return folder
+
 
 def question_text(answer: str, candidates: str) -> str:
     """A question of the Children's Book Test in the format of its files."""
@@ -64,6 +131,7 @@ def write_model_and_data(folder: Path) -> Path:
     (folder / "lambada.jsonl").write_text("".join(lambada))
     names = question_text("Mary", "Mary|John|Kitty|Mr|Jane|Anne|Tom|Sam|Ned|Eve")
     (folder / "cbtest_NE_test.txt").write_text(names * 6)
+    write_bundle(folder / "eval_bundle")
     verbs = question_text("said", "said|ran|'s|went|is|was|had|saw|ate|sat")
     (folder / "cbtest_V_test.txt").write_text(verbs * 2)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
     words = ["evaluate.py", "--device", "cpu", "--out_dir", out_dir]
     words += ["--hellaswag_data", folder / "hellaswag.jsonl"]
     words += ["--lambada_data", tmp_path / "none.jsonl"]
-    words += ["--cbt_data", folder]
+    words += ["--cbt_data", folder, "--core_data", folder / "eval_bundle"]
     words += ["--val_data", data_dir, "--val_tokens", 500]
     words += ["--models", folder / "model.pt", tmp_path / "none.pt", folder / "hf"]
     out = ok(command(*words)).stdout
@@ -46,12 +47,16 @@ def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
     assert "no file" in cells["hf", "lambada", "not available"]
     assert "no file" in cells["none.pt", "cbt", "not available"]
     assert "29.55%" in table
+    assert cells["hf", "core", "CORE"] == cells["model.pt", "core", "CORE"]
+    accuracy = cells["hf", "hellaswag", "completion acc"]
+    assert re.fullmatch(r"[\d.]+% ± [\d.]+% \(\d+/12\)", accuracy)
+    assert (out_dir / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
     # The second time, nothing is computed.
     results = json.loads((out_dir / "evaluation.json").read_text())
-    assert len(results) == 6
+    assert len(results) == 8
     again = ok(command(*words)).stdout
-    assert again.count("computed before") == 6
+    assert again.count("computed before") == 8
     assert json.loads((out_dir / "evaluation.json").read_text()) == results
 
     # Only the validation loss does not depend on limit. A result of other code is computed again,
@@ -59,7 +64,7 @@ def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
     outdated = [result for result in results if result["benchmark"] == "val"][0]
     outdated["code"] = "of an older version"
     (out_dir / "evaluation.json").write_text(json.dumps(results))
-    changed = ok(command(*words, "--limit", 3)).stdout
+    changed = ok(command(*words, "--limit", 4)).stdout
     assert changed.count("computed before") == 1
     renewed = json.loads((out_dir / "evaluation.json").read_text())
     assert [result["benchmark"] for result in renewed].count("val") == 2
@@ -70,7 +75,7 @@ def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
 
 
 def test_an_unknown_benchmark_is_rejected():
-    message = "benchmarks is 'hella', must be one of hellaswag, lambada, cbt, val"
+    message = "benchmarks is 'hella', must be one of hellaswag, lambada, cbt, core, val"
     with pytest.raises(UserError, match=message):
         evaluate.Config(benchmarks=("hellaswag", "hella"))
 
@@ -94,9 +99,10 @@ def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys, mon
         hellaswag_data=str(folder / "hellaswag.jsonl"),
         lambada_data=str(folder / "lambada.jsonl"),
         cbt_data=str(folder),
+        core_data=str(folder / "eval_bundle"),
         val_data=str(data_dir),
         val_tokens=500,
-        limit=2,
+        limit=4,
         out_dir=str(tmp_path),
         device="cpu",
     )
@@ -170,7 +176,18 @@ def test_bits_per_byte_by_hand_with_either_tokenizer(data_dir):
     ):
         model = GPT(GPTConfig(vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_embd=8, block_size=32))
         torch.nn.init.zeros_(model.wte.weight)
-        (loss, bits), _ = evaluate.evaluate_validation(model, enc, text, CPU, B=8)
+        (loss, _, bits), _ = evaluate.evaluate_validation(model, enc, text, CPU, B=8)
         assert loss.value == pytest.approx(math.log(enc.n_vocab), abs=1e-5)
         expected = (count - 1) * math.log2(enc.n_vocab) / len(string.encode())
         assert bits.value == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_picture_has_a_bar_for_each_model_and_a_line_for_each_published_figure():
+    metrics = [vars(Metric("completion acc_norm", 0.3, 3, 10, 0.15))]
+    results = [dict(model=name, benchmark="hellaswag", metrics=metrics) for name in ("a", "b")]
+    ax = evaluate.Figure().subplots()
+    benchmark = next(one for one in evaluate.BENCHMARKS if one.name == "hellaswag")
+    evaluate.draw_benchmark(ax, benchmark, ["a", "b"], results)
+    assert [bar.get_height() for bar in ax.patches] == [0.3, 0.3]
+    levels = {line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"}
+    assert levels == {0.2955, 0.375224, 0.431986, 0.4893}

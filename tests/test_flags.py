@@ -26,15 +26,16 @@ FLAGS = {
         optimizer warmup_steps max_lr min_lr weight_decay beta1 beta2 eps grad_clip shard_optimizer
         n_layer n_head n_embd block_size padded_vocab_size norm dropout activation_checkpointing
         init_from resume seed device dtype compile timeout deterministic
-        val_every val_tokens hellaswag_every hellaswag_data sample_every sample_prompt
-        checkpoint_every rolling_every tracker
+        val_every val_tokens hellaswag_every hellaswag_data core_every core_data
+        sample_every sample_prompt checkpoint_every rolling_every tracker
     """,
     "hellaswag": "model data limit device dtype save_predictions results",
     "lambada": "model data limit device dtype save_predictions",
     "cbt": "model data limit device dtype save_predictions",
+    "dclm_core": "model data limit device dtype save_predictions plot",
     "evaluate": """
-        models benchmarks hellaswag_data lambada_data cbt_data val_data val_tokens limit B out_dir
-        device dtype
+        models benchmarks hellaswag_data lambada_data cbt_data core_data val_data val_tokens limit B
+        out_dir device dtype
     """,
     "generate_finetune_data": """
         num_samples model base_url concurrency out_dir dry_run offline seed min_words max_words
@@ -54,7 +55,8 @@ FLAGS = {
     "export": "model out format",
     "plot": "runs out_dir size",
     "bench.__main__": """
-        rows nanogpt build_nanogpt rounds hellaswag_data hellaswag_limit data_files device out
+        rows nanogpt build_nanogpt nanochat rounds hellaswag_data hellaswag_limit core_limit
+        data_files device out
     """,
     "experiments.norm_study": """
         data_dir out_dir learning_rates warmup_steps_grid seeds depths gradients_every

@@ -1,5 +1,6 @@
 """The scoring engine against one forward pass per continuation."""
 
+import math
 import random
 
 import numpy as np
@@ -13,6 +14,7 @@ from common.console import UserError
 from common.optim import Diverged
 from common.runtime import Runtime
 from common.scoring import Request, score, stream_loss
+from common.tokenizer import train_tokenizer
 from model import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -199,6 +201,39 @@ def test_a_row_is_laid_out_as_drawn():
         (row,) = scoring.make_rows(Request([a, b, c], endings), 0, 64)
         assert row.tokens == [a, b, c, x, y]
         assert row.columns == [2, 3, 4] * len(endings)
+
+
+def test_the_first_tokens_of_a_continuation_may_be_unscored():
+    """The second example in the docstring of scoring.py."""
+    a, b, c, x, y, p, q, r = range(8)
+    (row,) = scoring.make_rows(Request([a, b, c], [[x, y, p, q], [x, y, r]], [2, 0]), 7, 64)
+    assert row.tokens == [a, b, c, x, y, p]
+    assert row.targets == [p, q, x, y, r]
+    assert row.columns == [4, 5, 2, 3, 4]
+    assert row.score_index == [7, 7, 8, 8, 8]
+    assert row.is_first == [True, False, True, False, False]
+
+
+def test_unscored_tokens_are_a_context_of_their_own():
+    """Also where the text is cut, which makes a row of each continuation."""
+    model = make_model(64)
+    rng = random.Random(0)
+    for length in (5, 80):
+        context = rng.choices(range(100), k=length)
+        endings = [rng.choices(range(100), k=6), rng.choices(range(100), k=9)]
+        (scores,) = score(model, [Request(context, endings, [4, 0])], CPU)
+        ((expected,),) = score(model, [Request([*context, *endings[0][:4]], [endings[0][4:]])], CPU)
+        assert scores[0].num_tokens == 2
+        assert scores[0].logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+def test_bits_per_byte_by_hand():
+    enc, _ = train_tokenizer(["ab ab ab"], 259)
+    text = "abcé ab"  # 8 bytes
+    tokens = np.array([enc.eot_token, *enc.encode_ordinary(text), enc.eot_token])
+    bits = scoring.bits_per_byte(2.0, tokens, enc)
+    assert bits == pytest.approx(2.0 * (len(tokens) - 1) / math.log(2) / 8)
+    assert scoring.bits_per_byte(2.0, np.array([enc.eot_token] * 2), enc) == math.inf
 
 
 def test_nothing_is_computed_twice():
