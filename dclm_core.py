@@ -469,8 +469,9 @@ def add_prediction(result: Result, example: dict, num_texts: int, scores: dict):
     """Add an example, whose texts have `scores` by number."""
     line = dict(task=result.task.name, ind=example["ind"])
     if result.task.kind == "language_modeling":
-        hit = scores[0].greedy
-        line["logprob"] = scores[0].logprob
+        # In a context of a single token, nothing of the continuation is left.
+        hit = bool(scores) and scores[0].greedy
+        line["logprob"] = scores[0].logprob if scores else None
     else:
         losses = [nan] * num_texts
         for number, text_score in scores.items():

@@ -267,19 +267,15 @@ def draw_benchmark(ax: Axes, benchmark: Benchmark, models: list[str], results: l
     """The headline metric of each model as a bar with its standard error. Dashed lines are the
     published figures of OpenAI's models, the dotted line is chance."""
     reference = benchmark.reference
+    # The end of a long path says more than its beginning.
+    ticks = [model if len(model) <= 24 else f"...{model[-21:]}" for model in models]
     for result in results:
         if result["benchmark"] != benchmark.name:
             continue
         metric = benchmark.headline([Metric(**values) for values in result["metrics"]])
         place = models.index(result["model"])
         ax.bar(place, metric.value, yerr=metric.stderr, color="#0072B2", ecolor="black", capsize=3)
-        ax.annotate(
-            metric.format(metric.value),
-            (place, max(metric.value, 0)),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="center",
-        )
+        ticks[place] += f"\n{metric.format(metric.value)}"
     for model, color in zip(OPENAI_MODELS, ("#E69F00", "#009E73", "#CC79A7", "#D55E00")):
         figure = reference.published(reference.headline, model)
         if figure is not None:
@@ -287,15 +283,13 @@ def draw_benchmark(ax: Axes, benchmark: Benchmark, models: list[str], results: l
             ax.axhline(figure, color=color, ls="--", label=f"{model}, published: {text}")
     if reference.chance:
         ax.axhline(reference.chance, color="grey", ls=":", label=f"chance: {reference.chance:.0%}")
-    ax.margins(y=0.15)
-    # The end of a long path says more than its beginning.
-    ticks = [model if len(model) <= 24 else f"...{model[-21:]}" for model in models]
     ax.set_xticks(range(len(models)), ticks, rotation=30, ha="right")
     ax.set(title=f"{reference.title}: {reference.headline}", xlim=(-0.6, len(models) - 0.4))
     if reference.as_percent:
         ax.yaxis.set_major_formatter("{x:.0%}")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="lower right", fontsize="small")
+        # above the title, where it covers no bar
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), fontsize="small")
 
 
 # ---------------------------------------------------------------------------------------------

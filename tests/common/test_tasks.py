@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import math
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from small_benchmarks import CPU, TEXT, load_both, write_model_and_data
 
 import cbt
+import dclm_core
 import evaluate
 import hellaswag
 import lambada
@@ -52,14 +54,17 @@ def test_code_fingerprint_changes_with_the_code_but_not_with_comments(tmp_path, 
 def test_references_name_the_metrics_that_are_computed(folder):
     """A misspelled metric would silently lose its published figures."""
     model, enc, _ = load_both(folder)
-    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="")
+    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="", core="eval_bundle")
     for benchmark in evaluate.BENCHMARKS:
         assert benchmark.reference is REFERENCES[benchmark.name]
-        examples = benchmark.load(str(folder / data[benchmark.name]), 2)
+        examples = benchmark.load(str(folder / data[benchmark.name]), 4)
         metrics, _ = benchmark.evaluate(model, enc, examples, CPU)
         names = {metric.name for metric in metrics}
         if benchmark.name == "cbt":
             names.add("paper CN")  # not in the small data
+        if benchmark.name == "core":  # neither are these tasks
+            names |= {"hellaswag_zeroshot", "hellaswag", "lambada_openai"}
+            names |= {"piqa", "arc_easy", "arc_challenge"}
         assert benchmark.reference.figures.keys() <= names
         assert benchmark.headline(metrics).name == benchmark.reference.headline
 
@@ -78,7 +83,7 @@ def test_references_have_different_streams_and_known_models():
 # All benchmarks
 
 
-@pytest.mark.parametrize("script", [hellaswag, lambada, cbt])
+@pytest.mark.parametrize("script", [hellaswag, lambada, cbt, dclm_core])
 @pytest.mark.parametrize("limit", [0, -1])
 def test_limits_below_one_are_rejected(script, limit):
     with pytest.raises(UserError, match=f"limit is {limit}, must be at least 1"):
@@ -91,9 +96,9 @@ def test_a_small_context_is_enough_for_every_benchmark(folder, block_size, capsy
     _, enc, _ = load_both(folder)
     shape = dict(n_layer=1, n_head=1, n_embd=8, block_size=block_size)
     model = GPT(GPTConfig(vocab_size=500, **shape))
-    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="")
+    data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="", core="eval_bundle")
     for benchmark in evaluate.BENCHMARKS:
-        examples = benchmark.load(str(folder / data[benchmark.name]), 3)
+        examples = benchmark.load(str(folder / data[benchmark.name]), 4)
         if benchmark.name == "hellaswag":
             examples[0]["endings"][1] = "and so on " * 40
         for _ in range(2):
@@ -108,19 +113,33 @@ def test_a_small_context_is_enough_for_every_benchmark(folder, block_size, capsy
 def test_data_may_begin_with_a_byte_order_mark(folder, tmp_path, encoding):
     data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="cbtest_NE_test.txt")
     for benchmark in evaluate.BENCHMARKS:
-        name = data[benchmark.name]
-        path = tmp_path / name
-        path.write_text((folder / name).read_text(), encoding)
-        assert benchmark.load(str(path), None) == benchmark.load(str(folder / name), None)
+        name = data.get(benchmark.name)
+        if name:
+            path = tmp_path / name
+            path.write_text((folder / name).read_text(), encoding)
+            assert benchmark.load(str(path), None) == benchmark.load(str(folder / name), None)
+    # CORE's data is a folder.
+    bundle = shutil.copytree(folder / "eval_bundle", tmp_path / "eval_bundle")
+    for path in bundle.rglob("*.*"):
+        path.write_text(path.read_text(), encoding)
+    assert dclm_core.load(bundle) == dclm_core.load(folder / "eval_bundle")
 
 
 def test_data_that_is_not_text_is_an_error_that_names_the_line(folder, tmp_path):
     data = dict(hellaswag="hellaswag.jsonl", lambada="lambada.jsonl", cbt="cbtest_NE_test.txt")
     for benchmark in evaluate.BENCHMARKS:
+        if benchmark.name not in data:
+            continue
         path = tmp_path / data[benchmark.name]
         path.write_bytes((folder / path.name).read_bytes().replace(b"\n", b"\n\xe9", 1))
         with pytest.raises(UserError, match=f"{path}, line 2, is not UTF-8"):
             benchmark.load(str(path), None)
+    # CORE's data is a folder.
+    bundle = shutil.copytree(folder / "eval_bundle", tmp_path / "eval_bundle")
+    path = bundle / "eval_data" / "small" / "schema.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\n\xe9", 1))
+    with pytest.raises(UserError, match=f"{path}, line 2, is not UTF-8"):
+        dclm_core.load(bundle)
 
 
 # Requests
