@@ -231,3 +231,9 @@ def test_B_0_chooses_a_micro_batch_and_resumes_with_it(data_dir, tmp_path):
     assert runs["chosen"]["run"]["B"] == 16
     for key, tensor in runs["given"]["model"].items():
         assert torch.equal(tensor, runs["chosen"]["model"][key])
+
+    # Twice as much would fit, but the numbers of another B differ in the last digits.
+    flags = ["--data_dir", data_dir, "--log_dir", tmp_path / "resumed", *SMALL_RUN]
+    ok(command("train_gpt2.py", *flags, "--B", 8, "--max_steps", 2))
+    ok(command("train_gpt2.py", *flags, "--B", 0, "--max_steps", 3, "--resume"))
+    assert torch.load(tmp_path / "resumed" / "model_final.pt")["run"]["B"] == 8
