@@ -609,7 +609,7 @@ def fit_into_memory(config: Config, model: GPT, loaded: dict | None, free: int, 
         muon=config.optimizer == "muon",
         sharded=config.shard_optimizer,
         activation_checkpointing=config.activation_checkpointing,
-        saves_in_background=True,
+        saves_during_training=config.checkpoint_every > 0,
     )
     earlier = loaded.get("run", {}).get("B", 0) if loaded else 0
     if config.B == 0 and earlier and sequences % earlier == 0 and estimate.need(earlier) <= free:

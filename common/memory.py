@@ -4,9 +4,10 @@
     estimate = TrainingMemory(model, T, sequences, rt)
     B = choose_B(B, free, estimate)           # or UserError; B = 0 chooses
 
-The need is computed, not measured: it is the peak of a training step, in bytes, from the shapes of
-all large tensors. docs/log.md compares it with measured peaks. torch.compile saves activations that
-it can recompute cheaply, so a compiled model needs less.
+The need is computed, not measured, from the shapes of all large tensors at the peak of a training
+step. On CPUs, an allowance for the allocator is added. docs/log.md compares both with measured
+peaks. torch.compile recomputes cheap activations instead of storing them, so a compiled model needs
+less.
 """
 
 import os
@@ -21,6 +22,11 @@ from common.runtime import Runtime
 from model import GPT
 
 FLOAT = 4  # bytes of a float32
+
+# A process on a CPU has more resident memory than its tensors need: gaps in the heap between freed
+# tensors, buffers of the matrix products, modules that are imported late. From measured peaks.
+CPU_HEAP = 1.5  # for tensors that are allocated anew in each step
+CPU_OTHER = 300_000_000  # bytes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -42,7 +48,9 @@ class TrainingMemory:
     muon: bool = False
     sharded: bool = False  # optimizer states shared among the ranks
     activation_checkpointing: bool = False
-    saves_in_background: bool = False  # a copy of weights and optimizer states in host memory
+    # are there checkpoints before the last step? If so, their copy of weights and optimizer states
+    # stays in host memory; the final checkpoint makes one after the last step
+    saves_during_training: bool = False
 
     def __post_init__(self):
         self.config = self.model.config
@@ -51,13 +59,22 @@ class TrainingMemory:
         self.stores_attention = self.config.dropout > 0 and self.rt.device.type == "cpu"
 
     def need(self, B: int) -> int:
-        """Bytes at the peak of a training step."""
+        """Bytes that a training step needs, with the allowance on CPUs."""
+        step = self.step(B)
+        if self.rt.device.type == "cpu":
+            # On a GPU, the copy for saving lies in host memory.
+            final_copy = 0 if self.saves_during_training else self.weights() + self.moments()
+            step = max(step * CPU_HEAP, final_copy) + CPU_OTHER
+        return int(self.permanent() + step + self.tokens())
+
+    def step(self, B: int) -> float:
+        """Bytes of the tensors that a training step allocates, at its peak."""
         accumulates = self.sequences > B or self.rt.world_size > 1  # DDP's buckets always exist
         gradients = FLOAT * self.num_params(trained=True)
         kept = gradients if accumulates else 0
         embedding = FLOAT * self.model.wte.weight.numel()
         activations = self.activations(B)
-        peak = max(
+        return max(
             # 1. At the end of the forward pass, in the loss.
             kept + activations + self.loss(B),
             # 2. In the backward pass of the last block, when nearly all activations still exist.
@@ -68,7 +85,6 @@ class TrainingMemory:
             # 4. In the optimizer.
             gradients + self.update(),
         )
-        return int(self.permanent() + peak + self.tokens())
 
     def num_params(self, trained: bool) -> int:
         params = self.model.parameters()
@@ -78,17 +94,20 @@ class TrainingMemory:
         """Numbers in the matrices of the blocks."""
         return sum(p.numel() for p in self.model.h.parameters() if p.dim() == 2)
 
+    def weights(self) -> int:
+        return FLOAT * self.num_params(trained=False)
+
+    def moments(self) -> int:
+        """The optimizer's states: two numbers per parameter for AdamW, one for Muon."""
+        size = 2 * FLOAT * self.num_params(trained=True)
+        return size - FLOAT * self.num_block_matrices() if self.muon else size
+
     def permanent(self) -> float:
         """What exists all the time: weights, optimizer states, and the copy of both for saving."""
-        weights = FLOAT * self.num_params(trained=False)
-        # AdamW keeps two numbers per parameter, Muon one.
-        moments = 2 * FLOAT * self.num_params(trained=True)
-        if self.muon:
-            moments -= FLOAT * self.num_block_matrices()
-        states = moments / self.rt.world_size if self.sharded else moments
-        # On a GPU, the copy lies in host memory. Only rank 0 has it, with the states of all ranks.
-        is_copied = self.saves_in_background and self.rt.device.type != "cuda"
-        return weights + states + (weights + moments if is_copied else 0)
+        states = self.moments() / self.rt.world_size if self.sharded else self.moments()
+        # Only rank 0 has the copy, with the states of all ranks.
+        is_copied = self.saves_during_training and self.rt.device.type != "cuda"
+        return self.weights() + states + (self.weights() + self.moments() if is_copied else 0)
 
     def block(self, B: int) -> int:
         """What the backward pass of one block needs of its forward pass.

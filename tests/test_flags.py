@@ -58,6 +58,7 @@ FLAGS = {
         rows nanogpt build_nanogpt nanochat rounds hellaswag_data hellaswag_limit core_limit
         data_files device out
     """,
+    "bench.gpu_check": "nanogpt B minutes device small out",
     "experiments.norm_study": """
         data_dir out_dir learning_rates warmup_steps_grid seeds depths gradients_every
         n_layer n_head n_embd B T total_batch_size max_steps val_tokens
