@@ -6,7 +6,8 @@
     texts = model.generate([[15496, 11]], 20)    # lists of token ids in, lists of new ids out
 
 Parameters have GPT-2's own names (wte, wpe, h.0.attn.c_attn, ...). OpenAI's weights are loaded by
-common/huggingface.py, our checkpoints by common/checkpoint.py.
+common/huggingface.py, our checkpoints by common/checkpoint.py, those of other projects by
+common/convert.py.
 """
 
 import math
@@ -42,6 +43,8 @@ class GPTConfig:
     # heads left in each layer of a pruned model (experiments/pruning.py); None = all
     heads_kept: tuple[int, ...] | None = None
     norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer, or after the sum
+    # GELU by the approximation that GPT-2 was trained with, or exact as in nanoGPT
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -66,6 +69,8 @@ class GPTConfig:
                 )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm is {self.norm!r}, must be pre or post")
+        if self.activation not in ("gelu_tanh", "gelu"):
+            raise ValueError(f"activation is {self.activation!r}, must be gelu_tanh or gelu")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, must be at least 0 and below 1")
 
@@ -162,7 +167,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # the approximation that GPT-2 was trained with
+        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 

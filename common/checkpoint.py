@@ -18,9 +18,7 @@ Those that training can resume from also have
 """
 
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -31,8 +29,9 @@ import tiktoken
 import torch
 
 from common.console import UserError, checksum, write_atomically
-from common.huggingface import load_model_tokenizer, load_pretrained
-from common.tokenizer import tokenizer_from_text, tokenizer_to_text
+from common.convert import is_llmc, load_pickle, read_llmc, read_nanogpt
+from common.huggingface import find_weights, load_model_tokenizer, load_pretrained
+from common.tokenizer import load_gpt2, tokenizer_from_text, tokenizer_to_text
 from model import GPT, GPTConfig
 
 REQUIRED_KEYS = {"model", "config", "tokenizer", "step"}
@@ -188,26 +187,17 @@ def load(path: str | Path) -> dict:
 
     Raises UserError if it is damaged, was not written by this project, or contains code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        # torch.load does not compare the checksums that the file contains.
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("wrong checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} was not written by this project: it holds more than tensors and plain values, "
-            "and loading it could run code"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated, corrupt or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= REQUIRED_KEYS:
+    checkpoint = load_pickle(path)
+    if not is_ours(checkpoint):
         raise UserError(
             f"{path} was not written by this project: it lacks model, config, tokenizer or step"
         )
     return checkpoint
+
+
+def is_ours(content: Any) -> bool:
+    """Whether the content of a file is a checkpoint of this project."""
+    return isinstance(content, dict) and content.keys() >= REQUIRED_KEYS
 
 
 def build_model(checkpoint: dict, path: str | Path, dropout: float = 0.0) -> GPT:
@@ -223,25 +213,33 @@ def build_model(checkpoint: dict, path: str | Path, dropout: float = 0.0) -> GPT
 def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tiktoken.Encoding]:
     """A model and its tokenizer: from a checkpoint, a Hugging Face folder, or `gpt2` ... `gpt2-xl`.
 
-    Raises UserError or OSError.
+    A checkpoint is ours, or one of nanoGPT, build-nanogpt or llm.c. Raises UserError or OSError.
     """
     path = Path(name_or_path)
-    if is_checkpoint(path):
-        checkpoint = load(path)
-        model = build_model(checkpoint, path, dropout)
-        model.source = str(path)
-        return model, tokenizer_from_text(checkpoint["tokenizer"])
-    model = load_pretrained(name_or_path, dropout)
-    model.source = str(name_or_path)
-    enc = load_model_tokenizer(name_or_path, model.config.vocab_size)
-    # Embeddings without a token are padding: the model must not choose them.
-    model.config.vocab_size = enc.n_vocab
-    return model, enc
+    if not is_checkpoint(path):
+        model = load_pretrained(name_or_path, dropout)
+        model.source = str(name_or_path)
+        enc = load_model_tokenizer(name_or_path, model.config.vocab_size)
+        # Embeddings without a token are padding: the model must not choose them.
+        model.config.vocab_size = enc.n_vocab
+        return model, enc
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds weights only: name its folder, which also has config.json")
+    if is_llmc(path):
+        return read_llmc(path, dropout), load_gpt2()
+    content = load_pickle(path)
+    if not is_ours(content):
+        return read_nanogpt(content, path, dropout), load_gpt2()
+    model = build_model(content, path, dropout)
+    model.source = str(path)
+    return model, tokenizer_from_text(content["tokenizer"])
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a model's name means one of our files, and not a folder or a hub name."""
-    return path.suffix == ".pt" or path.is_file()
+    """Whether a model's name means a file, and not a folder or a hub name."""
+    return path.suffix in (".pt", ".bin") or path.is_file()
 
 
 def fingerprint(name: str) -> str:
@@ -249,8 +247,7 @@ def fingerprint(name: str) -> str:
     path = Path(name)
     if is_checkpoint(path):
         return checksum(path)
-    weight_files = sorted(path.glob("model*.safetensors"))
-    return " ".join(map(checksum, weight_files)) or name
+    return " ".join(map(checksum, find_weights(path))) or name
 
 
 class NotFinite(UserError):

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from common.console import Progress, UserError, say
 
-WEIGHTS = ["config.json", "model*.safetensors"]
+WEIGHTS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+# Of repositories without safetensors.
+OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # Beside byte-level BPE, the vocabularies of other kinds, so that they are recognized and rejected.
 TOKENIZER = [
     "config.json",

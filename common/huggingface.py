@@ -8,7 +8,7 @@ save_tokenizer(enc, "exported")          # tokenizer.json, vocab.json, merges.tx
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tiktoken
 import torch
@@ -18,20 +18,37 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 from common.console import UserError, say
-from common.foreign import END_OF_TEXT, ForeignEncoding, byte_to_char, merge_pairs
-from common.hub import TOKENIZER, WEIGHTS, download
+from common.convert import (
+    GPT2_VOCAB_SIZES,
+    first_of,
+    is_transposed,
+    load_pickle,
+    make_config,
+    make_model,
+)
+from common.foreign import END_OF_TEXT, ForeignEncoding, byte_to_char, merge_pairs, read_json
+from common.hub import OLD_WEIGHTS, TOKENIZER, WEIGHTS, download
 from common.tokenizer import load_folder, load_gpt2, recover_merges, tokenizer_to_text
 from model import GPT, OPENAI_MODELS, GPTConfig
 
 # Settings that vary among Hugging Face's configurations, but are fixed in ours.
 FIXED = dict(
     model_type="gpt2",
-    activation_function="gelu_new",
     layer_norm_epsilon=1e-5,
     scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False,
-    tie_word_embeddings=True,
+    add_cross_attention=False,
 )
+# Ours by Hugging Face's names of the activation function. The first name of each is written.
+ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+}
 
 
 def load_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
@@ -40,40 +57,28 @@ def load_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
     Raises UserError if it is not a GPT-2 or is damaged, OSError if it is not available.
     """
     folder = find_folder(name_or_folder, WEIGHTS)
-    hf, tensors = read_folder(folder)
-    for key, value in FIXED.items():
-        if hf.get(key, value) != value:
-            raise UserError(f"{folder} differs from GPT-2: its {key} is {hf[key]}, not {value}")
-    try:
-        config = GPTConfig(
-            block_size=hf["n_positions"],
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["n_layer"],
-            n_head=hf["n_head"],
-            n_embd=hf["n_embd"],
-            dropout=dropout,
+    if not find_weights(folder) and not Path(name_or_folder).is_dir():
+        folder = find_folder(name_or_folder, OLD_WEIGHTS)
+    hf = read_config(folder)
+    tensors = read_weights(folder)
+    # The file must then say that the head is the embedding; make_model compares them.
+    if not hf["tie_word_embeddings"] and "lm_head.weight" not in tensors:
+        raise UserError(f"{folder} differs from GPT-2: tie_word_embeddings is false")
+    config = make_config(
+        f"{folder}/config.json",
+        block_size=hf["n_positions"],
+        vocab_size=hf["vocab_size"],
+        n_layer=hf["n_layer"],
+        n_head=hf["n_head"],
+        n_embd=hf["n_embd"],
+        activation=ACTIVATIONS[hf["activation_function"]],
+        dropout=dropout,
+    )
+    if hf["n_inner"] not in (None, 4 * config.n_embd):
+        raise UserError(
+            f"{folder} differs from GPT-2: its n_inner is {hf['n_inner']}, not {4 * config.n_embd}"
         )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from error
-
-    # The folder may hold more tensors: lm_head, which equals wte, and buffers of the causal mask.
-    model = GPT(config)
-    state = model.state_dict()
-    missing = sorted(state.keys() - tensors.keys())
-    if missing:
-        raise UserError(f"{folder} lacks the tensors {', '.join(missing[:3])} ...")
-    for name, ours in state.items():
-        tensor = tensors[name]
-        if is_transposed(name):
-            tensor = tensor.t()
-        if name == "wte.weight":
-            padding = config.padded_vocab_size - config.vocab_size
-            tensor = F.pad(tensor, (0, 0, 0, padding))
-        if tensor.shape != ours.shape:
-            shapes = f"{tuple(tensor.shape)}, expected {tuple(ours.shape)}"
-            raise UserError(f"{folder}: {name} is {shapes}")
-        ours.copy_(tensor)
-    return model
+    return make_model(config, tensors, folder, transposed=True)
 
 
 def find_folder(name_or_folder: str | Path, files: list[str]) -> Path:
@@ -87,11 +92,12 @@ def find_folder(name_or_folder: str | Path, files: list[str]) -> Path:
 def load_model_tokenizer(name_or_folder: str | Path, vocab_size: int) -> tiktoken.Encoding:
     """The tokenizer that belongs to a Hugging Face model with vocab_size embeddings.
 
-    If the folder has no tokenizer, and GPT-2's has as many tokens, it is GPT-2's. Raises UserError
-    if it is of another kind, or has more tokens than the model.
+    If the folder has no tokenizer, and the embeddings are as many as GPT-2's tokens (or as many as
+    is usual with padding), it is GPT-2's. Raises UserError if it is of another kind, or has more
+    tokens than the model.
     """
     enc = load_folder(find_folder(name_or_folder, TOKENIZER))
-    if enc is None and vocab_size != GPTConfig.vocab_size:
+    if enc is None and vocab_size not in GPT2_VOCAB_SIZES:
         raise UserError(
             f"{name_or_folder} has no tokenizer, and its vocabulary of {vocab_size} tokens is not "
             f"GPT-2's of {GPTConfig.vocab_size}: add the model's tokenizer.json"
@@ -107,22 +113,67 @@ def load_model_tokenizer(name_or_folder: str | Path, vocab_size: int) -> tiktoke
     return enc
 
 
-def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """config.json with GPT-2's defaults filled in, and all tensors under GPT-2's own names."""
-    weight_files = sorted(folder.glob("model*.safetensors"))
-    config_file = folder / "config.json"
-    if not weight_files or not config_file.exists():
-        raise UserError(f"{folder} has no model: config.json and model.safetensors are needed")
-    defaults = dict(n_positions=1024, vocab_size=50257, **OPENAI_MODELS["gpt2"])
+def read_config(folder: Path) -> dict:
+    """config.json with GPT-2's defaults filled in. Raises UserError if it is not GPT-2's."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder} has no model: its config.json is missing")
+    hf: dict[str, Any] = FIXED | OPENAI_MODELS["gpt2"]
+    hf |= dict(n_positions=1024, vocab_size=50257, n_inner=None)
+    hf |= dict(activation_function="gelu_new", tie_word_embeddings=True)
+    hf |= read_json(file)
+    for key, value in FIXED.items():
+        if hf[key] != value:
+            raise UserError(f"{folder} differs from GPT-2: its {key} is {hf[key]}, not {value}")
+    if str(hf["activation_function"]) not in ACTIVATIONS:
+        raise UserError(
+            f"{folder} differs from GPT-2: its activation_function is "
+            f"{hf['activation_function']}, not a GELU ({', '.join(ACTIVATIONS)})"
+        )
+    # A model with this field is computed by its own code, and only calls itself a GPT-2.
+    if any(name.startswith("AutoModel") for name in hf.get("auto_map") or {}):
+        raise UserError(f"{folder} differs from GPT-2: its config.json names code (auto_map)")
+    return hf
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files of a model's weights, in transformers' order of preference; empty if none.
+
+    Raises UserError if an index names a file that is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if not index.exists():
+            continue
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: {error!r}") from error
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise UserError(f"{folder} is incomplete: it lacks {first_of(missing)}")
+        return files
+    return []
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model, under the names in its files."""
+    files = find_weights(folder)
+    if not files:
+        raise UserError(f"{folder} has no model: model.safetensors or pytorch_model.bin is missing")
     tensors = {}
-    try:
-        hf = defaults | json.loads(config_file.read_bytes())
-        for file in weight_files:
-            for name, tensor in load_file(file).items():
-                tensors[name.removeprefix("transformer.")] = tensor
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is damaged or incomplete: {error}") from error
-    return hf, tensors
+    for file in files:
+        try:
+            content = load_file(file) if file.suffix == ".safetensors" else load_pickle(file)
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{folder} is damaged or incomplete: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} is not a model: it holds a {type(content).__name__}")
+        tensors.update(content)
+    return tensors
 
 
 def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = None):
@@ -149,7 +200,10 @@ def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = No
         tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
         tensors[f"transformer.{name}"] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    names = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     hf = FIXED | dict(
+        activation_function=names[c.activation],
+        tie_word_embeddings=True,
         architectures=["GPT2LMHeadModel"],
         n_positions=c.block_size,
         n_ctx=c.block_size,
@@ -164,11 +218,6 @@ def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = No
         attn_pdrop=c.dropout,
     )
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-
-
-def is_transposed(name: str) -> bool:
-    """Whether Hugging Face stores this weight as (in, out); nn.Linear's are (out, in)."""
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
 
 def pad_heads(name: str, tensor: torch.Tensor, n_embd: int) -> torch.Tensor:
@@ -195,31 +244,21 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
     for name in ("vocab.tiktoken", "added_tokens.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
 
+    vocab, merges = vocab_and_merges(enc)
     if isinstance(enc, ForeignEncoding):
         end_of_text = enc.end_of_text
         text = json.dumps(enc.description, indent=2, ensure_ascii=False)
         (folder / "tokenizer.json").write_text(text, "utf-8")
-        library = Tokenizer.from_str(text)
-        vocab = library.get_vocab()
-        merges = merge_pairs(enc.description)
         # This class takes every step from tokenizer.json; GPT2Tokenizer replaces some.
         config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
     else:
         end_of_text = END_OF_TEXT
-        chars = byte_to_char()
-
-        def spell(token: bytes) -> str:
-            return "".join(chars[byte] for byte in token)
-
-        ranks = enc._mergeable_ranks
-        vocab = {spell(token): rank for token, rank in ranks.items()}
-        merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
-        library = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        mergeable = {token: i for token, i in vocab.items() if i != enc.eot_token}
+        library = Tokenizer(models.BPE(vocab=mergeable, merges=merges))
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         library.add_special_tokens([END_OF_TEXT])
         library.save(str(folder / "tokenizer.json"))
-        vocab[END_OF_TEXT] = enc.eot_token
         config = dict(
             tokenizer_class="GPT2Tokenizer", add_prefix_space=False, unk_token=END_OF_TEXT
         )
@@ -232,3 +271,19 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
     if max_length:
         config["model_max_length"] = max_length
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def vocab_and_merges(enc: tiktoken.Encoding) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids by token, and the pairs to merge, with bytes spelled as in vocab.json and merges.txt."""
+    if isinstance(enc, ForeignEncoding):
+        library = Tokenizer.from_str(json.dumps(enc.description))
+        return library.get_vocab(), merge_pairs(enc.description)
+    chars = byte_to_char()
+
+    def spell(token: bytes) -> str:
+        return "".join(chars[byte] for byte in token)
+
+    ranks = enc._mergeable_ranks
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
+    return vocab | {END_OF_TEXT: enc.eot_token}, merges

@@ -130,14 +130,9 @@ def simplify(foreign: ForeignEncoding) -> tiktoken.Encoding:
     those in the file.
     """
     description = foreign.description
-    splits = steps_of(description["pre_tokenizer"])
     added = description["added_tokens"]
-    has_gpt2s_splits = len(splits) == 1 and splits[0].get("type") == "ByteLevel"
     if (
-        description.get("normalizer")
-        or not has_gpt2s_splits
-        or splits[0].get("add_prefix_space", True)
-        or not splits[0].get("use_regex", True)
+        not splits_like_gpt2(description)
         or [token["content"] for token in added] != [END_OF_TEXT]
         or not added[0]["special"]
         or foreign.end_of_text != END_OF_TEXT
@@ -162,6 +157,18 @@ def simplify(foreign: ForeignEncoding) -> tiktoken.Encoding:
         enc.name = "gpt2"
         return enc
     return enc if merges == recover_merges(ranks) else foreign
+
+
+def splits_like_gpt2(description: dict) -> bool:
+    """Whether a tokenizer.json file splits texts by GPT-2's pattern and does nothing else first."""
+    splits = steps_of(description["pre_tokenizer"])
+    return (
+        not description.get("normalizer")
+        and len(splits) == 1
+        and splits[0].get("type") == "ByteLevel"
+        and not splits[0].get("add_prefix_space", True)
+        and splits[0].get("use_regex", True)
+    )
 
 
 def tokenizer_to_text(enc: tiktoken.Encoding) -> str:

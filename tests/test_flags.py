@@ -51,7 +51,7 @@ FLAGS = {
         model prompt prompt_file num_samples max_tokens temperature top_k top_p seed stream out
         batch_size device dtype
     """,
-    "export": "model out",
+    "export": "model out format",
     "plot": "runs out_dir size",
     "bench.__main__": """
         rows nanogpt build_nanogpt rounds hellaswag_data hellaswag_limit data_files device out

@@ -578,10 +578,10 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         return ["--init_from", tmp_path / "other.pt"], "another tokenizer"
     if name == "foreign checkpoint":
         torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-        return ["--init_from", tmp_path / "foreign.pt"], "was not written by this project"
+        return ["--init_from", tmp_path / "foreign.pt"], "not a checkpoint of ours, nanoGPT or"
     if name == "no checkpoint":
         (tmp_path / "text.pt").write_text("not a checkpoint")
-        return ["--init_from", tmp_path / "text.pt"], "was not written by this project"
+        return ["--init_from", tmp_path / "text.pt"], "corrupt or not a checkpoint"
     if name == "checkpoint with code":
         torch.save({"model": RunsCode()}, tmp_path / "code.pt")
         return ["--init_from", tmp_path / "code.pt"], "could run code"

@@ -1,13 +1,14 @@
 """Hugging Face's folder layout: read, written, and read back by transformers."""
 
 import json
+import os
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
-from reference import TINY, V, random_model, random_reference, random_tokens, same_logits
+from reference import TINY, V, random_model, random_reference, random_tokens, same_logits, shake
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -126,12 +127,180 @@ def test_other_models_are_refused(reference_folder, tmp_path):
         dict(scale_attn_weights=False),
         dict(scale_attn_by_inverse_layer_idx=True),
         dict(tie_word_embeddings=False),
+        dict(add_cross_attention=True),
+        dict(n_inner=128),
+        dict(activation_function="quick_gelu"),
+        dict(activation_function=None),
+        dict(auto_map={"AutoModelForCausalLM": "modeling.Model"}),
     ],
     ids=str,
 )
 def test_variants_that_we_would_compute_wrongly_are_refused(reference_folder, tmp_path, variant):
     copy_with(reference_folder, tmp_path, **variant)
     assert next(iter(variant)) in refused(tmp_path)
+
+
+def reference_with(**config) -> GPT2LMHeadModel:
+    """A random model of transformers whose configuration differs from ours only in its spelling."""
+    sizes = {"n_positions" if name == "block_size" else name: n for name, n in TINY.items()}
+    torch.manual_seed(0)
+    model = shake(GPT2LMHeadModel(GPT2Config(**sizes | config)))
+    with torch.no_grad():  # strong enough that the two GELUs differ visibly
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight *= 5
+    return model
+
+
+def logit_difference(folder, reference) -> float:
+    idx = random_tokens(2, 33)
+    with torch.no_grad():
+        logits = load_pretrained(folder).eval()(idx)
+        return (logits - reference(idx).logits).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "name", "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu_fast gelu_accurate".split()
+)
+def test_names_of_gpt2s_gelu(tmp_path, name):
+    reference = reference_with(activation_function=name)
+    reference.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).config.activation == "gelu_tanh"
+    assert logit_difference(tmp_path, reference) < 3e-5
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_python"])
+def test_the_exact_gelu(tmp_path, name):
+    """Read, and written again. GPT-2's approximation would be visible."""
+    reference = reference_with(activation_function=name)
+    reference.save_pretrained(tmp_path)
+    assert logit_difference(tmp_path, reference) < 3e-5
+    assert logit_difference(tmp_path, reference_with(activation_function="gelu_new")) > 1e-4
+    save_pretrained(load_pretrained(tmp_path), tmp_path / "out")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert again.config.activation_function == "gelu"
+    assert logit_difference(tmp_path, again) < 3e-5
+
+
+@pytest.mark.parametrize("config", [dict(n_inner=256), dict(reorder_and_upcast_attn=True)], ids=str)
+def test_settings_that_change_nothing(tmp_path, config):
+    reference = reference_with(**config)
+    reference.save_pretrained(tmp_path)
+    assert logit_difference(tmp_path, reference) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path, dtype):
+    reference = reference_with().to(dtype)
+    reference.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path).wte.weight.dtype == torch.float32
+    assert logit_difference(tmp_path, reference.float()) < 1e-4
+
+
+def save_as_pickle(reference, folder, num_files: int = 1):
+    """As transformers wrote models before safetensors: all names, and the causal mask."""
+    reference.config.save_pretrained(folder)
+    state = reference.state_dict()
+    for layer in range(TINY["n_layer"]):
+        mask = torch.ones(1, 1, 256, 256, dtype=torch.uint8).tril()
+        state[f"transformer.h.{layer}.attn.bias"] = mask
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    if num_files == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for n in range(num_files):
+        file = f"pytorch_model-{n + 1:05}-of-{num_files:05}.bin"
+        part = dict(list(state.items())[n::num_files])
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = dict(metadata={}, weight_map=weight_map)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_pytorch_model_bin(tmp_path, num_files):
+    reference = reference_with()
+    save_as_pickle(reference, tmp_path, num_files)
+    assert logit_difference(tmp_path, reference) < 1e-4
+    first = checkpoint.fingerprint(str(tmp_path))
+    assert first != checkpoint.fingerprint(str(tmp_path / "absent")) and first != str(tmp_path)
+
+
+def test_a_hub_model_without_safetensors(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    reference = reference_with()
+    save_as_pickle(reference, tmp_path / "hub", 3)
+
+    def snapshot_download(repo, allow_patterns):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for file in (tmp_path / "hub").iterdir():
+            if any(map(file.match, allow_patterns)):
+                (tmp_path / "cache" / file.name).write_bytes(file.read_bytes())
+        return tmp_path / "cache"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert logit_difference("somebody/model", reference) < 1e-4
+
+
+def test_a_weight_file_by_itself_is_refused(reference_folder, tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        save_as_pickle(reference_with(), tmp_path)
+        copy_with(reference_folder, tmp_path)
+        with pytest.raises(UserError, match=f"{name} .* folder"):
+            checkpoint.load_model(tmp_path / name)
+
+
+def test_code_in_pytorch_model_bin_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "victim"),)
+
+    save_as_pickle(reference_with(), tmp_path)
+    torch.save({"transformer.wte.weight": Attack()}, tmp_path / "pytorch_model.bin")
+    assert "could run code (posix.mkdir)" in refused(tmp_path)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_a_missing_file_of_several_is_named(tmp_path):
+    random_reference().save_pretrained(tmp_path / "new", max_shard_size="200KB")
+    missing = sorted((tmp_path / "new").glob("model-*.safetensors"))[1]
+    missing.unlink()
+    assert f"lacks {missing.name}" in refused(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    save_as_pickle(reference_with(), tmp_path / "old", 3)
+    (tmp_path / "old" / "pytorch_model-00002-of-00003.bin").unlink()
+    assert "lacks pytorch_model-00002-of-00003.bin" in refused(tmp_path / "old")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_refused(reference_folder, tmp_path, text):
+    copy_with(reference_folder, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json is damaged" in refused(tmp_path)
+
+
+def test_a_head_that_is_stored_too(reference_folder, tmp_path):
+    """Equal to the embedding, it changes nothing, also if the config calls it untied."""
+    copy_with(reference_folder, tmp_path, tie_word_embeddings=False)
+    tensors = load_file(reference_folder / "model.safetensors")
+    head = tensors["transformer.wte.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert same_logits(load_pretrained(tmp_path).eval(), random_reference())
+    save_file(tensors | {"lm_head.weight": head + 1e-3}, tmp_path / "model.safetensors")
+    assert "its head (lm_head.weight) is not the embedding" in refused(tmp_path)
+    # safetensors' save_model keeps only the first of two names.
+    del tensors["transformer.wte.weight"]
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert same_logits(load_pretrained(tmp_path).eval(), random_reference())
+
+
+def test_tensors_of_another_architecture_are_named(reference_folder, tmp_path):
+    copy_with(reference_folder, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {"transformer.h.0.crossattention.c_attn.weight": torch.ones(2)}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    assert "it has the tensors h.0.crossattention.c_attn.weight" in refused(tmp_path)
 
 
 def test_absent_settings_are_those_of_transformers(reference_folder, tmp_path):
@@ -270,13 +439,14 @@ def test_without_a_tokenizer_gpt2s_is_used_only_if_the_size_matches(tmp_path, ca
     save_model(tmp_path / "small", 300)
     with pytest.raises(UserError, match="no tokenizer, and its vocabulary of 300 .* 50257"):
         checkpoint.load_model(tmp_path / "small")
-    save_model(tmp_path / "large", 50257)
     try:
         tokenizer.load_tokenizer("gpt2")
     except OSError:
         pytest.skip("GPT-2's vocabulary is not available")
-    _, enc = checkpoint.load_model(tmp_path / "large")
-    assert enc.name == "gpt2"
+    for rows in (50257, 50304):  # without and with padding
+        save_model(tmp_path / "large", rows)
+        model, enc = checkpoint.load_model(tmp_path / "large")
+        assert enc.name == "gpt2" and model.config.vocab_size == 50257
     assert "has no tokenizer: using GPT-2's" in capsys.readouterr().out
 
 
