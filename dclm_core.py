@@ -38,6 +38,8 @@ from functools import partial
 from math import nan, sqrt
 from pathlib import Path
 
+import common.before_torch
+
 import tiktoken
 
 from common import runtime, tasks
