@@ -10,6 +10,7 @@ peaks. torch.compile recomputes cheap activations instead of storing them, so a 
 less.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import psutil
 import torch
 
 from common.console import UserError
-from common.runtime import Runtime
+from common.muon import BATCH_ELEMENTS
+from common.runtime import Runtime, has_fast_bf16
 from model import GPT
 
 FLOAT = 4  # bytes of a float32
@@ -180,9 +182,18 @@ class TrainingMemory:
         return size
 
     def update(self) -> int:
-        """Muon's copies of one matrix: the update in float32, and four of its size in bfloat16."""
-        matrices = [p.numel() for p in self.model.h.parameters() if p.dim() == 2]
-        return max(matrices) * (FLOAT + 4 * 2) if self.muon else 0
+        """Muon's copies of a batch of matrices: the update, and what orthogonalizes it."""
+        if not self.muon:
+            return 0
+        C, L = self.config.n_embd, self.config.n_layer
+        size = 2 if has_fast_bf16(self.rt.device) else FLOAT
+        need = []
+        for shapes in ((3, C, C), (1, 4 * C, C)):  # c_attn, and the larger ones of the others
+            parameter = math.prod(shapes)
+            n = parameter * min(L, max(1, BATCH_ELEMENTS // parameter))
+            gram = n * C // max(shapes)
+            need.append(n * (FLOAT + 3 * size) + 2 * gram * size)
+        return max(need)
 
     def tokens(self) -> int:
         """Batches that the loader has read ahead: up to 4, with inputs and targets in one int64."""

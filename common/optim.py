@@ -11,7 +11,8 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from common.console import UserError
-from common.runtime import Runtime
+from common.muon import Muon
+from common.runtime import Runtime, has_fast_bf16
 from model import GPT
 
 
@@ -97,6 +98,7 @@ def make_optimizer(
     eps: float,
     sharded: bool = False,
     muon: bool = False,
+    embedding_lr_scale: float = 1.0,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused into one kernel over all tensors.
 
@@ -105,33 +107,37 @@ def make_optimizer(
 
     sharded: each rank keeps the states of its share of the parameters, updates those, and sends
         them to the other ranks (Rajbhandari et al. 2020, "ZeRO", stage 1).
-    muon: the matrices of the blocks are trained by Muon (Jordan et al. 2024, "Muon: An optimizer
-        for hidden layers in neural networks"). Its updates are scaled to the size of AdamW's, so
-        that both can share a learning rate and weight decay (Liu et al. 2025, "Muon is Scalable for
-        LLM Training").
+    muon: the matrices of the blocks are trained by Muon (common/muon.py), with the same learning
+        rate and weight decay.
+    embedding_lr_scale: learning rate of AdamW's matrices, as a multiple of lr. Beside Muon these
+        are the token and position embeddings.
     """
-    muon_params = []
+    attention = []  # for Muon: the projections to queries, keys and values
+    matrices = []  # for Muon: the other matrices of the blocks
     decayed = []
     not_decayed = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if muon and name.startswith("h.") and parameter.dim() == 2:
-            muon_params.append(parameter)
+        if muon and name.endswith("c_attn.weight"):
+            attention.append(parameter)
+        elif muon and name.startswith("h.") and parameter.dim() == 2:
+            matrices.append(parameter)
         elif parameter.dim() >= 2:
             decayed.append(parameter)
         else:
             not_decayed.append(parameter)
     groups = [
-        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=decayed, weight_decay=weight_decay, lr_scale=embedding_lr_scale),
         dict(params=not_decayed, weight_decay=0.0),
     ]
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
 
     if muon:
-        hidden = torch.optim.Muon(
-            muon_params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        # Three matrices one below the other: each is orthogonalized on its own.
+        muon_groups: list[dict] = [dict(params=attention, parts=3), dict(params=matrices)]
+        dtype = torch.bfloat16 if has_fast_bf16(matrices[0].device) else torch.float32
+        hidden = Muon(muon_groups, lr, weight_decay, dtype)
         return Optimizers(hidden, torch.optim.AdamW(groups, **options))
     if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # the import takes a second
@@ -145,7 +151,13 @@ def load_optimizer_state(optimizer: Optimizer, state: Any):
     settings = []
     for group in optimizer.param_groups:
         settings.append({key: value for key, value in group.items() if key != "params"})
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(
+            f"the checkpoint's optimizer has other groups of parameters ({error}): it was written "
+            "by another version; --init_from FILE starts a new run from its weights"
+        ) from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
 
@@ -231,7 +243,7 @@ def train_step(
         scaler = LossScaler(rt)
     weights = micro_batch_weights or [1 / len(batch)] * len(batch)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
     # Accumulate gradients. The ranks average them once, during the last backward pass.
     loss_sum = torch.zeros((), device=rt.device)
