@@ -97,7 +97,9 @@ def test_every_script_is_listed():
     scripts = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in paths
-        if re.search(r"^ +cli\(Config,", path.read_text(), re.MULTILINE)
+        if re.search(
+            r"^    config = parse_flags\(Config, __doc__\)", path.read_text(), re.MULTILINE
+        )
     }
     assert scripts == set(FLAGS), "list the flags of each script in FLAGS in tests/test_flags.py"
 
@@ -107,7 +109,7 @@ def test_help_describes_the_script_and_every_flag(script, monkeypatch, capsys):
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as stopped:
-        console.cli(module.Config, module.main, module.__doc__)
+        console.parse_flags(module.Config, module.__doc__)
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     start = f"-m {script.removesuffix('.__main__')}" if "." in script else f"{script}.py"
@@ -131,7 +133,7 @@ def test_help_describes_the_script_and_every_flag(script, monkeypatch, capsys):
 def test_wrong_flags_end_in_one_line(flags, expected, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
     with pytest.raises(SystemExit) as stopped:
-        console.cli(sample.Config, sample.main, sample.__doc__)
+        console.parse_flags(sample.Config, sample.__doc__)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {expected}")
