@@ -1,4 +1,4 @@
-"""Code shared by the studies: flags, a folder whose results survive a stop, and runs in parallel.
+"""Code shared by the studies: a folder whose results survive a stop, and runs in parallel.
 
 A study declares its runs, has them run, reads their output files and reports:
 
