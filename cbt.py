@@ -31,20 +31,7 @@ from typing import Any
 
 import common.before_torch
 
-import tiktoken
-
-from common import runtime, tasks
-from common.console import UserError, checksum, cli, read_lines
-from common.published import REFERENCES
-from common.runtime import Runtime
-from common.scoring import Request, score
-from common.tasks import Benchmark, Metric, accuracy, encode_request
-from model import GPT
-
-HUB = "cam-cst/cbt"
-KINDS = ("CN", "NE", "V", "P")
-PROTOCOLS = ("paper", "sequence")
-QUERY_BLANK = "XXXXX"  # marks the missing word
+from common.console import Dtype, UserError, checksum, parse_flags, read_lines, run_script
 
 
 @dataclass
@@ -55,8 +42,26 @@ class Config:
     limit: int | None = None  # evaluate only the first questions of each kind, this many
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     save_predictions: str | None = None  # file for predictions, one line per question
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import tiktoken
+
+from common import tasks
+from common.published import REFERENCES
+from common.runtime import Runtime
+from common.scoring import Request, score
+from common.tasks import Benchmark, Metric, accuracy, encode_request
+from model import GPT
+
+HUB = "cam-cst/cbt"
+KINDS = ("CN", "NE", "V", "P")
+PROTOCOLS = ("paper", "sequence")
+QUERY_BLANK = "XXXXX"  # marks the missing word
 
 
 def main(config: Config):
@@ -321,4 +326,4 @@ BENCHMARK = Benchmark(
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

@@ -40,20 +40,44 @@ from pathlib import Path
 
 import common.before_torch
 
-import tiktoken
-
-from common import runtime, tasks
-from common.checkpoint import load_model
 from common.console import (
+    Dtype,
     UserError,
     check_at_least,
     checksum,
-    cli,
+    parse_flags,
     read_text,
+    run_script,
     say,
     table,
     write_atomically,
 )
+
+
+@dataclass
+class Config:
+    model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
+    # folder with core.yaml, eval_meta_data.csv and eval_data; None = downloaded once
+    data: str | None = None
+    # evaluate only this many examples of each task; they are those that nanochat takes, too
+    limit: int | None = None
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
+    dtype: Dtype = "auto"
+    save_predictions: str | None = None  # file for predictions, one line per example
+    plot: str = "log/dclm_core.png"  # file for a picture of the tasks
+
+    def __post_init__(self):
+        check_at_least(self, 1, "limit")
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import tiktoken
+
+from common import runtime, tasks
+from common.checkpoint import load_model
 from common.published import CORE_LEADERBOARD, REFERENCES
 from common.runtime import Runtime
 from common.scoring import Request, make_rows, score
@@ -85,23 +109,6 @@ FIELDS = {
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
-
-
-@dataclass
-class Config:
-    model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    # folder with core.yaml, eval_meta_data.csv and eval_data; None = downloaded once
-    data: str | None = None
-    # evaluate only this many examples of each task; they are those that nanochat takes, too
-    limit: int | None = None
-    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
-    save_predictions: str | None = None  # file for predictions, one line per example
-    plot: str = "log/dclm_core.png"  # file for a picture of the tasks
-
-    def __post_init__(self):
-        check_at_least(self, 1, "limit")
 
 
 def main(config: Config):
@@ -601,4 +608,4 @@ BENCHMARK = Benchmark(
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

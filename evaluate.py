@@ -24,39 +24,22 @@ from textwrap import shorten
 
 import common.before_torch
 
-import numpy as np
-import tiktoken
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot, drawing needs no display
-
-import cbt
-import dclm_core
-import hellaswag
-import lambada
-from common import checkpoint, runtime
 from common.console import (
+    Dtype,
     UserError,
     check_at_least,
     checksum,
-    cli,
+    parse_flags,
     read_text,
+    run_script,
     say,
     table,
     write_atomically,
     write_text,
 )
-from common.published import REFERENCES
-from common.runtime import Runtime
-from common.scoring import stream_loss
-from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
-from common.tasks import Benchmark, Metric, closest_openai_model, load_on_all_ranks
-from common.tokenizer import tokenizer_to_text
-from model import GPT, OPENAI_MODELS
 
-# A new benchmark is added here. A field NAME_data in Config gives it a flag for its data; without
-# that field, it uses its default data.
-BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK, dclm_core.BENCHMARK)
-NAMES = (*[benchmark.name for benchmark in BENCHMARKS], "val")
+# The names of BENCHMARKS, and the validation loss on shards.
+NAMES = ("hellaswag", "lambada", "cbt", "core", "val")
 
 
 @dataclass
@@ -77,13 +60,39 @@ class Config:
     out_dir: str = "log/evaluation"  # folder for evaluation.json, evaluation.md and evaluation.png
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self):
         for name in self.benchmarks:
             if name not in NAMES:
                 raise UserError(f"benchmarks is {name!r}, must be one of {', '.join(NAMES)}")
         check_at_least(self, 1, "limit", "val_tokens", "B")
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import tiktoken
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, drawing needs no display
+
+import cbt
+import dclm_core
+import hellaswag
+import lambada
+from common import checkpoint, runtime
+from common.published import REFERENCES
+from common.runtime import Runtime
+from common.scoring import stream_loss
+from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
+from common.tasks import Benchmark, Metric, closest_openai_model, load_on_all_ranks
+from common.tokenizer import tokenizer_to_text
+from model import GPT, OPENAI_MODELS
+
+# A new benchmark is added here and to NAMES. A field NAME_data in Config gives it a flag for its
+# data; without that field, it uses its default data.
+BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK, dclm_core.BENCHMARK)
 
 
 def main(config: Config):
@@ -372,4 +381,4 @@ def evaluate_validation(
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

@@ -14,10 +14,7 @@ from typing import Literal
 
 import common.before_torch
 
-from common.checkpoint import load_model
-from common.console import cli, say
-from common.gguf_file import save_gguf
-from common.huggingface import save_pretrained, save_tokenizer
+from common.console import parse_flags, run_script, say
 
 
 @dataclass
@@ -27,6 +24,14 @@ class Config:
     out: str = "exported"  # folder to write
     # what to write: a folder for transformers, or model.gguf for llama.cpp
     format: Literal["huggingface", "gguf"] = "huggingface"
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+from common.checkpoint import load_model
+from common.gguf_file import save_gguf
+from common.huggingface import save_pretrained, save_tokenizer
 
 
 def main(config: Config):
@@ -43,4 +48,4 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

@@ -30,33 +30,17 @@ from typing import Any, Literal
 
 import common.before_torch
 
-import numpy as np
-import torch
-
-from common import checkpoint, cpu, lora, runtime
-from common.console import Progress, UserError, cli, lock_folder, table, write_text
-from common.finetune_data import fingerprint, is_tagged, read_texts
-from common.optim import (
-    Diverged,
-    LossScaler,
-    PendingResult,
-    StepResult,
-    learning_rate,
-    make_optimizer,
-    prepare_model,
-    train_step,
+from common.console import (
+    Dtype,
+    Progress,
+    UserError,
+    lock_folder,
+    parse_flags,
+    run_script,
+    table,
+    write_text,
 )
-from common.runlog import RunLog, finite_or_none
-from common.runtime import Runtime
-from common.scoring import bits_per_byte, stream_loss
 from common.tracker import TrackerName, check_installed
-from dataloader import FinetuneLoader
-from fantasy.report import draw_losses, draw_search, perplexity, write_report
-
-SEARCH = "finetune_hyperparameter_search"  # name of the search's files in out_dir
-# A learning rate counts as diverged if the validation loss ends this far above its start, in nats
-# per token: a perplexity that is e times higher.
-DIVERGED_ABOVE = 1.0
 
 
 @dataclass
@@ -105,7 +89,7 @@ class Config:
     seed: int = 1337  # seed of the split, data order, dropout, adapters and samples
     device: str = "auto"  # cuda, mps or cpu; auto = first available of the three
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     # where else to log the final run: Weights & Biases, Trackio or TensorBoard; each is a package
     # to install
@@ -141,6 +125,36 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}, must be at least 0 and below 1")
         check_installed(self.tracker)
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import torch
+
+from common import checkpoint, cpu, lora, runtime
+from common.finetune_data import fingerprint, is_tagged, read_texts
+from common.optim import (
+    Diverged,
+    LossScaler,
+    PendingResult,
+    StepResult,
+    learning_rate,
+    make_optimizer,
+    prepare_model,
+    train_step,
+)
+from common.runlog import RunLog, finite_or_none
+from common.runtime import Runtime
+from common.scoring import bits_per_byte, stream_loss
+from dataloader import FinetuneLoader
+from fantasy.report import draw_losses, draw_search, perplexity, write_report
+
+SEARCH = "finetune_hyperparameter_search"  # name of the search's files in out_dir
+# A learning rate counts as diverged if the validation loss ends this far above its start, in nats
+# per token: a perplexity that is e times higher.
+DIVERGED_ABOVE = 1.0
 
 
 def main(config: Config):
@@ -650,4 +664,4 @@ def is_over(history: list[dict], config: Config) -> bool:
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

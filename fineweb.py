@@ -35,29 +35,25 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-import tiktoken
-
-from common.console import Progress, UserError, cli, say, write_text
+from common.console import Progress, UserError, parse_flags, run_script, say, write_text
 from common.machine import num_cores
-from common.shards import SOURCE_START, ShardWriter, check_disk
-from common.text import HUB, Batch, Source, open_source
-from common.tokenized import download_shards
-from common.tokenizer import (
-    MIN_VOCAB_SIZE,
-    encode_texts,
-    encoding_of,
-    load_tokenizer,
-    tokenizer_to_text,
-    train_tokenizer,
-)
 
-PENDING_BYTES = 2**28  # upper bound on the text that waits for the workers
-# File of the tokenizer in the folder of the shards, unless it is GPT-2's: the first, or the second
-# for a tokenizer of another model that does not fit into the format of the first.
-VOCABULARY = "vocab.tiktoken"
-FOREIGN_VOCABULARY = "foreign_tokenizer.json"
+
+def parse_limit(text: str) -> int | None:
+    """Number of tokens in text like 1e9, 1B or 800M; None for "all"."""
+    if text == "all":
+        return None
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    try:
+        # Not float: 1.1e9 has to be exact. What is not a number raises an ArithmeticError.
+        number = Decimal(text if factor == 1 else text[:-1]) * factor
+        if 1 <= number <= 10**15 and number == int(number):
+            return int(number)
+    except ArithmeticError:
+        pass
+    raise UserError(
+        f"max_tokens is {text!r}, must be a number of tokens like 1e9, 1B or 800M, or all"
+    )
 
 
 @dataclass
@@ -90,6 +86,10 @@ class Config:
     num_workers: int = 0  # tokenizer processes; 0 = one per CPU core
 
     def __post_init__(self):
+        # Imported here, because it takes longer than --help may take.
+        from common.text import HUB
+        from common.tokenizer import MIN_VOCAB_SIZE
+
         self.token_limit = parse_limit(self.max_tokens)
         if self.source == "tokenized":
             self._check_tokenized()
@@ -134,21 +134,29 @@ class Config:
                 raise UserError(f"--{field.name} has no use with --source tokenized: leave it out")
 
 
-def parse_limit(text: str) -> int | None:
-    """Number of tokens in text like 1e9, 1B or 800M; None for "all"."""
-    if text == "all":
-        return None
-    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
-    try:
-        # Not float: 1.1e9 has to be exact. What is not a number raises an ArithmeticError.
-        number = Decimal(text if factor == 1 else text[:-1]) * factor
-        if 1 <= number <= 10**15 and number == int(number):
-            return int(number)
-    except ArithmeticError:
-        pass
-    raise UserError(
-        f"max_tokens is {text!r}, must be a number of tokens like 1e9, 1B or 800M, or all"
-    )
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import pyarrow as pa
+import tiktoken
+
+from common.shards import SOURCE_START, ShardWriter, check_disk
+from common.text import HUB, Batch, Source, open_source
+from common.tokenized import download_shards
+from common.tokenizer import (
+    encode_texts,
+    encoding_of,
+    load_tokenizer,
+    tokenizer_to_text,
+    train_tokenizer,
+)
+
+PENDING_BYTES = 2**28  # upper bound on the text that waits for the workers
+# File of the tokenizer in the folder of the shards, unless it is GPT-2's: the first, or the second
+# for a tokenizer of another model that does not fit into the format of the first.
+VOCABULARY = "vocab.tiktoken"
+FOREIGN_VOCABULARY = "foreign_tokenizer.json"
 
 
 def main(config: Config):
@@ -414,7 +422,7 @@ def encode_batch(
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     try:
-        cli(Config, main, __doc__)
+        run_script(main, config)
     except SystemExit as stop:
         # A normal exit in the middle of a read hangs or aborts (apache/arrow#45214).
         sys.stdout.flush()

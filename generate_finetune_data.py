@@ -28,27 +28,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from common.console import Progress, UserError, cli, say
-from fantasy.cleaning import MARKUP, PREAMBLE, without_frame
-from fantasy.descriptions import DELIMITER, OFFLINE, DescriptionStore
-from fantasy.grammar import as_text, describe
-from fantasy.locations import PromptSeed, load_tables, prompt_seeds
-
-# Limits on what a model that does not follow the prompt can cost.
-MAX_ATTEMPTS = 6  # answers rejected for one seed before another seed takes its place
-MAX_REJECTED_IN_A_ROW = 100  # rejected answers in a row before the run ends
-# Answers that a wrong setting explains. As many of them at the start of a run end it.
-HOPELESS = ("cut off", "only reasoning", "malformed")
-MAX_HOPELESS = 5
-TOKENS_PER_WORD = 4 / 3  # estimate for English
-# How models begin an answer in which they decline, without marking it as a refusal.
-REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)|sorry,|i can(['’]t|not) |as an ai\b", re.I)
-SYSTEM_PROMPT = (
-    "You write descriptions of places for a book of fantasy locations. Each is continuous prose, "
-    "atmospheric and concrete, with what can be seen, heard, smelled, touched and tasted there. No "
-    "title, no headings, no lists, no markup, no address to the reader about the task: only the "
-    "description."
-)
+from common.console import Progress, UserError, parse_flags, run_script, say
 
 
 @dataclass
@@ -81,6 +61,31 @@ class Config:
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
         """In dollars."""
         return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+from fantasy.cleaning import MARKUP, PREAMBLE, without_frame
+from fantasy.descriptions import DELIMITER, OFFLINE, DescriptionStore
+from fantasy.grammar import as_text, describe
+from fantasy.locations import PromptSeed, load_tables, prompt_seeds
+
+# Limits on what a model that does not follow the prompt can cost.
+MAX_ATTEMPTS = 6  # answers rejected for one seed before another seed takes its place
+MAX_REJECTED_IN_A_ROW = 100  # rejected answers in a row before the run ends
+# Answers that a wrong setting explains. As many of them at the start of a run end it.
+HOPELESS = ("cut off", "only reasoning", "malformed")
+MAX_HOPELESS = 5
+TOKENS_PER_WORD = 4 / 3  # estimate for English
+# How models begin an answer in which they decline, without marking it as a refusal.
+REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)|sorry,|i can(['’]t|not) |as an ai\b", re.I)
+SYSTEM_PROMPT = (
+    "You write descriptions of places for a book of fantasy locations. Each is continuous prose, "
+    "atmospheric and concrete, with what can be seen, heard, smelled, touched and tasted there. No "
+    "title, no headings, no lists, no markup, no address to the reader about the task: only the "
+    "description."
+)
 
 
 def main(config: Config):
@@ -493,4 +498,4 @@ def format_counts(counts: Counter) -> str:
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

@@ -26,20 +26,7 @@ from pathlib import Path
 
 import common.before_torch
 
-import numpy as np
-import tiktoken
-
-from common import runtime, tasks
-from common.console import UserError, checksum, cli
-from common.published import REFERENCES
-from common.runtime import Runtime
-from common.scoring import Request, score
-from common.tasks import Benchmark, Metric, accuracy, encode_request
-from model import GPT
-
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-PATH = "datasets/hellaswag/hellaswag_val.jsonl"
+from common.console import Dtype, UserError, checksum, parse_flags, run_script
 
 
 @dataclass
@@ -49,9 +36,27 @@ class Config:
     limit: int | None = None  # evaluate only the first examples, this many
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     save_predictions: str | None = None  # file for predictions, one line per example
     results: str = "log/hellaswag_results.jsonl"  # file to which a line of results is added
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import tiktoken
+
+from common import tasks
+from common.published import REFERENCES
+from common.runtime import Runtime
+from common.scoring import Request, score
+from common.tasks import Benchmark, Metric, accuracy, encode_request
+from model import GPT
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+PATH = "datasets/hellaswag/hellaswag_val.jsonl"
 
 
 def main(config: Config):
@@ -201,4 +206,4 @@ BENCHMARK = Benchmark(
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

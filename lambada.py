@@ -24,11 +24,28 @@ from dataclasses import dataclass
 
 import common.before_torch
 
+from common.console import Dtype, UserError, checksum, parse_flags, run_script
+
+
+@dataclass
+class Config:
+    model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
+    # lambada_test.jsonl, with a field "text" per line; None = downloaded once to datasets/lambada
+    data: str | None = None
+    limit: int | None = None  # evaluate only the first passages, this many
+    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
+    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
+    dtype: Dtype = "auto"
+    save_predictions: str | None = None  # file for predictions, one line per passage
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
 import tiktoken
 import torch
 
-from common import runtime, tasks
-from common.console import UserError, checksum, cli
+from common import tasks
 from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import Choose, score
@@ -48,18 +65,6 @@ above below to from up down in out on off over under again further then once her
 why how all any both each few more most other some such no nor not only own same so than too very s
 t can will just don should now
 """.split()
-
-
-@dataclass
-class Config:
-    model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
-    # lambada_test.jsonl, with a field "text" per line; None = downloaded once to datasets/lambada
-    data: str | None = None
-    limit: int | None = None  # evaluate only the first passages, this many
-    device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
-    save_predictions: str | None = None  # file for predictions, one line per passage
 
 
 def main(config: Config):
@@ -158,4 +163,4 @@ BENCHMARK = Benchmark(
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

@@ -20,13 +20,27 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
+
+from common.console import UserError, parse_flags, run_script, say, write_atomically
+
+
+@dataclass
+class Config:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ("log",)  # run folders, or log files
+    out_dir: str | None = None  # folder for the pictures; None = the first run's folder
+    # size of OpenAI's models to compare with
+    size: Literal["124M", "350M", "774M", "1558M"] = "124M"
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, drawing needs no display
 from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from common.console import UserError, cli, say, write_atomically
 from common.logs import read_points
 from common.published import PARAMETERS, REFERENCES, Reference
 
@@ -41,14 +55,6 @@ SIZES = {
 }
 # Okabe and Ito's palette, whose colors color-blind people can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-@dataclass
-class Config:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ("log",)  # run folders, or log files
-    out_dir: str | None = None  # folder for the pictures; None = the first run's folder
-    # size of OpenAI's models to compare with
-    size: Literal["124M", "350M", "774M", "1558M"] = "124M"
 
 
 @dataclass
@@ -327,4 +333,4 @@ def finish(ax: Axes, title: str, ylabel: str):
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

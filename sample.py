@@ -27,18 +27,16 @@ from typing import Any
 
 import common.before_torch
 
-import tiktoken
-
-from common import runtime
-from common.checkpoint import load_model, not_finite_error
-from common.console import Progress, UserError, cli, read_lines, say, write_text
-from common.cpu import can_pack, pack_weights
-from common.tokenizer import END_OF_TEXT
-from model import GPT
-
-SEPARATOR = "-" * 80
-# Settings that a line of --interactive can change, and their types. top_k and top_p may be none.
-COMMANDS = {"temperature": float, "top_k": int, "top_p": float, "max_tokens": int, "seed": int}
+from common.console import (
+    Dtype,
+    Progress,
+    UserError,
+    parse_flags,
+    read_lines,
+    run_script,
+    say,
+    write_text,
+)
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Config:
     batch_size: int = 16  # samples generated at a time
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self):
         if self.num_samples < 1 or self.max_tokens < 1 or self.batch_size < 1:
@@ -85,6 +83,22 @@ class Config:
                 "interactive reads prompts from the terminal and writes no file: "
                 "leave out prompt_file and out"
             )
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import tiktoken
+
+from common import runtime
+from common.checkpoint import load_model, not_finite_error
+from common.cpu import can_pack, pack_weights
+from common.tokenizer import END_OF_TEXT
+from model import GPT
+
+SEPARATOR = "-" * 80
+# Settings that a line of --interactive can change, and their types. top_k and top_p may be none.
+COMMANDS = {"temperature": float, "top_k": int, "top_p": float, "max_tokens": int, "seed": int}
 
 
 def main(config: Config):
@@ -257,4 +271,4 @@ def describe_settings(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

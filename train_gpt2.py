@@ -29,40 +29,16 @@ from typing import Any, Literal
 
 import common.before_torch
 
-import numpy as np
-import tiktoken
-import torch
-import torch.nn as nn
-
-import dclm_core
-import hellaswag
-from common import checkpoint, cpu, memory, runtime
-from common.console import Progress, UserError, cli, lock_folder, write_text
-from common.optim import (
-    Diverged,
-    LossScaler,
-    Optimizer,
-    PendingResult,
-    StepResult,
-    learning_rate,
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-    prepare_model,
-    train_step,
+from common.console import (
+    Dtype,
+    Progress,
+    UserError,
+    lock_folder,
+    parse_flags,
+    run_script,
+    write_text,
 )
-from common.runlog import RunLog
-from common.runtime import Runtime, StopSignal
-from common.scoring import bits_per_byte, stream_loss
-from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
-from common.tasks import Benchmark, load_on_all_ranks
-from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from common.tracker import TrackerName, check_installed
-from dataloader import PretrainLoader
-from model import GPT, GPTConfig
-
-# Benchmarks that can be evaluated during training. Each needs two flags: NAME_every and NAME_data.
-BENCHMARKS = (hellaswag.BENCHMARK, dclm_core.BENCHMARK)
 
 
 @dataclass
@@ -124,7 +100,7 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, float16 on older
     # NVIDIA GPUs, else float32
-    dtype: runtime.Dtype = "auto"
+    dtype: Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     timeout: float = 600  # seconds that a process waits for another one before it gives up
     # use only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
@@ -165,6 +141,43 @@ class Config:
         if not 0 <= self.min_lr <= self.max_lr:
             raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
         check_installed(self.tracker)
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+
+import dclm_core
+import hellaswag
+from common import checkpoint, cpu, memory, runtime
+from common.optim import (
+    Diverged,
+    LossScaler,
+    Optimizer,
+    PendingResult,
+    StepResult,
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    prepare_model,
+    train_step,
+)
+from common.runlog import RunLog
+from common.runtime import Runtime, StopSignal
+from common.scoring import bits_per_byte, stream_loss
+from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
+from common.tasks import Benchmark, load_on_all_ranks
+from common.tokenizer import tokenizer_from_text, tokenizer_to_text
+from dataloader import PretrainLoader
+from model import GPT, GPTConfig
+
+# Benchmarks that can be evaluated during training. Each needs two flags: NAME_every and NAME_data.
+BENCHMARKS = (hellaswag.BENCHMARK, dclm_core.BENCHMARK)
 
 
 def main(config: Config):
@@ -795,4 +808,4 @@ def describe_commit() -> str | None:
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

@@ -33,32 +33,22 @@ from pathlib import Path
 
 import common.before_torch
 
-import torch
+from common.console import (
+    UserError,
+    check_at_least,
+    parse_flags,
+    run_script,
+    say,
+    table,
+    write_text,
+)
 
-from bench.commands import start, tokenize
-from bench.inference import core, find_core_eval, generate, hellaswag
-from bench.measure import Figure
-from bench.peers import find_scripts
-from bench.train import memory, train
-from common import machine, runtime
-from common.console import UserError, check_at_least, cli, say, table, write_text
-from common.runtime import Runtime
-
-# To add a row, write a function like these and list it: row(config, rt) -> figures.
-ROWS: dict[str, Callable[..., list[Figure]]] = {
-    "train": train,
-    "memory": memory,
-    "hellaswag": hellaswag,
-    "core": core,
-    "generate": generate,
-    "tokenize": tokenize,
-    "start": start,
-}
+ROW_NAMES = ("train", "memory", "hellaswag", "core", "generate", "tokenize", "start")
 
 
 @dataclass
 class Config:
-    rows: tuple[str, ...] = tuple(ROWS)  # what to measure
+    rows: tuple[str, ...] = ROW_NAMES  # what to measure
     nanogpt: str | None = None  # folder that contains nanoGPT's model.py
     build_nanogpt: str | None = None  # folder that contains build-nanogpt's train_gpt2.py
     nanochat: str | None = None  # folder that contains nanochat's nanochat/core_eval.py
@@ -74,9 +64,35 @@ class Config:
 
     def __post_init__(self):
         for row in self.rows:
-            if row not in ROWS:
-                raise UserError(f"there is no row {row!r}: choose from {', '.join(ROWS)}")
+            if row not in ROW_NAMES:
+                raise UserError(f"there is no row {row!r}: choose from {', '.join(ROW_NAMES)}")
         check_at_least(self, 1, "rounds", "hellaswag_limit", "core_limit")
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import torch
+
+from bench.commands import start, tokenize
+from bench.inference import core, find_core_eval, generate, hellaswag
+from bench.measure import Figure
+from bench.peers import find_scripts
+from bench.train import memory, train
+from common import machine, runtime
+from common.runtime import Runtime
+
+# To add a row, write a function like these, row(config, rt) -> figures, and list it here and in
+# ROW_NAMES.
+ROWS: dict[str, Callable[..., list[Figure]]] = {
+    "train": train,
+    "memory": memory,
+    "hellaswag": hellaswag,
+    "core": core,
+    "generate": generate,
+    "tokenize": tokenize,
+    "start": start,
+}
 
 
 def main(config: Config):
@@ -143,4 +159,4 @@ def format_optional(value: float | None, spec: str) -> str:
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

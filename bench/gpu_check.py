@@ -27,22 +27,7 @@ from typing import Any
 
 import common.before_torch
 
-import numpy as np
-import torch
-
-from bench import peers
-from bench.measure import Stopwatch, synchronize
-from common import runtime
-from common.console import UserError, cli, say, table, write_text
-from common.optim import prepare_model, train_step
-from common.runtime import Runtime
-from common.scoring import Request, score
-from common.shards import MANIFEST
-from common.tokenizer import encoding_of, tokenizer_to_text
-from model import GPT, GPTConfig
-
-ROOT = Path(__file__).parent.parent
-STEPS = 12  # training steps per measurement; the first ones warm up
+from common.console import UserError, parse_flags, run_script, say, table, write_text
 
 
 @dataclass
@@ -53,6 +38,26 @@ class Config:
     device: str = "cuda"  # cuda; cpu only with small
     small: bool = False  # a tiny model, to try the script where there is no GPU
     out: str = "log/gpu_check"  # folder for the report
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import torch
+
+from bench import peers
+from bench.measure import Stopwatch, synchronize
+from common import runtime
+from common.optim import prepare_model, train_step
+from common.runtime import Runtime
+from common.scoring import Request, score
+from common.shards import MANIFEST
+from common.tokenizer import encoding_of, tokenizer_to_text
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12  # training steps per measurement; the first ones warm up
 
 
 # ---------------------------------------------------------------------------------------------
@@ -422,4 +427,4 @@ def record_section(name: str, config: Config, out: Path, result: Path):
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

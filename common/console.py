@@ -1,6 +1,22 @@
 """How a stage talks to its user: flags, progress bars, one-line errors; files written atomically.
 
-Every stage starts with `cli(Config, main, __doc__)`. Nothing here needs torch, so `--help` is fast.
+A script reads its flags before it imports what is slow to import, torch above all. So `--help` and
+wrong flags answer at once:
+
+    @dataclass
+    class Config: ...
+
+    if __name__ == "__main__":
+        config = parse_flags(Config, __doc__)
+
+    import torch
+
+    def main(config: Config): ...
+
+    if __name__ == "__main__":
+        run_script(main, config)
+
+For the same reason, nothing here needs torch or numpy.
 """
 
 import codecs
@@ -19,14 +35,18 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+# The flag for the dtype of matrix products. tf32 is float32 whose matrix products run in TF32 on
+# NVIDIA GPUs.
+Dtype = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
+
 
 class UserError(Exception):
-    """An error that the user can fix. `cli` prints its message as one line, without a traceback.
+    """An error that the user can fix. Its message is printed as one line, without a traceback.
 
     The message says what is wrong, where, and what to do. Raise it where the input is read; all
     other exceptions, except the system's OSError, are bugs and keep their traceback.
@@ -35,41 +55,11 @@ class UserError(Exception):
     exit_code = 1
 
 
-def cli(config_class: type, main: Callable[[Any], None], doc: str | None):
-    """Run a stage whose flags are the fields of `config_class`.
+def parse_flags(config_class: type, doc: str | None) -> Any:
+    """The Config that the command line describes, an instance of `config_class`.
 
-    A UserError or an OSError ends the process with one line; with TRACEBACK=1 in the environment
-    the traceback comes first.
+    `--help` ends this process, and so does a wrong flag: with one line, and exit code 2.
     """
-    # Generated text may hold characters that the terminal's encoding lacks: show their codes.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main(parse(config_class, doc))
-    except KeyboardInterrupt:
-        fail("interrupted", 128 + signal.SIGINT)
-    except UserError as error:
-        fail(str(error), error.exit_code)
-    except BrokenPipeError:  # whoever read our output has seen enough, for example `head`
-        discard_broken_output()
-        sys.exit(1)
-    except OSError as error:
-        fail(str(error) or type(error).__name__)
-    except (MemoryError, RuntimeError) as error:
-        kind = type(error).__name__
-        if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
-            fail("out of memory: lower B (the result does not change), then T, n_layer or n_embd")
-        if kind.startswith("Dist") or "gloo" in str(error):
-            fail("lost the connection to another process; see that process's own error message")
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            raise
-        traceback.print_exc()
-        fail(str(error))
-
-
-def parse(config_class: type, doc: str | None) -> Any:
-    """The Config that the command line describes. A wrong flag ends in one line, exit code 2."""
     # Imported here, because the worker processes of a stage import this module too. tyro's hook for
     # errors is not yet part of its stable interface, hence the exact version in requirements.txt.
     import tyro
@@ -96,8 +86,47 @@ def parse(config_class: type, doc: str | None) -> Any:
         fail(f"{wrong}; see --help", 2)
 
     markers = (tyro.conf.FlagCreatePairsOff,)
-    with _errors.on_parse_error(report):
+    with errors_in_one_line(), _errors.on_parse_error(report):
         return tyro.cli(config_class, description=doc, use_underscores=True, config=markers)
+
+
+def run_script(main: Callable[[Any], None], config: Any):
+    """Run the `main` of a script."""
+    with errors_in_one_line():
+        main(config)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """A UserError or an OSError inside ends this process with one line.
+
+    With TRACEBACK=1 in the environment the traceback comes first.
+    """
+    # Generated text may hold characters that the terminal's encoding lacks: show their codes.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted", 128 + signal.SIGINT)
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    except BrokenPipeError:  # whoever read our output has seen enough, for example `head`
+        discard_broken_output()
+        sys.exit(1)
+    except OSError as error:
+        fail(str(error) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        kind = type(error).__name__
+        if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+            fail("out of memory: lower B (the result does not change), then T, n_layer or n_embd")
+        if kind.startswith("Dist") or "gloo" in str(error):
+            fail("lost the connection to another process; see that process's own error message")
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        traceback.print_exc()
+        fail(str(error))
 
 
 def check_at_least(config: Any, least: float, *names: str):

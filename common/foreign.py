@@ -15,12 +15,15 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
-from tokenizers import Tokenizer
 
 from common.console import UserError, read_lines, read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # End-of-text tokens by convention, for tokenizers whose files do not name one.
@@ -80,7 +83,7 @@ class ForeignEncoding(tiktoken.Encoding):
         self,
         text: str,
         source: str | Path = "the tokenizer",
-        library: Tokenizer | None = None,  # made from `text` if absent
+        library: "Tokenizer | None" = None,  # made from `text` if absent
     ):
         self.text = text
         description = json.loads(text)
@@ -110,7 +113,7 @@ class ForeignEncoding(tiktoken.Encoding):
 class ForeignBPE:
     """Stands in for tiktoken's CoreBPE, the object that encodes and decodes for an Encoding."""
 
-    def __init__(self, library: Tokenizer, end_of_text: str):
+    def __init__(self, library: "Tokenizer", end_of_text: str):
         self.library = library
         self.end_of_text = end_of_text
         self.has_gpt2s_name = library.token_to_id(END_OF_TEXT) is not None
@@ -153,8 +156,11 @@ class ForeignBPE:
         return sorted(self.bytes_of.values())
 
 
-def make_library(description: dict, source: str | Path) -> Tokenizer:
+def make_library(description: dict, source: str | Path) -> "Tokenizer":
     """The library's tokenizer from the content of a tokenizer.json file. Raises UserError."""
+    # Imported here: it takes up to 0.3 s, and models with GPT-2's tokenizer do not need it.
+    from tokenizers import Tokenizer
+
     reject_other_kinds(description, source)
     try:
         library = Tokenizer.from_str(json.dumps(description))
@@ -391,7 +397,7 @@ def drop_tokens_without_embedding(description: dict, vocab_size: int | None):
     ]
 
 
-def find_end_of_text(library: Tokenizer, settings: dict, model_settings: dict) -> str | None:
+def find_end_of_text(library: "Tokenizer", settings: dict, model_settings: dict) -> str | None:
     """The end-of-text token: the eos_token of the settings, else one by convention."""
     special = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
     end_ids = model_settings.get("eos_token_id")

@@ -14,7 +14,6 @@ import tiktoken
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 from common.console import UserError, say
@@ -238,6 +237,8 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
     max_length is the context of the model: transformers cuts longer texts if asked to. For our own
     scripts, vocab.tiktoken is added to tokenizers that fit into its format.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # it is slow
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Files of an earlier export would contradict the new ones.
@@ -276,6 +277,8 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
 def vocab_and_merges(enc: tiktoken.Encoding) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Ids by token, and the pairs to merge, with bytes spelled as in vocab.json and merges.txt."""
     if isinstance(enc, ForeignEncoding):
+        from tokenizers import Tokenizer
+
         library = Tokenizer.from_str(json.dumps(enc.description))
         return library.get_vocab(), merge_pairs(enc.description)
     chars = byte_to_char()

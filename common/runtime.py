@@ -15,17 +15,13 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from common import nvidia
-from common.console import UserError, say
-
-# tf32 is float32 whose matrix products run in TF32 on NVIDIA GPUs.
-Dtype = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
+from common.console import Dtype, UserError, say
 
 # Dense bf16 FLOP/s (float16 before Ampere) from the vendors' datasheets, by a part of the device's
 # name.

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's splitting pattern
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from common.console import UserError, read_text
@@ -38,6 +37,7 @@ from common.hub import TOKENIZER, download
 
 if TYPE_CHECKING:
     import pyarrow
+    from tokenizers import Tokenizer
 
 # sha256 of GPT-2's vocabulary, in the format of vocab.tiktoken, and merges; see simplify
 GPT2_CHECKSUM = "83568348561f72762689c638ebb30a596c915ce12ad0d300a48642b92c91fea2"
@@ -300,13 +300,15 @@ def cut_text_encoding(enc: tiktoken.Encoding) -> tiktoken.Encoding:
 # Training
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[tiktoken.Encoding, Tokenizer]:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "tuple[tiktoken.Encoding, Tokenizer]":
     """Learn a byte-level BPE of vocab_size tokens, including <|endoftext|>, from texts.
 
     Hugging Face's `tokenizers` does the training. Returns the result as a tiktoken.Encoding and as
     the library's own object; both give the same ids. Raises UserError if vocab_size is below 257
     or the texts are too short for that many tokens.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # it is slow
+
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"a vocabulary of {vocab_size} tokens is too small: "

@@ -41,50 +41,17 @@ from functools import partial
 
 import common.before_torch
 
-import numpy as np
-import tiktoken
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-
-import hellaswag
-from common import checkpoint
-from common.console import Progress, UserError, check_at_least, cli, say, table, write_atomically
-from common.runtime import Runtime
-from common.scoring import stream_loss
-from common.shards import Shards, open_shards, shards_fingerprint, shards_tokenizer
-from common.tokenizer import tokenizer_to_text
-from experiments.pruning import (
-    Head,
-    all_heads,
-    attention_similarity,
-    head_importance,
-    order_at_random,
-    order_by_importance,
-    order_by_redundancy,
-    prune_heads,
-    remaining,
-    similar_pairs,
+from common.console import (
+    Progress,
+    UserError,
+    check_at_least,
+    parse_flags,
+    run_script,
+    say,
+    table,
+    write_atomically,
 )
-from experiments.sweep import (
-    StudyConfig,
-    StudyFolder,
-    finish_axes,
-    read_windows,
-    settings_of,
-    start,
-)
-from model import GPT, GPTConfig
-
-SIMILAR = 0.85  # cosine above which two heads are listed as a pair
-MAX_COST = 0.05  # acceptable increase of perplexity, relative to the complete model
-SHOWN_TOKENS = 48  # size of the attention patterns in the plot
-SPEED_ROUNDS = 7
-ORDER_COLORS = {"redundancy": "tab:orange", "importance": "tab:blue", "random": "grey"}
-
-# For each order of removal its sequences of heads: one, or for "random" one per seed.
-Orders = dict[str, list[list[Head]]]
+from experiments.flags import StudyConfig
 
 
 @dataclass
@@ -113,6 +80,47 @@ class Config(StudyConfig):
             raise UserError(
                 f"prune_fractions is {self.prune_fractions}: give one or more between 0 and 1"
             )
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import tiktoken
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+import hellaswag
+from common import checkpoint
+from common.runtime import Runtime
+from common.scoring import stream_loss
+from common.shards import Shards, open_shards, shards_fingerprint, shards_tokenizer
+from common.tokenizer import tokenizer_to_text
+from experiments.pruning import (
+    Head,
+    all_heads,
+    attention_similarity,
+    head_importance,
+    order_at_random,
+    order_by_importance,
+    order_by_redundancy,
+    prune_heads,
+    remaining,
+    similar_pairs,
+)
+from experiments.sweep import StudyFolder, finish_axes, read_windows, settings_of, start
+from model import GPT, GPTConfig
+
+SIMILAR = 0.85  # cosine above which two heads are listed as a pair
+MAX_COST = 0.05  # acceptable increase of perplexity, relative to the complete model
+SHOWN_TOKENS = 48  # size of the attention patterns in the plot
+SPEED_ROUNDS = 7
+ORDER_COLORS = {"redundancy": "tab:orange", "importance": "tab:blue", "random": "grey"}
+
+# For each order of removal its sequences of heads: one, or for "random" one per seed.
+Orders = dict[str, list[list[Head]]]
 
 
 @dataclass
@@ -580,4 +588,4 @@ def draw_quality(ax: Axes, study: StudyFolder, orders: Orders, fractions: list[f
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

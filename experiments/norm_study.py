@@ -40,6 +40,28 @@ from typing import NamedTuple
 
 import common.before_torch
 
+from common.console import Progress, check_at_least, parse_flags, run_script, table
+from experiments.flags import SweepConfig, check_different
+
+
+@dataclass
+class Config(SweepConfig):
+    out_dir: str = "log/norm_study"  # folder for the report, results.json, plots and runs
+    warmup_steps_grid: tuple[int, ...] = (0, 200)  # steps of linear warmup to compare
+    # layers of the untrained models whose gradients are measured
+    depths: tuple[int, ...] = (2, 4, 8, 16, 32)
+    gradients_every: int = 500  # steps between measurements of the gradients in training
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_different(self, "warmup_steps_grid", "depths")
+        check_at_least(self, 1, "depths", "gradients_every")
+        check_at_least(self, 0, "warmup_steps_grid")
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -47,15 +69,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common import checkpoint
-from common.console import Progress, check_at_least, cli, table
 from common.optim import Diverged
 from common.runtime import Runtime
 from common.shards import open_shards, shards_fingerprint, shards_tokenizer
 from experiments.sweep import (
     Run,
     StudyFolder,
-    SweepConfig,
-    check_different,
     finish_axes,
     mean_and_deviation,
     read_stream,
@@ -72,21 +91,6 @@ SPIKE_WINDOW = 20  # steps
 SPIKE_DEVIATIONS = 6
 SPIKE_NATS = 0.2
 GRADIENT_WINDOWS = 8  # sequences of validation tokens that gradients are measured on
-
-
-@dataclass
-class Config(SweepConfig):
-    out_dir: str = "log/norm_study"  # folder for the report, results.json, plots and runs
-    warmup_steps_grid: tuple[int, ...] = (0, 200)  # steps of linear warmup to compare
-    # layers of the untrained models whose gradients are measured
-    depths: tuple[int, ...] = (2, 4, 8, 16, 32)
-    gradients_every: int = 500  # steps between measurements of the gradients in training
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_different(self, "warmup_steps_grid", "depths")
-        check_at_least(self, 1, "depths", "gradients_every")
-        check_at_least(self, 0, "warmup_steps_grid")
 
 
 class Point(NamedTuple):
@@ -483,4 +487,4 @@ def draw_gradients(config: Config, study: StudyFolder):
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

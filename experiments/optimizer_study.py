@@ -37,27 +37,8 @@ from typing import NamedTuple
 
 import common.before_torch
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from common.console import UserError, check_at_least, cli, table
-from common.optim import Diverged
-from common.shards import shards_fingerprint, shards_tokenizer
-from experiments.sweep import (
-    Run,
-    StudyFolder,
-    SweepConfig,
-    check_different,
-    finish_axes,
-    mean_and_deviation,
-    read_stream,
-    settings_of,
-    start,
-    train_run,
-)
-
-COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
+from common.console import UserError, check_at_least, parse_flags, run_script, table
+from experiments.flags import SweepConfig, check_different
 
 
 @dataclass
@@ -79,6 +60,29 @@ class Config(SweepConfig):
             raise UserError(
                 f"step_fractions is {self.step_fractions}: give values above 0 and at most 1"
             )
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common.optim import Diverged
+from common.shards import shards_fingerprint, shards_tokenizer
+from experiments.sweep import (
+    Run,
+    StudyFolder,
+    finish_axes,
+    mean_and_deviation,
+    read_stream,
+    settings_of,
+    start,
+    train_run,
+)
+
+COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
 
 
 class Point(NamedTuple):
@@ -310,4 +314,4 @@ def draw_fractions(ax: Axes, config: Config, study: StudyFolder, best: dict[str,
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

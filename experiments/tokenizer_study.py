@@ -40,49 +40,19 @@ from typing import Literal
 
 import common.before_torch
 
-import numpy as np
-import pyarrow as pa
-import tiktoken
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from common import checkpoint
-from common.console import Progress, UserError, check_at_least, cli, say, table, write_text
-from common.optim import Diverged
-from common.runtime import Runtime
-from common.scoring import stream_loss
-from common.shards import open_shards, read_manifest, shards_tokenizer
-from common.tokenizer import (
-    MIN_VOCAB_SIZE,
-    encode_texts,
-    encoding_of,
-    load_tokenizer,
-    tokenizer_to_text,
-    train_tokenizer,
+from common.console import (
+    Progress,
+    UserError,
+    check_at_least,
+    parse_flags,
+    run_script,
+    say,
+    table,
+    write_text,
 )
-from experiments.fragmentation import (
-    LETTERS,
-    TERM_KINDS,
-    count_words,
-    encoding_speeds,
-    find_terms,
-    measure_fragmentation,
-)
-from experiments.sweep import (
-    Run,
-    StudyFolder,
-    TrainingConfig,
-    finish_axes,
-    mean_and_deviation,
-    settings_of,
-    start,
-    train_run,
-)
-from model import GPT
+from experiments.flags import TrainingConfig
 
 DEFAULT_PARQUET = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet"
-BYTE_EOT = 256  # end-of-text token of the vocabulary of single bytes
 
 
 @dataclass
@@ -103,6 +73,8 @@ class Config(TrainingConfig):
     max_lr: float = 6e-4  # learning rate after a warmup of a tenth of the steps; decays to a tenth
 
     def __post_init__(self):
+        from common.tokenizer import MIN_VOCAB_SIZE  # imported here, because it is slow
+
         super().__post_init__()
         if self.source == "parquet" and not self.data_files:
             self.data_files = (DEFAULT_PARQUET,)
@@ -117,6 +89,50 @@ class Config(TrainingConfig):
             raise UserError(f"sequences {self.sequences} is not divisible by B {self.B}")
         if self.max_lr <= 0:
             raise UserError(f"max_lr is {self.max_lr}, must be above 0")
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import numpy as np
+import pyarrow as pa
+import tiktoken
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common import checkpoint
+from common.optim import Diverged
+from common.runtime import Runtime
+from common.scoring import stream_loss
+from common.shards import open_shards, read_manifest, shards_tokenizer
+from common.tokenizer import (
+    encode_texts,
+    encoding_of,
+    load_tokenizer,
+    tokenizer_to_text,
+    train_tokenizer,
+)
+from experiments.fragmentation import (
+    LETTERS,
+    TERM_KINDS,
+    count_words,
+    encoding_speeds,
+    find_terms,
+    measure_fragmentation,
+)
+from experiments.sweep import (
+    Run,
+    StudyFolder,
+    finish_axes,
+    mean_and_deviation,
+    settings_of,
+    start,
+    train_run,
+)
+from model import GPT
+
+BYTE_EOT = 256  # end-of-text token of the vocabulary of single bytes
 
 
 def main(config: Config):
@@ -533,4 +549,4 @@ def draw_bits(ax: Axes, config: Config, study: StudyFolder, results: dict[str, d
 
 
 if __name__ == "__main__":
-    cli(Config, main, __doc__)
+    run_script(main, config)

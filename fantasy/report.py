@@ -15,12 +15,10 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from common.checkpoint import load_model, not_finite_error
 from common.console import Progress, UserError, say, table, write_atomically, write_text
@@ -31,6 +29,10 @@ from common.scoring import bits_per_byte, stream_loss
 from common.shards import open_shards, shards_tokenizer
 from common.tokenizer import tokenizer_to_text
 from model import GPT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SAMPLES = "final_gens_after_finetune.txt"
 LONG_RUN = 12  # words; a copied run above this length is more than a common phrase
@@ -350,14 +352,16 @@ def draw_losses(path: Path, history: list[dict], base_val_loss: float):
     save_figure(path, figure, ax)
 
 
-def start_figure(title: str) -> tuple[Figure, Axes]:
+def start_figure(title: str) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure  # imported here: drawing comes last, and it is slow
+
     figure = Figure((7, 5), layout="constrained")
     ax = figure.subplots()
     ax.set_title(title)
     return figure, ax
 
 
-def save_figure(path: Path, figure: Figure, ax: Axes):
+def save_figure(path: Path, figure: "Figure", ax: "Axes"):
     ax.grid(alpha=0.3)
     ax.legend()
     with write_atomically(path) as file:

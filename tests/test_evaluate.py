@@ -25,6 +25,10 @@ def folder(tmp_path_factory) -> Path:
     return write_model_and_data(tmp_path_factory.mktemp("benchmarks"))
 
 
+def test_every_benchmark_has_a_name():
+    assert [*[benchmark.name for benchmark in evaluate.BENCHMARKS], "val"] == list(evaluate.NAMES)
+
+
 def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
     out_dir = tmp_path / "out"
     words = ["evaluate.py", "--device", "cpu", "--out_dir", out_dir]

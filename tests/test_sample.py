@@ -40,7 +40,7 @@ def model(data_dir, tmp_path_factory):
 
 def run(module, *flags):
     sys.argv = [module.__name__, *map(str, flags)]
-    console.cli(module.Config, module.main, module.__doc__)
+    console.run_script(module.main, console.parse_flags(module.Config, module.__doc__))
 
 
 def greedy(model, prompt: str, n: int) -> str:

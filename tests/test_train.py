@@ -724,7 +724,9 @@ def one_line_in_process(words, monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     with pytest.raises(SystemExit) as stopped:
-        console.cli(train_gpt2.Config, train_gpt2.main, train_gpt2.__doc__)
+        console.run_script(
+            train_gpt2.main, console.parse_flags(train_gpt2.Config, train_gpt2.__doc__)
+        )
     assert stopped.value.code in (1, 2)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.out + captured.err

@@ -129,6 +129,10 @@ def test_a_folder_without_the_script_is_an_error(tmp_path):
         bench.main(bench.Config(nanogpt=str(tmp_path), device="cpu"))
 
 
+def test_every_row_has_a_name():
+    assert tuple(bench.ROWS) == bench.ROW_NAMES
+
+
 def test_an_unknown_row_is_an_error():
     with pytest.raises(UserError, match="no row 'speed': choose from train, memory"):
         bench.Config(rows=("speed",))

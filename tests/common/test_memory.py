@@ -188,7 +188,7 @@ seen = {}
 rss = lambda rt: psutil.Process().memory_info().rss
 memory.free_memory = remember("before", memory.free_memory, rss)
 memory.choose_B = remember("need", memory.choose_B, lambda B, free, estimate: estimate.need(B))
-console.cli(train_gpt2.Config, train_gpt2.main, "")
+console.run_script(train_gpt2.main, console.parse_flags(train_gpt2.Config, ""))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(f"measured {peak - seen['before']} computed {seen['need']}")
 """

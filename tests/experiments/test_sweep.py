@@ -13,7 +13,8 @@ from common.console import UserError, lock_folder
 from common.optim import Diverged
 from common.shards import Shards
 from experiments import sweep
-from experiments.sweep import Run, StudyFolder, SweepConfig
+from experiments.flags import SweepConfig
+from experiments.sweep import Run, StudyFolder
 
 
 @pytest.fixture
