@@ -13,17 +13,15 @@ from collections.abc import Iterator
 
 import torch
 
-MOMENTUM = 0.95
 # Coefficients (a, b, c) of the polynomial a x + b x^3 + c x^5, chosen by Jordan et al. to grow fast
 # from zero. Five rounds of it bring singular values between 0.01 and 1 to between 0.7 and 1.2.
 # They need not be exactly 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5
 # Matrices are orthogonalized in batches of at most this many elements, which limits the memory.
 BATCH_ELEMENTS = 2**23
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     """U V^T for each matrix U S V^T, approximately; (..., rows, columns), float32 or bfloat16.
 
     A polynomial of a matrix changes only its singular values (Newton-Schulz iteration).
@@ -33,7 +31,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     x = matrices.mT if is_tall else matrices  # x x^T is the smaller one of the two products
     # The Frobenius norm is at least the largest singular value, which must not be above 1.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         gram = x @ x.mT  # (..., n, n), n = the shorter side
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -48,12 +46,25 @@ class Muon(torch.optim.Optimizer):
 
     params: groups of matrices. In a group with `parts`=3, each is three matrices, one below the
         other, that are orthogonalized separately.
-    dtype: of the orthogonalization.
+    dtype: of the orthogonalization, which takes so many rounds.
     """
 
-    def __init__(self, params: list[dict], lr: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        params: list[dict],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        momentum: float = 0.95,
+        rounds: int = 5,
+    ):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, parts=1))
         self.dtype = dtype
+        self.momentum = momentum
+        self.rounds = rounds
+
+    def orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
+        return orthogonalize(matrices, self.rounds)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -71,13 +82,13 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+            state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
             # Nesterov: where the momentum will be after another such gradient
-            direction = parameter.grad.lerp(state["momentum"], MOMENTUM)
+            direction = parameter.grad.lerp(state["momentum"], self.momentum)
             directions.append(direction.view(-1, rows, columns))
 
         # (parameters * parts, rows, columns)
-        update = orthogonalize(torch.cat(directions).to(self.dtype))
+        update = self.orthogonalize(torch.cat(directions).to(self.dtype))
         # The elements of an orthogonal matrix have a root mean square of 1 / sqrt(longer side).
         scale = 0.2 * math.sqrt(max(rows, columns))
         for parameter, direction in zip(parameters, update.split(group["parts"])):

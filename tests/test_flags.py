@@ -64,6 +64,10 @@ FLAGS = {
         n_layer n_head n_embd B T total_batch_size max_steps val_tokens
         device dtype compile num_parallel
     """,
+    "experiments.recipe_study": """
+        rows data_dir out_dir max_lr seeds n_layer n_head n_embd B T total_batch_size max_steps
+        val_tokens device dtype compile num_parallel
+    """,
     "experiments.head_study": """
         model data_dir out_dir T B num_sequences prune_fractions random_orders val_tokens
         hellaswag_data hellaswag_limit device dtype

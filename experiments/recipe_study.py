@@ -1,0 +1,312 @@
+"""Which changes of the training recipe let GPT-2 learn from fewer tokens?
+
+    python -m experiments.recipe_study --data_dir datasets/corpus_4096 --n_layer 4 --n_head 4 \\
+        --n_embd 128 --T 128 --total_batch_size 2048 --max_steps 200 --max_lr 8e-3
+    python -m experiments.recipe_study ... --rows batch_half decay_0.99     # some rows
+
+The architecture stays GPT-2's. Each row of ROWS is one change of BASE, the best recipe so far. All
+rows see the same number of tokens, in the same order; with the same seed they start from the same
+weights. A row wins if its final validation loss, seed by seed, is below the base's by more than two
+standard errors.
+
+The study has a training loop of its own, so that train_gpt2.py need not contain what lost: only
+what won is a flag there. Runs are in float32 and not compiled, whatever --dtype and --compile say.
+
+Output: report.md and results.json in log/recipe_study/. An interrupted study resumes when the
+command is repeated; further rows and seeds add runs.
+"""
+
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import common.before_torch
+
+from common.console import (
+    Progress,
+    UserError,
+    check_at_least,
+    parse_flags,
+    run_script,
+    say,
+    table,
+)
+from experiments.flags import TrainingConfig, check_different
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Factors refer to the flags of the study."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 1.0  # peak learning rate, as a multiple of max_lr
+    embedding_lr: float = 1.0  # of the token and position embeddings, as a multiple of that
+    momentum: float = 0.95  # Muon's
+    rounds: int = 5  # Muon's: Newton-Schulz iterations
+    normalized: bool = False  # Muon's: each row of an update gets the same size
+    weight_decay: float = 0.1
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0
+    warmup: float = 0.1  # fraction of the run
+    decay: Literal["cosine", "linear", "late"] = "cosine"  # late: constant, then 1 - sqrt
+    final_lr: float = 0.1  # at the end, as a fraction of the peak
+    batch: float = 1.0  # tokens per step, as a multiple of total_batch_size
+    first_batch: float = 1.0  # the same at the start; grows during the first half
+    short_windows: int = 1  # during the first third, windows are cut into so many parts
+    embedding_std: float = 0.02  # at the start
+    zero_projections: bool = False  # c_proj starts at zero, so that blocks add nothing at first
+    average: float = 0.0  # exponential average of the weights, with this decay rate per step
+
+
+BASE = Recipe()
+
+# Name of a row -> what it changes. The comments name the sources.
+ROWS: dict[str, dict] = {
+    "adamw": dict(optimizer="adamw"),
+    # Learning rates by group
+    "embeddings x4": dict(embedding_lr=4.0),
+    "embeddings x16": dict(embedding_lr=16.0),
+    # Schedules: Defazio et al. 2023 (linear), Haegele et al. 2024 (constant, then 1 - sqrt)
+    "linear to 0": dict(decay="linear", final_lr=0.0),
+    "late decay": dict(decay="late", final_lr=0.0),
+    "short warmup": dict(warmup=0.02),
+    # Muon: Jordan et al. 2024; Li et al. 2025 (NorMuon)
+    "momentum 0.9": dict(momentum=0.9),
+    "momentum 0.8": dict(momentum=0.8),
+    "three rounds": dict(rounds=3),
+    "normalized": dict(normalized=True),
+    "no weight decay": dict(weight_decay=0.0),
+    "lr x0.5": dict(lr=0.5),
+    "lr x2": dict(lr=2.0),
+    # AdamW
+    "beta2 0.99": dict(beta2=0.99),
+    "no clipping": dict(grad_clip=0.0),
+    # Batch and sequence length: Smith et al. 2018; Li et al. 2022 (sequence length warmup)
+    "half batch": dict(batch=0.5),
+    "growing batch": dict(first_batch=0.25),
+    "short windows first": dict(short_windows=4),
+    # Weights: Radford et al. 2019 (std 0.02); Zhang et al. 2019 (Fixup: zero)
+    "embedding std 0.1": dict(embedding_std=0.1),
+    "zero projections": dict(zero_projections=True),
+    "average 0.95": dict(average=0.95),
+}
+
+
+@dataclass
+class Config(TrainingConfig):
+    out_dir: str = "log/recipe_study"  # folder for the report and results.json
+    rows: tuple[str, ...] = tuple(ROWS)  # changes to compare with the base
+    data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
+    max_lr: float = 8e-3  # peak learning rate of the base
+    T: int = 128  # sequence length in tokens
+    total_batch_size: int = 2048  # tokens per optimizer step
+    val_tokens: int = 65536  # tokens of the validation shard used for the validation loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_different(self, "rows")
+        check_at_least(self, 1, "T", "total_batch_size", "val_tokens")
+        for row in self.rows:
+            if row not in ROWS:
+                raise UserError(f"there is no row {row!r}: choose from {', '.join(ROWS)}")
+        if self.total_batch_size % (4 * self.T):
+            raise UserError("total_batch_size must be a multiple of 4 * T: the rows divide it")
+
+
+if __name__ == "__main__":
+    config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
+
+import torch
+
+from common.muon import Muon
+from common.optim import make_optimizer
+from common.runtime import start as start_runtime
+from common.scoring import stream_loss
+from common.shards import open_shards, shards_fingerprint, shards_tokenizer
+from dataloader import PretrainLoader
+from experiments.sweep import StudyFolder, device_envs, mean_and_deviation, settings_of, start
+from model import GPT
+
+
+def main(config: Config):
+    rt = start(config)
+    shards_tokenizer(config.data_dir)  # fail here, rather than in the first run
+    settings = settings_of(
+        config, rt, may_change=["rows", "seeds"], data=shards_fingerprint(config.data_dir)
+    )
+    study = StudyFolder(config.out_dir, settings)
+    recipes = {"base": BASE} | {row: replace(BASE, **ROWS[row]) for row in config.rows}
+
+    jobs = [
+        (f"{row}, seed {seed}", (config, recipe, seed))
+        for seed in config.seeds
+        for row, recipe in recipes.items()
+    ]
+    missing = {name: job for name, job in jobs if name not in study.results}
+    bar = Progress(total=len(jobs), initial=len(jobs) - len(missing), desc="training", unit="run")
+    # Small models use two cores better as two processes. Each reads its threads from the variables.
+    envs = device_envs(config.num_parallel, config.device)
+    os.environ |= envs[0]
+    spawn = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(len(envs), spawn) as pool:
+        futures = {pool.submit(final_loss, *job): name for name, job in missing.items()}
+        for future in as_completed(futures):
+            study.results[futures[future]] = future.result()
+            study.save()
+            bar.update()
+    summarize(config, study, list(recipes))
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+class NormalizedMuon(Muon):
+    """NorMuon (Li et al. 2025), without the average over steps: rows of the same size."""
+
+    def orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
+        update = super().orthogonalize(matrices)  # (..., rows, columns)
+        size = update.norm(dim=(-2, -1), keepdim=True)
+        update = update / update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+        return update * (size / update.norm(dim=(-2, -1), keepdim=True))
+
+
+def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
+    """Train a model, and return its validation loss in nats; None if it diverged."""
+    rt = start_runtime(config.device, "float32")
+    enc = shards_tokenizer(config.data_dir)
+    shards = open_shards(config.data_dir, "train")
+    torch.manual_seed(seed)
+    model = GPT(config.gpt_config(block_size=config.T, vocab_size=enc.n_vocab)).to(rt.device)
+    change_weights(model, recipe)
+    optimizers = make_optimizers(model, recipe)
+    # A window is a "batch" here: the recipes cut the same order of windows into other batches.
+    loader = PretrainLoader(shards, 1, config.T, config.T, seed)
+    num_windows = config.max_steps * config.total_batch_size // config.T
+    averages = [p.detach().clone() for p in model.parameters()] if recipe.average else []
+
+    done = 0
+    for batch in batch_sizes(config, recipe, num_windows):
+        windows = [loader.micro_batch(done + n, 0) for n in range(batch)]
+        x, y = (torch.cat(parts).to(rt.device) for parts in zip(*windows))  # (batch, T)
+        if done < num_windows / 3:
+            x, y = (t.reshape(-1, config.T // recipe.short_windows) for t in (x, y))
+        loss = model(x, y)
+        if not math.isfinite(loss.item()):
+            return None
+        loss.backward()
+        if recipe.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        factor = learning_rate_factor(recipe, (done + batch / 2) / num_windows)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.max_lr * recipe.lr * factor * group.get("lr_scale", 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for average, parameter in zip(averages, model.parameters()):
+            average.lerp_(parameter.detach(), 1 - recipe.average)
+        done += batch
+
+    for average, parameter in zip(averages, model.parameters()):
+        parameter.data.copy_(average)
+    val_tokens = open_shards(config.data_dir, "val").read(0, 0, config.val_tokens + 1)
+    return stream_loss(model, val_tokens, config.B, config.T, rt)
+
+
+def change_weights(model: GPT, recipe: Recipe):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in ("wte.weight", "wpe.weight"):
+                parameter.mul_(recipe.embedding_std / 0.02)
+            elif recipe.zero_projections and name.endswith("c_proj.weight"):
+                parameter.zero_()
+
+
+def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    joint = make_optimizer(
+        model,
+        1.0,
+        recipe.weight_decay,
+        (0.9, recipe.beta2),
+        1e-8,
+        muon=recipe.optimizer == "muon",
+        embedding_lr_scale=recipe.embedding_lr,
+    )
+    if isinstance(joint, torch.optim.Optimizer):
+        return [joint]
+    muon, adamw = joint.optimizers
+    kind = NormalizedMuon if recipe.normalized else Muon
+    muon = kind(
+        muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, recipe.rounds
+    )
+    return [muon, adamw]
+
+
+def batch_sizes(config: Config, recipe: Recipe, num_windows: int) -> Iterator[int]:
+    """The windows of each step, num_windows in all."""
+    full = config.total_batch_size // config.T * recipe.batch
+    done = 0
+    while done < num_windows:
+        # From first_batch to 1 in the first half of the run, by the same factor in each step
+        size = full * recipe.first_batch ** max(0.0, 1 - 2 * done / num_windows)
+        batch = min(max(1, round(size)), num_windows - done)
+        yield batch
+        done += batch
+
+
+def learning_rate_factor(recipe: Recipe, progress: float) -> float:
+    """The learning rate as a fraction of its peak; progress is from 0 to 1."""
+    if progress < recipe.warmup:
+        return progress / recipe.warmup
+    after = (progress - recipe.warmup) / (1 - recipe.warmup)
+    if recipe.decay == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * after))
+    elif recipe.decay == "linear":
+        height = 1 - after
+    else:
+        # Constant for 60%
+        height = 1 - math.sqrt(max(0.0, (after - 0.6) / 0.4))
+    return recipe.final_lr + (1 - recipe.final_lr) * height
+
+
+# ---------------------------------------------------------------------------------------------
+# Report
+
+
+def summarize(config: Config, study: StudyFolder, rows: list[str]):
+    lines = []
+    for row in rows:
+        losses = [study.results[f"{row}, seed {seed}"] for seed in config.seeds]
+        if None in losses:
+            lines.append((row, "diverged", "", "loses"))
+            continue
+        base = [study.results[f"base, seed {seed}"] for seed in config.seeds]
+        differences = [loss - reference for loss, reference in zip(losses, base)]
+        lines.append((row, mean_and_deviation(losses, 4), *verdict(differences)))
+    study.report(
+        f"{config.n_layer} layers of width {config.n_embd}, "
+        f"{config.max_steps * config.total_batch_size / 1e6:.2f}M tokens; validation loss in nats, "
+        f"mean and standard deviation of {len(config.seeds)} seeds; difference to the base, seed "
+        "by seed, with two standard errors",
+        table(("row", "final loss", "difference", "verdict"), lines),
+    )
+    say(f"base: {BASE}")
+
+
+def verdict(differences: list[float]) -> tuple[str, str]:
+    """The mean difference with two standard errors, and whether it is below or above zero."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.4f}", "one seed"
+    error = 2 * statistics.stdev(differences) / math.sqrt(len(differences))
+    word = "wins" if mean < -error else "loses" if mean > error else "no difference"
+    return f"{mean:+.4f} ± {error:.4f}", word
+
+
+if __name__ == "__main__":
+    run_script(main, config)

@@ -1,0 +1,68 @@
+"""The study of training recipes: its batches, schedules and verdicts, and two rows on a tiny model."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from common.console import UserError
+from experiments import recipe_study
+from experiments.recipe_study import BASE, Config, batch_sizes, learning_rate_factor, verdict
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, total_batch_size=128, max_steps=4, B=4)
+
+
+def test_all_recipes_see_the_same_number_of_windows():
+    config = Config(**TINY)
+    assert list(batch_sizes(config, BASE, 32)) == [8] * 4
+    assert list(batch_sizes(config, replace(BASE, batch=0.5), 32)) == [4] * 8
+    growing = list(batch_sizes(config, replace(BASE, first_batch=0.25), 32))
+    assert growing == sorted(growing)
+    assert (growing[0], growing[-2], sum(growing)) == (2, 8, 32)
+
+
+def test_schedules():
+    assert learning_rate_factor(BASE, 0.05) == 0.5
+    assert learning_rate_factor(BASE, 0.55) == pytest.approx(0.55)  # halfway from 1 to 0.1
+    assert learning_rate_factor(replace(BASE, decay="linear", final_lr=0.0), 0.775) == 0.25
+    late = replace(BASE, decay="late", final_lr=0.0, warmup=0.0)
+    assert learning_rate_factor(late, 0.6) == 1
+    assert learning_rate_factor(late, 0.7) == 0.5  # 1 - sqrt(1/4)
+    assert learning_rate_factor(late, 1.0) == 0
+
+
+def test_verdicts():
+    # mean -0.2, standard deviation 0.1, so two standard errors are 2 * 0.1 / sqrt(3)
+    assert verdict([-0.1, -0.2, -0.3]) == ("-0.2000 ± 0.1155", "wins")
+    assert verdict([0.1, 0.2, 0.3])[1] == "loses"
+    assert verdict([-0.1, 0.1])[1] == "no difference"
+    assert verdict([-0.1]) == ("-0.1000", "one seed")
+
+
+def test_rows_are_trained_and_compared(data_dir, tmp_path, monkeypatch, capsys):
+    # Threads instead of processes, which take seconds to start.
+    monkeypatch.setattr(
+        recipe_study, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(1)
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = dict(**TINY, data_dir=str(data_dir), out_dir=str(tmp_path), device="cpu")
+    settings |= dict(seeds=(1, 2), val_tokens=500)
+    rows = ("adamw", "normalized", "average 0.95", "short windows first")
+    recipe_study.main(Config(rows=rows, **settings))
+    report = (tmp_path / "report.md").read_text()
+    assert "| base" in report
+    assert all(f"| {row}" in report for row in rows)
+
+    # Another row adds runs; the others are not repeated.
+    monkeypatch.setattr(recipe_study, "final_loss", lambda config, recipe, seed: None)
+    recipe_study.main(Config(rows=("lr x2", *rows), **settings))
+    report = (tmp_path / "report.md").read_text()
+    assert "lr x2" in report
+    assert report.count("diverged") == 1
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(UserError, match="no row 'magic': choose from adamw, "):
+        Config(rows=("magic",))
+    with pytest.raises(UserError, match="multiple of 4"):
+        Config(T=128, total_batch_size=1280)
