@@ -64,6 +64,9 @@ class Config:
 
     # muon: Muon for the matrices of the blocks, AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_momentum: float = 0.95  # Muon's momentum; short runs want less, about 0.9
+    # beside Muon, learning rate of the embeddings as a multiple of the others'
+    embedding_lr_scale: float = 1.0
     warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
     # final learning rate of the cosine decay; None = a tenth of max_lr
@@ -140,6 +143,12 @@ class Config:
             self.min_lr = self.max_lr / 10
         if not 0 <= self.min_lr <= self.max_lr:
             raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
+        if not 0 <= self.muon_momentum < 1:
+            raise UserError(f"muon_momentum is {self.muon_momentum}, must be from 0 to below 1")
+        if not 0 < self.embedding_lr_scale < math.inf:
+            raise UserError(f"embedding_lr_scale is {self.embedding_lr_scale}, must be above 0")
+        if self.optimizer == "adamw" and (self.muon_momentum, self.embedding_lr_scale) != (0.95, 1):
+            raise UserError("muon_momentum and embedding_lr_scale need --optimizer muon")
         check_installed(self.tracker)
 
 
@@ -574,6 +583,8 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         eps=config.eps,
         sharded=config.shard_optimizer and rt.world_size > 1,
         muon=config.optimizer == "muon",
+        muon_momentum=config.muon_momentum,
+        embedding_lr_scale=config.embedding_lr_scale,
     )
     scaler = LossScaler(rt)
     start_step = 0

@@ -98,6 +98,7 @@ def make_optimizer(
     eps: float,
     sharded: bool = False,
     muon: bool = False,
+    muon_momentum: float = 0.95,
     embedding_lr_scale: float = 1.0,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused into one kernel over all tensors.
@@ -137,7 +138,7 @@ def make_optimizer(
         # Three matrices one below the other: each is orthogonalized on its own.
         muon_groups: list[dict] = [dict(params=attention, parts=3), dict(params=matrices)]
         dtype = torch.bfloat16 if has_fast_bf16(matrices[0].device) else torch.float32
-        hidden = Muon(muon_groups, lr, weight_decay, dtype)
+        hidden = Muon(muon_groups, lr, weight_decay, dtype, muon_momentum)
         return Optimizers(hidden, torch.optim.AdamW(groups, **options))
     if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # the import takes a second

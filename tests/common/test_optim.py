@@ -5,9 +5,10 @@ import torch
 from conftest import one_line
 from test_train import TORCHRUN, arguments, launch, losses, train, train_here, weights
 
+from common import runtime
 from common.console import UserError
 from common.muon import Muon
-from common.optim import load_optimizer_state, make_optimizer
+from common.optim import load_optimizer_state, make_optimizer, train_step
 from model import GPT, GPTConfig
 
 
@@ -77,6 +78,22 @@ def test_muons_momentum_is_that_of_pytorch(monkeypatch):
     for a, b, before in zip(ours, theirs, start, strict=True):
         # PyTorch computes in bfloat16, with a relative error of about 1%.
         assert (a - b).norm() < 0.03 * (b - before).norm()
+
+
+def test_embeddings_have_a_learning_rate_of_their_own():
+    """AdamW's first update changes each weight with a gradient by its learning rate."""
+    model = small_model()
+    optimizer = make_optimizer(
+        model, 1e-3, 0.0, (0.9, 0.95), 1e-8, muon=True, embedding_lr_scale=4.0
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    idx = torch.arange(34).reshape(2, 17)
+    train_step(model, optimizer, [(idx[:, :-1], idx[:, 1:])], 0.01, 0.0, runtime.start("cpu"))
+    changed = {
+        name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()
+    }
+    assert changed["wte.weight"] == changed["wpe.weight"] == pytest.approx(0.04, rel=1e-3)
+    assert changed["h.0.ln_1.bias"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_an_optimizer_of_another_version_is_named():

@@ -1,4 +1,4 @@
-"""The study of training recipes: its batches, schedules and verdicts, and two rows on a tiny model."""
+"""The study of training recipes: its batches, schedules and verdicts, and rows on a tiny model."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
