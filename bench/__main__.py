@@ -20,8 +20,9 @@ The rows:
 
 The candidates of a row run in turn, round after round, and the figures are medians. "speedup" is
 the speed of this project as shipped divided by the candidate's: above 1, this project is faster.
-"share of the roofline" is the candidate's speed divided by that of the matrix products of a step
-without anything else, measured in the same run.
+"share of the roofline" is the candidate's speed divided by the best that the machine can do, which
+is measured in the same run: the matrix products of a training step without anything else, or
+reading all weights from memory once per generated token.
 """
 
 import json

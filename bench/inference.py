@@ -1,8 +1,11 @@
 """The rows about inference with GPT-2 (124M), random weights: HellaSwag, CORE, generation."""
 
 import copy
+import functools
 import runpy
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
@@ -23,6 +26,7 @@ from model import GPT, GPTConfig
 
 NUM_TOKENS = 256  # tokens generated per text
 PROMPT_TOKENS = 16
+READS = "roofline: all weights read from memory once per token"
 
 
 def with_same_weights(rt: Runtime) -> tuple[GPT, torch.nn.Module]:
@@ -215,9 +219,13 @@ def generate(config, rt: Runtime) -> list[Figure]:
     if config.nanogpt:
         scripts = peers.find_scripts(config.nanogpt, None)
         nanogpt = peers.make_peer(peers.NanoGPT.name, GPTConfig(), scripts, rt).model
-    # The reference: how long does it take to read all weights once per token?
-    weights = weights_per_token(ours)
-    vector = torch.ones(weights.shape[1], device=rt.device)
+    # The roofline: every weight has to come from memory once per token.
+    reads = {
+        f"{READS}, {DTYPE_NAMES[dtype]}": functools.partial(
+            read_repeatedly, fastest_read(weights_per_token(ours, dtype))
+        )
+        for dtype in measure.dtypes_of(rt.device)
+    }
 
     figures = []
     for num_texts in (1, 8):
@@ -232,9 +240,8 @@ def generate(config, rt: Runtime) -> list[Figure]:
         name = f"{peers.Transformers.name} with its cache, "
         for dtype, model in theirs_in.items():
             watches[name + DTYPE_NAMES[dtype]] = Stopwatch(rt, generate_theirs, model, prompts)
-        watches["all weights times one vector per token, float32"] = Stopwatch(
-            rt, multiply_repeatedly, weights, vector
-        )
+        for name_of_read, read in reads.items():
+            watches[name_of_read] = Stopwatch(rt, read)
         seconds = measure.medians(watches, config.rounds, row)
         if nanogpt is not None:
             # Without a cache this takes minutes: one run, and no warmup.
@@ -248,7 +255,8 @@ def generate(config, rt: Runtime) -> list[Figure]:
             equal = sum(a == b for a, b in zip(our_texts, their_texts))
             say(f"{equal} of {num_texts} greedy texts in float32 equal those of transformers")
         amount = num_texts * NUM_TOKENS
-        figures += measure.rates(row, seconds, amount, "tokens/s", our_name(rt.dtype))
+        roofline = min(reads, key=lambda read: seconds[read])
+        figures += measure.rates(row, seconds, amount, "tokens/s", our_name(rt.dtype), roofline)
     return figures
 
 
@@ -266,18 +274,39 @@ def generate_theirs(model, prompts: torch.Tensor) -> list[list[int]]:
     return out[:, PROMPT_TOKENS:].tolist()
 
 
-def weights_per_token(model: GPT) -> torch.Tensor:
-    """A matrix as large as all weights that a token needs: the blocks and the head, not wpe."""
+def weights_per_token(model: GPT, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as large as all weights that a token needs: the blocks and the head, not wpe."""
     count = sum(p.numel() for p in model.h.parameters()) + model.wte.weight.numel()
     width = model.config.n_embd
-    return torch.ones(count // width, width, device=model.wte.weight.device)
+    return torch.ones(count // width, width, dtype=dtype, device=model.wte.weight.device)
 
 
-def multiply_repeatedly(weights: torch.Tensor, vector: torch.Tensor):
-    """The weights times a vector, once per generated token.
+def fastest_read(weights: torch.Tensor) -> Callable[[], object]:
+    """The operation that reads the tensor in the shortest time, of several."""
+    vector = torch.ones(weights.shape[1], dtype=weights.dtype, device=weights.device)
+    flat = weights.flatten()
+    as_ints = weights.view(torch.int32)
+    operations = (
+        lambda: weights @ vector,
+        lambda: torch.dot(flat, flat),
+        lambda: flat.sum(),
+        lambda: as_ints.sum(dtype=torch.int32),
+        lambda: as_ints.max(),
+    )
 
-    It reads every weight once per token, as generation does, but it is no upper bound: torch's
-    product does not reach the memory's bandwidth, and bf16 halves what must be read.
-    """
+    def shortest(operation: Callable) -> float:
+        times = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            operation()
+            measure.synchronize(weights.device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return min(operations, key=shortest)
+
+
+def read_repeatedly(read: Callable[[], object]):
+    """Once per generated token."""
     for _ in range(NUM_TOKENS):
-        weights @ vector
+        read()
