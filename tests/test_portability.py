@@ -16,6 +16,7 @@ def test_every_module_can_be_imported():
     assert len(imported) > 40
 
 
+@pytest.mark.slow
 def test_training_and_sampling_work(data_dir, tmp_path):
     log_dir = tmp_path / "log"
     train = ["train_gpt2.py", "--data_dir", data_dir, "--log_dir", log_dir, *SMALL_RUN]

@@ -223,6 +223,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(data_dir, tmp_path, ref
     assert stream(log_dir, "val") == stream(reference, "val")
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_stops_all_ranks_at_the_same_step(data_dir, tmp_path):
     log_dir = tmp_path / "log"
     process = launch(

@@ -389,6 +389,7 @@ def test_damaged_headers_of_llmc(tmp_path, field, value):
 # The stages
 
 
+@pytest.mark.slow
 def test_the_stages_read_them(tmp_path):
     """Greedy text of sample.py and of transformers, from a file that only llm.c writes."""
     reference = make_reference("gelu_new")

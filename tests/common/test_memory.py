@@ -209,6 +209,7 @@ def test_the_allowance_covers_resident_memory(data_dir, tmp_path, more):
     assert measured < computed < 1.6 * measured
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_ends_before_it_starts(data_dir, tmp_path):
     """A model of 161 billion parameters: its weights alone would be 644 GB."""
     log_dir = tmp_path / "log"
@@ -218,6 +219,7 @@ def test_a_run_that_does_not_fit_ends_before_it_starts(data_dir, tmp_path):
     assert not (log_dir / "log.txt").exists()
 
 
+@pytest.mark.slow
 def test_B_0_chooses_a_micro_batch_and_resumes_with_it(data_dir, tmp_path):
     runs = {}
     for name, B in (("given", 16), ("chosen", 0)):

@@ -335,6 +335,7 @@ def test_bytes_over_xet_are_counted_once():
         assert bar.n == 100
 
 
+@pytest.mark.slow
 def test_a_newcomer_downloads_and_trains(hub, tmp_path, shared_data):
     """The commands of the README, at small scale, against the server named by HF_ENDPOINT."""
     out = tmp_path / "shards"

@@ -111,6 +111,7 @@ def finished(data_dir, tmp_path_factory):
     return out, flags, ok(command("-m", "experiments.norm_study", *flags, *rates)).stdout
 
 
+@pytest.mark.slow
 def test_report_curves_gradients_and_divergence(finished):
     out, _, output = finished
     results = json.loads((out / "results.json").read_text())
@@ -132,6 +133,7 @@ def test_report_curves_gradients_and_divergence(finished):
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_plots_of_any_number_of_measurements(finished, tmp_path):
     """The shades of grey go from light to black, and rounding must not push them below zero."""
     out, _, _ = finished
@@ -148,6 +150,7 @@ def test_plots_of_any_number_of_measurements(finished, tmp_path):
         norm_study.draw_gradients(config, study)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(finished):
     _, flags, _ = finished
     with pytest.raises(UserError, match="max_steps=12, not 13: choose another --out_dir"):
