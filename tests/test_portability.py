@@ -3,6 +3,7 @@
 This is no test on these systems, but it finds what would not even start there.
 """
 
+import pytest
 from conftest import SMALL_RUN, command, ok
 
 
