@@ -1,13 +1,12 @@
 """Tokens and seconds to a loss: the crossing by hand, and what a timed run counts and replaces."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command, ok
 
 from bench import time_to_loss
 from bench.time_to_loss import Point, first_crossing, make_job, nanogpt_flags, write_tokens
@@ -80,8 +79,6 @@ def test_a_folder_without_the_script_is_an_error(data_dir, tmp_path):
 
 
 def test_the_other_projects_get_the_same_tokens(data_dir, tmp_path):
-    import numpy as np
-
     config = small_config(data_dir, tmp_path)
     enc = shards_tokenizer(data_dir)
     write_tokens(config, config.gpt_config(block_size=8, vocab_size=enc.n_vocab))
@@ -109,10 +106,9 @@ def test_a_script_without_a_constant_is_another_version(tmp_path):
         adapt(script, 1, dict(warmup_steps="5"), None)
 
 
-def run_job(job: Job, path) -> subprocess.CompletedProcess:
+def run_job(job: Job, path):
     path.write_text(json.dumps(asdict(job)))
-    command = [sys.executable, ROOT / "bench" / "timed_run.py", path]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ok(command("bench/timed_run.py", path))
 
 
 def test_a_timed_run_of_another_project(data_dir, tmp_path):
@@ -122,8 +118,7 @@ def test_a_timed_run_of_another_project(data_dir, tmp_path):
     curve = tmp_path / "curve.json"
     job = Job(str(script), [], work, work, str(curve), str(data_dir), "cpu", 5, 6, 4, 64, 2, 8)
     job.constants = dict(model="GPT(384)", max_steps="6")
-    result = run_job(job, tmp_path / "job.json")
-    assert result.returncode == 0, result.stderr
+    run_job(job, tmp_path / "job.json")
     points = json.loads(curve.read_text())
     assert [point["step"] for point in points] == [4, 6]
     assert 0 < points[0]["seconds"] < points[1]["seconds"]
@@ -144,8 +139,8 @@ def test_a_timed_run_of_another_project(data_dir, tmp_path):
 
 
 def test_a_timed_run_of_this_project(data_dir, tmp_path):
-    config = small_config(data_dir, tmp_path, max_steps=6, val_every=4, step_fractions=(1.0,))
-    config.fast_fractions = ()
+    flags = dict(max_steps=6, val_every=4, step_fractions=(1.0,), fast_fractions=())
+    config = small_config(data_dir, tmp_path, **flags)
     shape = config.gpt_config(block_size=8, vocab_size=shards_tokenizer(data_dir).n_vocab)
     # The other projects' folders are not needed.
     scripts = {"fast": ROOT / "train_gpt2.py"}
@@ -153,8 +148,7 @@ def test_a_timed_run_of_this_project(data_dir, tmp_path):
         patch.setattr(time_to_loss, "find_scripts", lambda config: scripts)
         job = make_job(config, CPU, shape, Point("fast", 1e-3, 1.0, 1), tmp_path)
     assert job.flags[-len(time_to_loss.FAST) :] == list(time_to_loss.FAST)
-    result = run_job(job, tmp_path / "job.json")
-    assert result.returncode == 0, result.stderr
+    run_job(job, tmp_path / "job.json")
     points = json.loads((tmp_path / "curve.json").read_text())
     # Muon's recipe has two optimizers, which count as one update.
     assert [point["step"] for point in points] == [4, 6]
