@@ -59,6 +59,11 @@ FLAGS = {
         rows nanogpt build_nanogpt nanochat rounds hellaswag_data hellaswag_limit core_limit
         data_files device out
     """,
+    "bench.time_to_loss": """
+        data_dir out_dir nanogpt build_nanogpt learning_rates seeds step_fractions fast_fractions
+        n_layer n_head n_embd B T total_batch_size max_steps warmup_steps val_every val_tokens
+        device dtype compile num_parallel
+    """,
     "bench.gpu_check": "nanogpt B minutes device small out",
     "experiments.norm_study": """
         data_dir out_dir learning_rates warmup_steps_grid seeds depths gradients_every
