@@ -111,6 +111,7 @@ def run_job(job: Job, path):
     ok(command("bench/timed_run.py", path))
 
 
+@pytest.mark.slow
 def test_a_timed_run_of_another_project(data_dir, tmp_path):
     script = tmp_path / "train_gpt2.py"
     script.write_text(PEER)
@@ -138,6 +139,7 @@ def test_a_timed_run_of_another_project(data_dir, tmp_path):
     assert points[-1]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_timed_run_of_this_project(data_dir, tmp_path):
     flags = dict(max_steps=6, val_every=4, step_fractions=(1.0,), fast_fractions=())
     config = small_config(data_dir, tmp_path, **flags)
