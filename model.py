@@ -236,6 +236,24 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
+    @torch.no_grad()
+    def start_from_frequencies(self, counts: torch.Tensor):
+        """Make an untrained model predict each token with its frequency, whatever the context.
+
+        counts: how often each token occurs, (rows of the embedding,).
+
+        Otherwise all tokens are equally likely at first, and learning which are frequent takes the
+        first part of a run (Karpathy 2019, "A Recipe for Training Neural Networks", sets the bias
+        of the last layer). GPT-2's head has no bias, but the LayerNorm before it has. A constant
+        there meets one column of the head's weights, and that column takes the log-frequencies:
+
+            logits = x @ wte.T + constant * wte[:, 0]
+        """
+        constant = 20.0  # large, so that the column is small in the embeddings of the input
+        log_frequencies = (counts + 1).float().log()  # + 1: no logarithm of 0
+        self.wte.weight[:, 0] = (log_frequencies - log_frequencies.mean()) / constant
+        self.ln_f.bias[0] = constant
+
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, vocab_size) of tokens idx (B, T) int64; with targets, their loss instead.
 

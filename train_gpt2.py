@@ -92,6 +92,8 @@ class Config:
     dropout: float = 0.0  # probability of dropping an activation
     # recompute the blocks in the backward pass: less memory, slower
     activation_checkpointing: bool = False
+    # start a new model from the frequencies of the tokens, which short runs would have to learn
+    unigram_init: bool = False
     # weights to start from: a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl
     init_from: str | None = None
 
@@ -149,6 +151,8 @@ class Config:
             raise UserError(f"embedding_lr_scale is {self.embedding_lr_scale}, must be above 0")
         if self.optimizer == "adamw" and (self.muon_momentum, self.embedding_lr_scale) != (0.95, 1):
             raise UserError("muon_momentum and embedding_lr_scale need --optimizer muon")
+        if self.unigram_init and (self.norm == "post" or self.init_from):
+            raise UserError("unigram_init is for new models (no init_from) with norm pre")
         check_installed(self.tracker)
 
 
@@ -179,7 +183,7 @@ from common.optim import (
 from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
 from common.scoring import bits_per_byte, stream_loss
-from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
+from common.shards import Shards, open_shards, read_manifest, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from dataloader import PretrainLoader
@@ -561,6 +565,8 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
             fit_into_memory(config, GPT(new_shape(config, enc)), None, free, rt)
     torch.manual_seed(config.seed)
     model = make_model(config, enc, loaded, loaded_from)
+    if config.unigram_init and not loaded:
+        model.start_from_frequencies(count_tokens(shards, model.config.padded_vocab_size))
     for line in adopt_shape(config, model):
         rt.print(line)
     if loaded or config.init_from:
@@ -709,6 +715,12 @@ def make_model(
         model = GPT(new_shape(config, enc))
     check_lengths(config, enc, model)
     return model
+
+
+def count_tokens(shards: Shards, num_rows: int) -> torch.Tensor:
+    """How often each token occurs at the start of the first shard; (num_rows,) int64."""
+    ids = shards.read(0, 0, min(shards.lengths[0], 10_000_000))  # these are read in a moment
+    return torch.from_numpy(np.bincount(ids, minlength=num_rows))
 
 
 def new_shape(config: Config, enc: tiktoken.Encoding) -> GPTConfig:

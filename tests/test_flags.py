@@ -26,7 +26,7 @@ FLAGS = {
         optimizer muon_momentum embedding_lr_scale warmup_steps max_lr min_lr weight_decay
         beta1 beta2 eps grad_clip shard_optimizer
         n_layer n_head n_embd block_size padded_vocab_size norm dropout activation_checkpointing
-        init_from resume seed device dtype compile timeout deterministic
+        unigram_init init_from resume seed device dtype compile timeout deterministic
         val_every val_tokens hellaswag_every hellaswag_data core_every core_data
         sample_every sample_prompt checkpoint_every rolling_every tracker
     """,

@@ -515,3 +515,17 @@ def test_compiled_model_equals_the_eager_one(compile):
     for name, p in model.named_parameters():
         assert relative(p.grad, gradients[name]) < 1e-4, name
     assert model.generate([[1, 2, 3]], 20, temperature=0) == text
+
+
+def test_a_model_starts_from_the_frequencies_of_the_tokens():
+    """Its loss is the entropy of the counts, in any context."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=64))
+    counts = torch.arange(256) ** 3
+    model.start_from_frequencies(counts)
+    ids = torch.multinomial(counts.double(), 64 * 33, replacement=True).view(64, 33)
+    loss = model(ids[:, :-1], ids[:, 1:]).item()
+    p = counts[1:].double() / counts.sum()
+    entropy = -(p * p.log()).sum().item()
+    assert loss == pytest.approx(entropy, abs=0.1)
+    assert loss < math.log(256) - 0.4  # of a model that knows nothing
