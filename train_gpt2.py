@@ -559,18 +559,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
     if loaded and loaded_from:
         check_agreement(config, fingerprint, loaded, loaded_from)
-    if not loaded and not config.init_from:
-        # A model that is too large for this machine is not even made.
-        with torch.device("meta"):
-            fit_into_memory(config, GPT(new_shape(config, enc)), None, free, rt)
-    torch.manual_seed(config.seed)
-    model = make_model(config, enc, loaded, loaded_from)
-    if config.unigram_init and not loaded:
-        model.start_from_frequencies(count_tokens(shards, model.config.padded_vocab_size))
-    for line in adopt_shape(config, model):
-        rt.print(line)
-    if loaded or config.init_from:
-        fit_into_memory(config, model, loaded, free, rt)
+    model = set_up_model(config, enc, shards, loaded, loaded_from, free, rt)
     loader = PretrainLoader(
         shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size
     )
@@ -714,6 +703,32 @@ def make_model(
     else:
         model = GPT(new_shape(config, enc))
     check_lengths(config, enc, model)
+    return model
+
+
+def set_up_model(
+    config: Config,
+    enc: tiktoken.Encoding,
+    shards: Shards,
+    loaded: dict | None,
+    loaded_from: Path | None,
+    free: int,
+    rt: Runtime,
+) -> GPT:
+    """The model to train, on the CPU. It fits into `free` bytes with the micro-batch config.B."""
+    is_new = not loaded and not config.init_from
+    if is_new:
+        # A model that is too large for this machine is not even made.
+        with torch.device("meta"):
+            fit_into_memory(config, GPT(new_shape(config, enc)), None, free, rt)
+    torch.manual_seed(config.seed)
+    model = make_model(config, enc, loaded, loaded_from)
+    if is_new and config.unigram_init:
+        model.start_from_frequencies(count_tokens(shards, model.config.padded_vocab_size))
+    for line in adopt_shape(config, model):
+        rt.print(line)
+    if not is_new:
+        fit_into_memory(config, model, loaded, free, rt)
     return model
 
 
