@@ -116,7 +116,6 @@ def rates(
             figure.ratio = taken / seconds[baseline]
         if roofline in seconds:
             figure.roofline_share = seconds[roofline] / taken
-            assert figure.roofline_share <= 1.05, f"{row}: {name} beats the {roofline}"  # 5%: noise
         figures.append(figure)
     return figures
 

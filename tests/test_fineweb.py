@@ -202,6 +202,7 @@ def test_after_a_lost_connection_it_resumes(source, monkeypatch, capsys):
     assert capsys.readouterr().out.count("retrying") == 2
 
 
+@pytest.mark.slow
 def test_pydoc_parses_modules_without_importing_them():
     before = set(sys.modules)
     texts = pydoc_texts()

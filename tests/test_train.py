@@ -403,11 +403,12 @@ def test_a_second_signal_after_five_seconds_ends_at_once(pause, ends):
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first, then",
     [
         (TORCHRUN, (sys.executable,)),
-        pytest.param((sys.executable,), TORCHRUN, marks=pytest.mark.slow),
+        ((sys.executable,), TORCHRUN),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(data_dir, tmp_path, reference, first, then):

@@ -161,3 +161,12 @@ def test_a_run_has_trained_when_its_log_has_a_training_loss(tmp_path):
     assert not commands.has_trained(tmp_path)
     log.write_text("0 val 10.9\n0 train 10.9\n")
     assert commands.has_trained(tmp_path)
+
+
+def test_nothing_may_be_faster_than_the_roofline():
+    def figure(share):
+        return measure.Figure("generate", "ours", 9.0, "tokens/s", roofline_share=share)
+
+    bench.check_rooflines([figure(0.9), figure(1.0), figure(None)])
+    with pytest.raises(AssertionError, match="generate: ours has 147%"):
+        bench.check_rooflines([figure(0.9), figure(1.47)])

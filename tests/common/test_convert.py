@@ -411,6 +411,7 @@ def test_the_stages_read_them(tmp_path):
         assert torch.equal(exported(idx).logits, reference(idx).logits)
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(tmp_path):
     torch.save(nanogpt_content(make_reference(), vocab_size=65), tmp_path / "ckpt.pt")
     (tmp_path / "text.txt").write_text("a\n\nb")

@@ -283,6 +283,7 @@ def scaler_that_overflows(self, rt: Runtime):
     GradScaler.__init__(self, "cpu", init_scale=2.0**28, growth_interval=3)
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_logged_and_resumed_to_the_bit(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(LossScaler, "__init__", scaler_that_overflows)
     flags = ("--dtype", "float16", "--dropout", 0.1, "--checkpoint_every", 1)

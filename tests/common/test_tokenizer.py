@@ -1,6 +1,5 @@
 """Tokenizers trained here against the library that trained them, and against tiktoken's GPT-2."""
 
-import itertools
 import json
 import pickle
 import random
@@ -18,7 +17,7 @@ from common import tokenizer
 from common.console import UserError
 from common.foreign import ForeignEncoding, byte_to_char
 from common.huggingface import save_tokenizer
-from common.text import pydoc_texts
+from common.pydoc_texts import help_topics
 
 ODD = (
     "naïve → 日本語 🙂 \u200b\u0000 x\r\n\r\n   \t\t  don't we'll I'VE 123456 ３４ ½ <|endoftext|> "
@@ -27,9 +26,9 @@ ODD = (
 )
 
 
-def some_texts():
-    """A part of Python's documentation: all of it takes ten seconds."""
-    return itertools.islice(pydoc_texts(), 150)
+def some_texts() -> list[str]:
+    """Python's help topics. (To parse the modules for their docstrings takes ten seconds.)"""
+    return list(help_topics(Path(sysconfig.get_paths()["stdlib"])).values())
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,7 @@ def test_other_settings_are_refused(finished):
         run_main(norm_study, *flags, "--max_steps", 13)
 
 
+@pytest.mark.slow
 def test_a_failing_run_ends_the_study(data_dir, tmp_path):
     flags = ["--data_dir", data_dir, "--out_dir", tmp_path, *STUDY_FLAGS]
     message = "total_batch_size 100 is not divisible by .*output.txt"
