@@ -51,8 +51,12 @@ import common.before_torch
 from common.console import UserError, check_at_least, parse_flags, run_script, table
 from experiments.flags import SweepConfig, check_different
 
-# The fastest recipe: flags of train_gpt2.py. They are the last ones, so they can override others.
-FAST: tuple[str, ...] = ("--optimizer", "muon")
+# The recipe that needs the fewest tokens at small scale (experiments/recipe_study.py), as flags of
+# train_gpt2.py. They are the last ones, so they can override others.
+FAST: tuple[str, ...] = (
+    *("--optimizer", "muon", "--muon_momentum", "0.9", "--embedding_lr_scale", "4"),
+    *("--beta1", "0.6", "--beta2", "0.99", "--unigram_init"),
+)
 
 TITLES = {
     "adamw": "this project, AdamW",
