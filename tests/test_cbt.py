@@ -97,6 +97,7 @@ def test_command_prints_published_figures(folder):
     assert "83.40%" in out
 
 
+@pytest.mark.slow
 def test_missing_data_is_one_line(folder, tmp_path):
     assert "no file" in one_line(run(folder, "cbt.py", "--data", tmp_path / "none_*.txt"))
     assert "check the network" in one_line(run(folder, "cbt.py"))

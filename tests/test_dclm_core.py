@@ -285,6 +285,7 @@ def test_missing_data_is_one_line(folder, tmp_path):
     assert f"{tmp_path}/none/eval_meta_data.csv" in error
 
 
+@pytest.mark.slow
 def test_training_logs_core(data_dir, folder, tmp_path):
     log_dir = tmp_path / "log"
     words = ["--data_dir", data_dir, "--log_dir", log_dir, *SMALL_RUN, "--max_steps", 4]

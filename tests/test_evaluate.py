@@ -29,6 +29,7 @@ def test_every_benchmark_has_a_name():
     assert [*[benchmark.name for benchmark in evaluate.BENCHMARKS], "val"] == list(evaluate.NAMES)
 
 
+@pytest.mark.slow
 def test_one_table_and_nothing_is_computed_twice(data_dir, folder, tmp_path):
     out_dir = tmp_path / "out"
     words = ["evaluate.py", "--device", "cpu", "--out_dir", out_dir]

@@ -310,6 +310,7 @@ def test_max_tokens_is_exact(text, number):
     assert fineweb.Config(max_tokens=text).token_limit == number
 
 
+@pytest.mark.slow
 def test_max_tokens_makes_a_complete_folder_and_can_be_raised(source, tmp_path):
     """The folder of one run with the higher limit has the same bytes, its manifest included."""
     expected = expected_tokens(source)
@@ -369,6 +370,7 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
     assert fineweb.Config().num_workers == 1
 
 
+@pytest.mark.slow
 def test_stories_of_another_column_and_then_too_little_text(tmp_path):
     """After a rejection, the same folder can be used with more text."""
     tokenizer = tokenizer_file(tmp_path)  # a token per byte

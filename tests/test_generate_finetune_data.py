@@ -493,6 +493,7 @@ def test_ctrl_c_ends_the_wait_for_a_rate_limit(serve, tmp_path):
     assert len(records(tmp_path)) == 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_one_line_error_and_loses_nothing(serve, tmp_path):
     server = serve()
     words = ["--num_samples", 30, "--concurrency", 1]
@@ -1061,6 +1062,7 @@ def test_offline_gives_the_same_descriptions_even_if_interrupted(thousand, tmp_p
     assert not other_texts & {record["text"] for record in records(tmp_path)}
 
 
+@pytest.mark.slow
 def test_offline_and_a_model_do_not_mix(serve, tmp_path):
     server = serve()
     ok(generate(server, tmp_path / "model", "--num_samples", 2))

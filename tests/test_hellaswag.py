@@ -205,6 +205,7 @@ def test_a_resumed_run_has_every_result_once(data_dir, folder, tmp_path):
     assert steps == [0, 4, 8, 10] == [step for step, _ in stream(tmp_path, "hella")]
 
 
+@pytest.mark.slow
 def test_training_continues_without_the_data(data_dir, folder, tmp_path):
     result = ok(train(data_dir, folder, tmp_path, "--max_steps", 2, data="none.jsonl"))
     assert result.stdout.count("warning: training without HellaSwag") == 1

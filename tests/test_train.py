@@ -266,6 +266,7 @@ def test_an_ignored_hangup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_an_extended_run_resumes_from_its_highest_step(data_dir, tmp_path, capsys):
     log_dir = tmp_path / "log"
     short = ("--val_every", 0, "--rolling_every", 5)
@@ -350,6 +351,7 @@ def test_rotation_keeps_the_checkpoint_just_written(tmp_path):
     assert left == [f"model_{step:05d}.pt" for step in (12, 14, 90, 95)]
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_rejected(data_dir, tmp_path):
     log_dir = tmp_path / "log"
     process = launch(arguments(data_dir, log_dir, "--max_steps", 100000, "--val_every", 0))
@@ -551,6 +553,7 @@ def test_the_final_learning_rate_is_a_tenth(data_dir, tmp_path, capsys):
     assert "warning: the warmup of 3 steps is not over" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_by_epochs(data_dir, tmp_path):
     manifest = json.loads((data_dir / "manifest.json").read_text())
     windows = sum((shard["tokens"] - 1) // 32 for shard in manifest["shards"][1:])

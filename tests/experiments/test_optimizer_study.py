@@ -24,6 +24,7 @@ def test_fractions_above_1_are_refused():
         optimizer_study.Config(step_fractions=(0.5, 1.5))
 
 
+@pytest.mark.slow
 def test_optimizer_study(data_dir, tmp_path, capsys):
     flags = ["--data_dir", data_dir, "--out_dir", tmp_path, *TINY_MODEL]
     flags += "--learning_rates 1e-3 --seeds 1 --step_fractions 0.5 --B 4 --T 32".split()
