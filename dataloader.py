@@ -180,7 +180,8 @@ class PretrainLoader:
                 put(error)  # raised by the consumer, below
 
         # A daemon does not keep the process alive if it is still reading at the end.
-        threading.Thread(target=read_ahead, daemon=True).start()
+        thread = threading.Thread(target=read_ahead, daemon=True)
+        thread.start()
         try:
             for _ in range(start_step, max_steps):
                 batch = ready.get()
@@ -193,6 +194,8 @@ class PretrainLoader:
                 ]
         finally:
             stopped.set()
+            # If Python shuts down while a daemon is inside torch, the process aborts.
+            thread.join(timeout=5)
 
 
 class FinetuneLoader:
