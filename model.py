@@ -375,7 +375,7 @@ class GPT(nn.Module):
             full = [row for row, window in enumerate(windows) if len(window) > block_size]
             if full:
                 for row in full:
-                    del windows[row][: max(1, block_size // 2)]
+                    del windows[row][: self.window_step]
                 moved = KVCache(self.config, len(windows[full[0]]))  # all have this length
                 _, positions = self.read([windows[row] for row in full], moved)
                 cache.replace(full, moved)
@@ -383,10 +383,15 @@ class GPT(nn.Module):
             # Rows that moved have already read this token; it is not worth a special case.
             x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
 
+    @property
+    def window_step(self) -> int:
+        """By how many tokens the window moves when a text has filled it."""
+        return max(1, self.config.block_size // 2)
+
     def window_start(self, length: int) -> int:
         """Where the window begins in a text of `length` tokens: 0 if all of it fits."""
-        half = max(1, self.config.block_size // 2)
-        return max(0, math.ceil((length - self.config.block_size) / half) * half)
+        moves = math.ceil((length - self.config.block_size) / self.window_step)
+        return max(0, moves * self.window_step)
 
     def read(self, windows: list[list[int]], cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill an empty cache with the tokens of windows of any lengths.
