@@ -56,7 +56,7 @@ class Config:
     # ---- Length of the run, in steps or in epochs
 
     # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given. A finished run that is
-    # resumed with more steps goes on: the learning rate returns to the schedule of the new number
+    # resumed with more steps continues: the learning rate returns to the schedule of the new number
     max_steps: int | None = None
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
 

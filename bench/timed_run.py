@@ -249,7 +249,7 @@ class Adapter(ast.NodeTransformer):
         return None if node.module == "hellaswag" else node
 
     def visit_If(self, node: ast.If):
-        # build-nanogpt evaluates and samples now and then, and after the last step.
+        # build-nanogpt evaluates and samples every few hundred steps, and after the last one.
         names = {part.id for part in ast.walk(node.test) if isinstance(part, ast.Name)}
         return None if "last_step" in names else self.generic_visit(node)
 

@@ -5,7 +5,7 @@
     tracker.log_pictures(100, [folder / "log_plot.png"])
     tracker.finish()
 
-All three are optional packages. The curve of a resumed run goes on where it was: its identity is in
+All three are optional packages. A resumed run continues its curve: the identity of the curve is in
 the run folder (tracker_id.txt). A run that was killed may have sent steps after its newest
 checkpoint, which it now takes again. TensorBoard hides those that were written first. The others
 can't take back a step, so it is not sent a second time.

@@ -218,7 +218,7 @@ def needed_fraction(fractions: list[float], losses: list[float], target: float) 
 
 def tokens_per_second(config: Config, study: StudyFolder, optimizer: str) -> float:
     """Of the median run's median step."""
-    runs = [result for name, result in study.results.items() if name.startswith(optimizer)]
+    runs = [result for name, result in study.results.items() if name.startswith(f"{optimizer}_lr_")]
     step_times = [run["ms"] for run in runs if run["ms"] is not None]
     return config.total_batch_size / statistics.median(step_times) * 1000
 

@@ -2,7 +2,7 @@
 
     python -m experiments.recipe_study --data_dir datasets/corpus_4096 --n_layer 4 --n_head 4 \\
         --n_embd 128 --T 128 --total_batch_size 2048 --max_steps 200 --max_lr 8e-3
-    python -m experiments.recipe_study ... --rows batch_half decay_0.99     # some rows
+    python -m experiments.recipe_study ... --rows "half batch" "lr x2"     # some rows
 
 The architecture stays GPT-2's. Each row of ROWS is one change of BASE, the best recipe so far. All
 rows see the same number of tokens, in the same order; with the same seed they start from the same
@@ -19,6 +19,7 @@ command is repeated; further rows and seeds add runs.
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -41,9 +42,8 @@ from experiments.flags import TrainingConfig, check_different
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Factors refer to the flags of the study."""
+    """How to train with Muon. Factors refer to the flags of the study."""
 
-    optimizer: Literal["adamw", "muon"] = "muon"
     lr: float = 1.0  # peak learning rate, as a multiple of max_lr
     embedding_lr: float = 1.0  # of the token and position embeddings, as a multiple of that
     momentum: float = 0.95  # Muon's
@@ -118,8 +118,9 @@ class Config(TrainingConfig):
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"there is no row {row!r}: choose from {', '.join(ROWS)}")
-        if self.total_batch_size % (4 * self.T):
-            raise UserError("total_batch_size must be a multiple of 4 * T: the rows divide it")
+        # The rows divide both by up to four.
+        if self.T % 4 or self.total_batch_size % (4 * self.T):
+            raise UserError("T must be a multiple of 4, and total_batch_size one of 4 * T")
 
 
 if __name__ == "__main__":
@@ -128,7 +129,7 @@ if __name__ == "__main__":
 import torch
 
 from common.muon import Muon
-from common.optim import make_optimizer
+from common.optim import Optimizers, make_optimizer
 from common.runtime import start as start_runtime
 from common.scoring import stream_loss
 from common.shards import open_shards, shards_fingerprint, shards_tokenizer
@@ -158,13 +159,25 @@ def main(config: Config):
     envs = device_envs(config.num_parallel, config.device)
     os.environ |= envs[0]
     spawn = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(len(envs), spawn) as pool:
+    with bar, ProcessPoolExecutor(len(envs), spawn, ignore_ctrl_c) as pool:
         futures = {pool.submit(final_loss, *job): name for name, job in missing.items()}
-        for future in as_completed(futures):
-            study.results[futures[future]] = future.result()
-            study.save()
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                study.results[futures[future]] = future.result()
+                study.save()
+                bar.update()
+        except BaseException:
+            # Without this, leaving the `with` block would wait for all runs.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     summarize(config, study, list(recipes))
+
+
+def ignore_ctrl_c():
+    """In a worker: the study ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,11 +234,12 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
 
     for average, parameter in zip(averages, model.parameters()):
         parameter.data.copy_(average)
-    val_tokens = open_shards(config.data_dir, "val").read(0, 0, config.val_tokens + 1)
+    val_tokens = open_shards(config.data_dir, "val").read_first(config.val_tokens + 1)
     return stream_loss(model, val_tokens, config.B, config.T, rt)
 
 
 def change_weights(model: GPT, recipe: Recipe):
+    """Apply what the recipe says of the weights at the start."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in ("wte.weight", "wpe.weight"):
@@ -235,18 +249,18 @@ def change_weights(model: GPT, recipe: Recipe):
 
 
 def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    joint = make_optimizer(
+    """Muon with the settings of the recipe, and AdamW for what is not a matrix of a block."""
+    both = make_optimizer(
         model,
         1.0,
         recipe.weight_decay,
         (recipe.beta1, recipe.beta2),
         1e-8,
-        muon=recipe.optimizer == "muon",
+        muon=True,
         embedding_lr_scale=recipe.embedding_lr,
     )
-    if isinstance(joint, torch.optim.Optimizer):
-        return [joint]
-    muon, adamw = joint.optimizers
+    assert isinstance(both, Optimizers)
+    muon, adamw = both.optimizers
     kind = NormalizedMuon if recipe.normalized else Muon
     muon = kind(
         muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, recipe.rounds

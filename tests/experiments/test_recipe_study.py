@@ -46,7 +46,7 @@ def test_verdicts():
 def test_rows_are_trained_and_compared(data_dir, tmp_path, monkeypatch, capsys):
     # Threads instead of processes, which take seconds to start.
     monkeypatch.setattr(
-        recipe_study, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(1)
+        recipe_study, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(1)
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = dict(**TINY, data_dir=str(data_dir), out_dir=str(tmp_path), device="cpu")
@@ -68,5 +68,5 @@ def test_rows_are_trained_and_compared(data_dir, tmp_path, monkeypatch, capsys):
 def test_wrong_settings_are_refused():
     with pytest.raises(UserError, match="no row 'magic': choose from embeddings x1, "):
         Config(rows=("magic",))
-    with pytest.raises(UserError, match="multiple of 4"):
+    with pytest.raises(UserError, match="multiple of 4, and"):
         Config(T=128, total_batch_size=1280)
