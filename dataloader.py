@@ -146,6 +146,7 @@ class PretrainLoader:
             start = self.windows.first_token(shard, window)
             rows[row] = self.shards.read(shard, start, start + self.T + 1)
         tokens = torch.from_numpy(rows)  # (B, T + 1)
+        # Token n of x is followed by token n of y, which is what the model has to predict.
         return tokens[:, :-1], tokens[:, 1:]
 
     def iterate(
@@ -155,8 +156,9 @@ class PretrainLoader:
 
         A thread reads up to three steps ahead, into pinned memory for CUDA.
         """
+        # Two batches wait here, and the thread holds a third one.
         ready = queue.Queue(maxsize=2)  # batches, or the exception that ended the thread
-        stopped = threading.Event()
+        stopped = threading.Event()  # set when the consumer wants no more
 
         def put(item):
             # With a timeout, because nobody empties the queue once the consumer has stopped.

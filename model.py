@@ -51,6 +51,7 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        # GPUs multiply matrices in tiles: 50304 = 393 * 128 rows are faster than 50257.
         if self.padded_vocab_size == 0:
             self.padded_vocab_size = math.ceil(self.vocab_size / 128) * 128
         if self.padded_vocab_size < self.vocab_size:
@@ -60,7 +61,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.heads_kept is not None:
-            self.heads_kept = tuple(self.heads_kept)
+            self.heads_kept = tuple(self.heads_kept)  # a checkpoint holds it as a list
             in_range = all(1 <= count <= self.n_head for count in self.heads_kept)
             if len(self.heads_kept) != self.n_layer or not in_range:
                 raise ValueError(
@@ -157,18 +158,24 @@ class CausalSelfAttention(nn.Module):
         self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
         B, T, _ = x.shape
+        # Each token's query says what it looks for, its key what it offers, its value what it
+        # passes on. A head sees its own head_dim columns of them.
         q, k, v = self.c_attn(x).chunk(3, dim=2)  # each (B, T, width)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = k.view(B, T, self.n_head, self.head_dim).transpose(1, 2)
         v = v.view(B, T, self.n_head, self.head_dim).transpose(1, 2)
+        # In generation, x is the new tokens only; keys and values of the earlier ones are stored.
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+
+        # softmax(q k^T / sqrt(head_dim)) v, where each token sees itself and the earlier ones.
         # Flash attention where the device has it: the (T, T) matrix is never stored.
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
         )
         y = y.transpose(1, 2).reshape(B, T, -1)  # heads side by side: (B, T, width)
+        # The projection mixes what the heads found, and returns to the width of the stream.
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -196,6 +203,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
+        # x is the residual stream, (B, T, n_embd): each sublayer reads it and adds to it.
         if self.pre_norm:  # GPT-2
             x = x + self.attn(self.ln_1(x), mask, cache)
             x = x + self.mlp(self.ln_2(x))
@@ -209,7 +217,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the output head
+        # Token embeddings, and also the output head: a token is predicted where the stream points
+        # in the direction of its embedding. GPT-2 has no separate weights for the head.
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -219,6 +229,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.loss = linear_cross_entropy
         self.source = "the model"  # where the weights come from, for error messages
+        # nn.Linear and nn.Embedding have drawn weights by other rules.
         self.init_weights()
 
     @torch.no_grad()
@@ -251,6 +262,7 @@ class GPT(nn.Module):
         """
         constant = 20.0  # large, so that the column is small in the embeddings of the input
         log_frequencies = (counts + 1).float().log()  # + 1: no logarithm of 0
+        # Softmax does not see a shift of all logits; without it the column has the mean zero.
         self.wte.weight[:, 0] = (log_frequencies - log_frequencies.mean()) / constant
         self.ln_f.bias[0] = constant
 
@@ -279,6 +291,7 @@ class GPT(nn.Module):
         mask: (B, 1, T, T) bool, which tokens each one sees; default the earlier ones and itself.
         cache: with it, tokens also see those read before. It needs positions, and no mask.
         """
+        # Callers that give positions have cut their texts to the context themselves.
         if positions is None:
             length = idx.size(1)
             if length > self.config.block_size:
@@ -286,6 +299,7 @@ class GPT(nn.Module):
             positions = torch.arange(length, device=idx.device)[None]  # (1, T)
         if cache is not None:
             mask = cache.locate(positions)
+
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, n_embd)
         for block in self.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -353,8 +367,10 @@ class GPT(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("the prompt is empty: give at least one token")
         block_size = self.config.block_size
+        # What the model sees of each text. A long prompt begins with a window that has moved.
         windows = [prompt[self.window_start(len(prompt)) :] for prompt in prompts]
         device = self.wte.weight.device
+        # A generator of its own: drawing does not depend on, or disturb, other random numbers.
         generator = torch.Generator(device).manual_seed(seed)
         longest = max(len(window) for window in windows)
         cache = KVCache(self.config, min(longest + max_tokens, block_size))
@@ -369,6 +385,8 @@ class GPT(nn.Module):
             yield new_ids
             if n + 1 == max_tokens:
                 break
+
+            # The new tokens come behind the last ones. Where a window is full, it moves.
             last = last + 1
             for window, token in zip(windows, new_ids):
                 window.append(token)
@@ -380,6 +398,7 @@ class GPT(nn.Module):
                 _, positions = self.read([windows[row] for row in full], moved)
                 cache.replace(full, moved)
                 last[full] = positions
+
             # Rows that moved have already read this token; it is not worth a special case.
             x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
 
@@ -421,6 +440,8 @@ class GPT(nn.Module):
         self.eval()
         try:
             for tokens in self.stream(prompts, max_tokens, **sampling):
+                # Texts that have ended are still computed, but their tokens are dropped: what one
+                # text says does not depend on when another one ends.
                 running -= {row for row in running if tokens[row] == stop_token}
                 for row in running:
                     outputs[row].append(tokens[row])
@@ -444,6 +465,7 @@ def sample_token(
     meaningless one. The caller, who must read the ids anyway, raises the error.
     """
     is_finite = logits.isfinite().all(-1)  # (B,)
+    # Dividing by it is not possible; the limit is the most likely token.
     if temperature == 0:
         return logits.argmax(-1).where(is_finite, -1)
     # Without the maximum, tiny temperatures can't overflow.
@@ -457,7 +479,8 @@ def sample_token(
         # A token is left out if the more likely ones already reach top_p.
         outside = probs.cumsum(-1) - probs >= top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    # What torch.multinomial does to draw one token, without its checks, which wait for the device.
+    # An exponential race: token i wins, with the largest p_i / noise_i, with probability p_i.
+    # torch.multinomial draws one token in the same way, but its checks wait for the device.
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(-1) / noise).argmax(-1).where(is_finite, -1)
 
@@ -520,7 +543,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
         valid = targets != IGNORE
         share = (valid / valid.sum().clamp(min=1))[:, None]  # (N, 1) weight of a token in the mean
-        part = max(256, math.ceil(len(x) / 8))
+        part = max(256, math.ceil(len(x) / 8))  # shorter parts would make slow products
         is_float16 = dtype == torch.float16
         # x_share is the factor of x in the gradient of weight.
         x_share = valid[:, None] / part if is_float16 else share

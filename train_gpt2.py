@@ -12,10 +12,8 @@ the model after 100 updates; the training loss at step 100 is that of the batch 
 SIGTERM and Ctrl-C finish the current step, write a checkpoint and exit.
 """
 
-import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -24,7 +22,6 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from shutil import which
 from typing import Any, Literal
 
 import common.before_torch
@@ -129,26 +126,31 @@ class Config:
     tracker: TrackerName = "none"
 
     def __post_init__(self):
-        if self.max_steps is not None and self.num_epochs is not None:
-            raise UserError("give max_steps or num_epochs, not both")
-        if self.shard_optimizer and self.optimizer != "adamw":
-            raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
-        intervals = ("val_every", "hellaswag_every", "core_every", "sample_every")
-        saving = ("checkpoint_every", "rolling_every")
-        for name in ("B", *intervals, *saving, "warmup_steps", "grad_clip", "seed"):
+        # Ranges of single values.
+        intervals = [name for name in vars(self) if name.endswith("_every")]
+        for name in ("B", *intervals, "warmup_steps", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
         for name in ("T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.min_lr is None:
-            self.min_lr = self.max_lr / 10
-        if not 0 <= self.min_lr <= self.max_lr:
-            raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
         if not 0 <= self.muon_momentum < 1:
             raise UserError(f"muon_momentum is {self.muon_momentum}, must be from 0 to below 1")
         if not 0 < self.embedding_lr_scale < math.inf:
             raise UserError(f"embedding_lr_scale is {self.embedding_lr_scale}, must be above 0")
+
+        # A tenth of the peak is what GPT-3 used (Brown et al. 2020).
+        if self.min_lr is None:
+            self.min_lr = self.max_lr / 10
+        if not 0 <= self.min_lr <= self.max_lr:
+            raise UserError(f"min_lr is {self.min_lr}, must be from 0 to max_lr {self.max_lr}")
+
+        # Flags that exclude each other, or need another one. A flag without effect would make its
+        # user believe that it has one.
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise UserError("give max_steps or num_epochs, not both")
+        if self.shard_optimizer and self.optimizer != "adamw":
+            raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
         if self.optimizer == "adamw" and (self.muon_momentum, self.embedding_lr_scale) != (0.95, 1):
             raise UserError("muon_momentum and embedding_lr_scale need --optimizer muon")
         if self.unigram_init and (self.norm == "post" or self.init_from):
@@ -180,10 +182,11 @@ from common.optim import (
     prepare_model,
     train_step,
 )
+from common.run_record import write_run_record
 from common.runlog import RunLog
 from common.runtime import Runtime, StopSignal
 from common.scoring import bits_per_byte, stream_loss
-from common.shards import Shards, open_shards, read_manifest, shards_fingerprint, shards_tokenizer
+from common.shards import Shards, open_shards, shards_fingerprint, shards_tokenizer
 from common.tasks import Benchmark, load_on_all_ranks
 from common.tokenizer import tokenizer_from_text, tokenizer_to_text
 from dataloader import PretrainLoader
@@ -199,11 +202,13 @@ def main(config: Config):
     resume = config.resume or runtime.restarted()
     with ExitStack() as stack:
         if rt.is_main:
+            # Two runs in one folder would overwrite each other's checkpoints: lock it.
             folder.mkdir(parents=True, exist_ok=True)
             # The process that this one replaces may have died on a machine that lost its network.
             patience = config.timeout if runtime.restarted() else 0
             stack.enter_context(lock_folder(folder, patience))
             prepare_folder(folder, resume)
+        # The other ranks read the folder only when it is clean.
         rt.barrier()
         pretrain(config, resume, rt)
 
@@ -215,24 +220,28 @@ def pretrain(config: Config, resume: bool, rt: Runtime):
         rt.print(f"{config.log_dir} is finished: {run.start_step} steps; nothing to do")
         return runtime.leave()
 
+    # max_steps may be None in the flags; the records say what it came to.
     settings = asdict(config) | dict(max_steps=run.max_steps)
     name = run.folder.resolve().name
     run.log = RunLog(run.folder, run.start_step, rt, config.tracker, name, settings)
-    if rt.is_main:
-        write_config(run)
+    write_run_record(run.folder, settings, run.start_step, run.fingerprint, rt)
     rt.print(run.describe())
     if config.warmup_steps >= run.max_steps:
         rt.print(f"warning: the warmup of {config.warmup_steps} steps is not over at the last step")
+
     began = time.perf_counter()
     with StopSignal() as stop:
         step = train(run, stop)
 
     seconds = time.perf_counter() - began
+    # Before rank 0 draws and reports: the other ranks need not wait for that.
     runtime.leave()
     if rt.is_main and config.tracker != "none":
         run.log.finish(step, draw_pictures(run) if step == run.max_steps else [])
     if step < run.max_steps:
         rt.print(f"stopped: saved {run.last_saved}; --resume continues from there")
+        # What a shell reports for a process that a signal ended. A rank that was asked to stop by
+        # another one has no number of its own.
         sys.exit(128 + (stop.number or signal.SIGTERM))
     rt.print(summarize(run, seconds))
 
@@ -282,6 +291,7 @@ def train(run: Run, stop: StopSignal) -> int:
     sampled if that is due, and then updated once more.
     """
     config = run.config
+    # The loader reads ahead in a thread, which ends when `batches` is closed.
     batches = run.loader.iterate(run.start_step, run.max_steps, run.rt.device)
     stop_asked = False
     update = None  # the newest update, until its result has been read
@@ -302,6 +312,8 @@ def train(run: Run, stop: StopSignal) -> int:
                 save(run, step)
             if stop_asked and not last_step:
                 break
+
+            # Look at the model. An untrained one is not worth a sample.
             if is_due(config.val_every, step, last_step):
                 validate(run, step)
             for benchmark, examples in run.benchmarks:
@@ -312,7 +324,8 @@ def train(run: Run, stop: StopSignal) -> int:
             if last_step:
                 break
 
-            # One update. The loader has read the batch ahead of time.
+            # Start the next update, and only then wait for the result of the one before. So a GPU
+            # always has work: it does not wait for Python between two updates.
             next_update = start_update(run, step, next(batches), stop)
             if update:
                 stop_asked = finish_update(run, update, bar)
@@ -350,10 +363,12 @@ def finish_update(run: Run, update: Update, bar: Progress) -> bool:
 
     Raises Diverged if the loss or the gradient is not finite.
     """
-    result = update.result.read()
+    result = update.result.read()  # waits for the device
     check_finite(run, update.step, result)
     seconds = time.perf_counter() - update.began
     log_step(run, update, result, seconds)
+
+    # The bar is drawn anew by update(), not twice.
     rate = run.config.total_batch_size / seconds
     bar.set_postfix_str(f"loss {result.loss:.3f}, {rate:,.0f} tok/s", refresh=False)
     bar.update()
@@ -367,6 +382,7 @@ def is_pause(run: Run, step: int) -> bool:
     intervals += [getattr(config, f"{benchmark.name}_every") for benchmark, _ in run.benchmarks]
     if step == run.max_steps or is_save_due(config, step):
         return True
+    # The last step, for which is_due may be true more often, has been dealt with.
     return any(is_due(every, step, last_step=False) for every in intervals)
 
 
@@ -390,6 +406,9 @@ def save(run: Run, step: int):
     optimizer_states = optimizer_state(run.optimizer)  # needs all ranks if it is sharded
     if not run.rt.is_main:
         return
+
+    # Everything an exact resume needs. The data order and the dropout are functions of the seed and
+    # the step, so no state of a random generator is among it.
     state = checkpoint.build(
         run.model,
         run.enc,
@@ -398,8 +417,11 @@ def save(run: Run, step: int):
         scaler=run.scaler.state_dict(),
         run=resume_keys(run.config, run.fingerprint) | dict(B=run.config.B),
     )
+
+    # Two, not one: if the newest file turns out to be damaged, there is another to resume from.
     keep = 0 if last_step else 2
 
+    # Called when the new checkpoint is complete on disk, never before.
     def remove_old():
         checkpoint.remove_rolling(run.folder, step, run.config.checkpoint_every, keep)
 
@@ -410,7 +432,7 @@ def validate(run: Run, step: int):
     loss = stream_loss(run.eval_model, run.val_tokens, run.config.B, run.config.T, run.rt)
     bits = bits_per_byte(loss, run.val_tokens, run.enc)
     run.log.write(step, val=loss, val_bits_per_byte=bits)
-    perplexity = math.exp(min(loss, 99))
+    perplexity = math.exp(min(loss, 99))  # an untrained model must not overflow
     run.rt.print(
         f"step {step} | val {loss:.4f} | perplexity {perplexity:.2f} | bits per byte {bits:.4f}"
     )
@@ -431,6 +453,7 @@ def draw_samples(run: Run, step: int):
         return
     config = run.config
     prompt = run.enc.encode_ordinary(config.sample_prompt)
+    # Within the context: a sample past its end would show the moving window, not the model.
     room = run.model.config.block_size - len(prompt)
     try:
         with run.rt.autocast():
@@ -439,6 +462,7 @@ def draw_samples(run: Run, step: int):
                 min(32, room),
                 stop_token=run.enc.eot_token,
                 top_k=50,
+                # The same at every step: what differs between two samples is the model.
                 seed=config.seed,
             )
     except FloatingPointError as error:
@@ -467,6 +491,8 @@ def check_finite(run: Run, step: int, result: StepResult):
 
 def log_step(run: Run, update: Update, result: StepResult, seconds: float):
     rate = run.config.total_batch_size / seconds
+    # Model FLOPs utilization (Chowdhery et al. 2022, "PaLM"): FLOP/s of the model, as a share of
+    # what the GPUs can do.
     peak_flops = run.rt.peak_flops()
     mfu = None
     if peak_flops:
@@ -538,6 +564,7 @@ def prepare_folder(folder: Path, resume: bool):
             )
         if path.suffix == ".tmp":  # an interrupted write
             path.unlink()
+
     # A folder that is not writable should fail now, not at the first checkpoint.
     write_text(folder / "config.json.probe", "")
     (folder / "config.json.probe").unlink()
@@ -546,6 +573,8 @@ def prepare_folder(folder: Path, resume: bool):
 def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     """Data, model and optimizer: from the newest checkpoint, from init_from, or new."""
     free = memory.free_memory(rt)  # measured before this process takes any of it
+
+    # Data. Everything that can be wrong with it is found before the model is made.
     shards = open_shards(config.data_dir, "train")
     # Computed here, because fineweb.py may add shards to the folder during the run.
     fingerprint = shards_fingerprint(config.data_dir)
@@ -553,6 +582,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     val_tokens = read_val_tokens(config)
     benchmarks = load_benchmarks(config, rt)
 
+    # Model.
     folder = Path(config.log_dir)
     loaded, loaded_from = None, None
     if resume:
@@ -560,6 +590,10 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     if loaded and loaded_from:
         check_agreement(config, fingerprint, loaded, loaded_from)
     model = set_up_model(config, enc, shards, loaded, loaded_from, free, rt)
+    model.to(rt.device)
+    model.activation_checkpointing = config.activation_checkpointing
+
+    # Batches and length of the run. The memory check above may have chosen B.
     loader = PretrainLoader(
         shards, config.B, config.T, config.total_batch_size, config.seed, rt.rank, rt.world_size
     )
@@ -568,8 +602,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     else:
         max_steps = config.max_steps or 19073
 
-    model.to(rt.device)
-    model.activation_checkpointing = config.activation_checkpointing
+    # Optimizer. It is made after the model has moved: its states live where the weights are.
     optimizer = make_optimizer(
         model,
         config.max_lr,
@@ -588,6 +621,8 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         scaler.load_state_dict(loaded.get("scaler"))
         start_step = loaded["step"]
         rt.print(f"resuming from {loaded_from}, step {start_step}")
+
+    # Compiling and DDP come last: they need the weights in their final place.
     train_model, eval_model = prepare_model(model, rt, config.compile)
     return Run(
         config=config,
@@ -630,6 +665,7 @@ def fit_into_memory(config: Config, model: GPT, loaded: dict | None, free: int, 
         activation_checkpointing=config.activation_checkpointing,
         saves_during_training=config.checkpoint_every > 0,
     )
+    # Checkpoints of older versions have no B.
     earlier = loaded.get("run", {}).get("B", 0) if loaded else 0
     if config.B == 0 and earlier and sequences % earlier == 0 and estimate.need(earlier) <= free:
         config.B = earlier
@@ -676,6 +712,7 @@ def resume_keys(config: Config, fingerprint: str) -> dict:
 
 
 def check_agreement(config: Config, fingerprint: str, loaded: dict, path: Path):
+    """Raise UserError if the checkpoint in `path` was trained with other resume_keys."""
     for key, value in resume_keys(config, fingerprint).items():
         earlier = loaded.get("run", {}).get(key, value)
         if earlier != value and key == "shards":
@@ -718,7 +755,8 @@ def set_up_model(
     """The model to train, on the CPU. It fits into `free` bytes with the micro-batch config.B."""
     is_new = not loaded and not config.init_from
     if is_new:
-        # A model that is too large for this machine is not even made.
+        # On the "meta" device a model has shapes and no memory: one that is too large for this
+        # machine is not even made.
         with torch.device("meta"):
             fit_into_memory(config, GPT(new_shape(config, enc)), None, free, rt)
     torch.manual_seed(config.seed)
@@ -766,6 +804,7 @@ def adopt_shape(config: Config, model: GPT) -> list[str]:
         is_given = asked != Config.__dataclass_fields__[name].default
         if is_given and asked != actual:
             messages.append(f"{name} {asked} is ignored: the loaded model has {actual}")
+        # config.json records the shape of the model that was trained.
         setattr(config, name, actual)
     return messages
 
@@ -773,6 +812,7 @@ def adopt_shape(config: Config, model: GPT) -> list[str]:
 def check_tokenizer(
     config: Config, shards_enc: tiktoken.Encoding, model_enc: tiktoken.Encoding, model_name
 ):
+    """Raise UserError if shards and model have different tokenizers: ids would mean other text."""
     if tokenizer_to_text(model_enc) != tokenizer_to_text(shards_enc):
         raise UserError(
             f"the shards in {config.data_dir} were made with another tokenizer than {model_name}"
@@ -780,69 +820,13 @@ def check_tokenizer(
 
 
 def check_lengths(config: Config, enc: tiktoken.Encoding, model: GPT):
+    """Raise UserError if sequences or the prompt of samples don't fit into the model's context."""
     block_size = model.config.block_size
     if block_size < config.T:
         raise UserError(f"T {config.T} is above the model's block_size {block_size}")
     prompt_length = len(enc.encode_ordinary(config.sample_prompt))
     if config.sample_every and prompt_length >= block_size:
         raise UserError(f"sample_prompt has {prompt_length} tokens, the context {block_size}")
-
-
-def write_config(run: Run):
-    """Write config.json: everything needed to know how the run was made.
-
-    When a run is resumed, the earlier record moves to its "history".
-    """
-    config = run.config
-    manifest = read_manifest(config.data_dir) or {}
-    device = platform.processor() or "cpu"
-    if run.rt.device.type == "cuda":
-        device = torch.cuda.get_device_name()
-    record: dict = dict(
-        constants=asdict(config) | dict(max_steps=run.max_steps),
-        start_step=run.start_step,
-        command=[sys.executable, *sys.argv],
-        commit=describe_commit(),
-        versions=dict(python=platform.python_version(), torch=torch.__version__),
-        device=device,
-        world_size=run.rt.world_size,
-        dtype=str(run.rt.dtype),
-        data=dict(
-            source=manifest.get("source"),
-            tokenizer=manifest.get("tokenizer"),
-            fingerprint=run.fingerprint,
-        ),
-    )
-    path = run.folder / "config.json"
-    earlier = read_earlier_config(path) if run.start_step else None
-    if earlier:
-        history = [*earlier.pop("history", []), earlier]
-        print_changes(history[0].get("constants", {}), record["constants"], run.rt)
-        record["history"] = history
-    write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def print_changes(first: dict, constants: dict, rt: Runtime):
-    """Print the settings that differ from those that the run was started with."""
-    for name, value in constants.items():
-        before = first.get(name, value)
-        if name != "resume" and before != json.loads(json.dumps(value)):
-            rt.print(f"changed since the run was started: {name} was {before}, is {value}")
-
-
-def read_earlier_config(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or damaged
-        return None
-
-
-def describe_commit() -> str | None:
-    """The commit of this repository, marked if there are local changes; None without git."""
-    if not which("git"):
-        return None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class Muon(torch.optim.Optimizer):
         rows, columns = parameters[0].shape
         rows //= group["parts"]
 
+        # The direction of each parameter, before it is orthogonalized.
         directions = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -87,8 +88,10 @@ class Muon(torch.optim.Optimizer):
             direction = parameter.grad.lerp(state["momentum"], self.momentum)
             directions.append(direction.view(-1, rows, columns))
 
+        # One product for all of them: small matrices on their own would not fill the processor.
         # (parameters * parts, rows, columns)
         update = self.orthogonalize(torch.cat(directions).to(self.dtype))
+
         # The elements of an orthogonal matrix have a root mean square of 1 / sqrt(longer side).
         scale = 0.2 * math.sqrt(max(rows, columns))
         for parameter, direction in zip(parameters, update.split(group["parts"])):

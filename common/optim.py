@@ -35,6 +35,8 @@ def prepare_model(model: GPT, rt: Runtime, compile: str) -> tuple[nn.Module, nn.
         eval_model = compile_model(model)
     else:
         eval_model = model
+    # Evaluation needs no gradients, and ranks may evaluate different numbers of batches: outside
+    # of DDP.
     if rt.world_size == 1:
         return eval_model, eval_model
     device_ids = [rt.device] if rt.device.type == "cuda" else None
@@ -113,6 +115,7 @@ def make_optimizer(
     embedding_lr_scale: learning rate of AdamW's matrices, as a multiple of lr. Beside Muon these
         are the token and position embeddings.
     """
+    # Sort the parameters into groups. Finetuning with LoRA trains only some of them.
     attention = []  # for Muon: the projections to queries, keys and values
     matrices = []  # for Muon: the other matrices of the blocks
     decayed = []
@@ -132,6 +135,7 @@ def make_optimizer(
         dict(params=decayed, weight_decay=weight_decay, lr_scale=embedding_lr_scale),
         dict(params=not_decayed, weight_decay=0.0),
     ]
+    # train_step sets the learning rate of each step: lr * lr_scale of the group.
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
 
     if muon:
@@ -149,6 +153,7 @@ def make_optimizer(
 
 def load_optimizer_state(optimizer: Optimizer, state: Any):
     """Restore moments and step counts. Weight decay, betas and the like stay those of this run."""
+    # load_state_dict replaces the settings of the groups, too: put this run's back.
     settings = []
     for group in optimizer.param_groups:
         settings.append({key: value for key, value in group.items() if key != "params"})
@@ -182,15 +187,19 @@ class LossScaler(GradScaler):
     """Scales the loss in float16, so that small gradients are not rounded to zero (Micikevicius et
     al. 2018, "Mixed Precision Training"). In other dtypes it does nothing, and its state is empty.
 
-    The scale starts at 65,536. A gradient that overflows halves it, and the update is skipped;
-    2,000 steps without an overflow double it.
+    A gradient that overflows halves the scale, and the update is skipped; 2,000 steps without an
+    overflow double it.
     """
 
+    # PyTorch's default. Too large a scale costs a few skipped updates at the start; with too small
+    # a one, small gradients are lost without a sign.
+    INIT_SCALE = 65536.0
     # Below this scale, a gradient that overflows would do so without any scale.
     MIN_SCALE = 1.0
 
     def __init__(self, rt: Runtime):
-        super().__init__(rt.device.type, enabled=rt.dtype == torch.float16)
+        enabled = rt.dtype == torch.float16
+        super().__init__(rt.device.type, init_scale=self.INIT_SCALE, enabled=enabled)
 
     def load_state_dict(self, state: dict | None):
         """Restore the scale. Checkpoints of other dtypes and of earlier versions have none."""
@@ -213,6 +222,7 @@ def learning_rate(
            +--|---|--------|
               0  warmup   max_steps
     """
+    # step + 1: a learning rate of 0 would waste the first batch.
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -239,6 +249,7 @@ def train_step(
     scalars on the device. If float16 overflows on any rank, no rank changes its weights, and the
     norm is not finite.
     """
+    # A scaler that does nothing, for callers that compute in other dtypes.
     if scaler is None:
         assert rt.dtype != torch.float16, "float16 needs a scaler, which lives as long as the run"
         scaler = LossScaler(rt)
@@ -250,6 +261,7 @@ def train_step(
     loss_sum = torch.zeros((), device=rt.device)
     for n, ((x, y), weight) in enumerate(zip(batch, weights)):
         if isinstance(model, DistributedDataParallel):
+            # What DDP's no_sync() sets, without a context around the loop's body.
             model.require_backward_grad_sync = n == len(batch) - 1
         with rt.autocast():
             loss = model(x, y) * weight
@@ -259,6 +271,7 @@ def train_step(
     # The scale is removed before clipping. An overflow leaves an infinity or NaN in the averaged
     # gradient, which every rank sees: `step` then changes nothing, and `update` lowers the scale.
     scaler.unscale_(optimizer)
+    # Without clipping, the norm is still worth its time: it shows a run that becomes unstable.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
@@ -280,7 +293,8 @@ class StepResult:
         """Whether float16 overflowed, so that there was no update, and training can go on.
 
         A run that keeps overflowing falls below MIN_SCALE, after 17 steps in a row if the scale was
-        65,536. It has diverged: the result is then False, although grad_norm is not finite.
+        INIT_SCALE, 2^16. It has diverged: the result is then False, although grad_norm is not
+        finite.
         """
         if self.loss_scale is None or math.isfinite(self.grad_norm):
             return False
@@ -323,6 +337,8 @@ class PendingResult:
         """loss and grad_norm are what train_step returned. stop_number is not 0 if this rank was
         asked to stop."""
         self.is_float16 = scaler.is_enabled()
+
+        # All numbers in one tensor: one reduction over the ranks, one copy to the CPU.
         # A copy, because the next update changes the scale; 1 in other dtypes. `get_scale` and
         # `tensor` would wait for the device, `scale` and `full` do not.
         loss_scale = scaler.scale(torch.ones_like(loss))
