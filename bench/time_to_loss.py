@@ -22,22 +22,22 @@ dtype that this project chooses for the hardware. --compile counts for all but b
 does not compile. bench/timed_run.py says how each run is timed and evaluated: on one clock, by
 one function, on the same tokens.
 
-    grid     every candidate for max_steps at every learning rate, with the first seed
+    grid     every candidate for max_steps at every learning rate, with the first seed. Where the
+             best rate is the lowest or the highest so far, half or twice of it is tried as well,
+             until the best one has a worse one on both sides
     lengths  every candidate at its best rate, with every seed, for fractions of max_steps. Each run
              has a complete schedule: one that is cut off while its learning rate is still high
              would look worse than it is
 
 The target losses are nanoGPT's mean final losses for the fractions, and AdamW's for all steps. A
 candidate needs what its best length needs: where the mean curve of its seeds first crosses the
-target, interpolated linearly between two evaluations. If a best rate is at the end of the grid, a
-better one may lie outside: widen the grid.
+target, interpolated linearly between two evaluations.
 
 Two runs at the same time disturb each other's clock, so there is one by default. An interrupted
 study resumes when the command is repeated. Output: report.md, results.json, time_to_loss.png and
 the runs' output in log/time_to_loss/.
 """
 
-import itertools
 import json
 import math
 import pickle
@@ -80,8 +80,8 @@ class Config(SweepConfig):
     total_batch_size: int = 2048  # tokens per optimizer step
     max_steps: int = 2000  # optimizer steps of the longest runs
     warmup_steps: int = 200  # steps of linear warmup; proportionally fewer in shorter runs
-    # peak learning rates; each decays to a tenth
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    # peak learning rates to begin with; each decays to a tenth
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     # training lengths of all candidates, as fractions of max_steps; 1 is always among them
     step_fractions: tuple[float, ...] = (0.25, 0.5, 1.0)
     # further lengths of the fast recipe; "--fast_fractions" alone for none
@@ -184,9 +184,8 @@ def main(config: Config):
     write_tokens(config, shape)
 
     # Find the best learning rate of each candidate.
-    grid = itertools.product(TITLES, config.learning_rates, [1.0], config.seeds[:1])
-    run_points(config, study, rt, shape, grid, "grid")
-    best = {candidate: best_rate(config, study, candidate) for candidate in TITLES}
+    grids = {name: search_rates(config, study, rt, shape, name) for name in TITLES}
+    best = {name: best_rate(grids[name]) for name in TITLES}
     # The candidates take turns, so that a machine that gets slower does not favour one of them.
     points = [
         Point(candidate, best[candidate], fraction, seed)
@@ -196,7 +195,7 @@ def main(config: Config):
         if fraction in fractions_of(config, candidate)
     ]
     run_points(config, study, rt, shape, points, "lengths")
-    summarize(config, study, best)
+    summarize(config, study, grids, best)
 
 
 def is_ours(candidate: str) -> bool:
@@ -260,15 +259,48 @@ def write_tokens(config: Config, shape: GPTConfig):
                     np.save(shard_file, tokens)
 
 
+def search_rates(
+    config: Config, study: StudyFolder, rt: Runtime, shape: GPTConfig, candidate: str
+) -> dict[float, float]:
+    """Final loss of a candidate at each learning rate; infinite where it diverged.
+
+    The learning rates are those of the config and, where the best one is at an end, more.
+    """
+    losses: dict[float, float] = {}
+    rates = list(config.learning_rates)
+    while rates:
+        points = [Point(candidate, lr, 1.0, config.seeds[0]) for lr in rates]
+        run_points(config, study, rt, shape, points, f"grid of {candidate}")
+        for point in points:
+            loss = study.results[point.name]["val"]
+            losses[point.lr] = math.inf if loss is None else loss
+
+        best = best_rate(losses)
+        if losses[best] == math.inf:
+            raise UserError(f"{TITLES[candidate]} diverged at all learning_rates: lower them")
+        if best == min(losses):
+            rates = [best / 2]
+        elif best == max(losses):
+            rates = [best * 2]
+        else:
+            rates = []
+    return losses
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """The learning rate with the lowest loss; of equal ones, the lowest."""
+    return min(sorted(losses), key=lambda lr: losses[lr])
+
+
 def run_points(
     config: Config,
     study: StudyFolder,
     rt: Runtime,
     shape: GPTConfig,
-    points: Iterable[tuple],
+    points: list[Point],
     desc: str,
 ):
-    runs = [make_run(config, rt, shape, Point(*values)) for values in points]
+    runs = [make_run(config, rt, shape, point) for point in points]
     study.run_all(runs, read_run, config.device, config.num_parallel, desc)
 
 
@@ -418,23 +450,6 @@ def read_run(run: Run, diverged: Diverged | None) -> dict:
 # Results
 
 
-def grid_losses(config: Config, study: StudyFolder, candidate: str) -> dict[float, float]:
-    """Final loss of the first seed at each learning rate; infinite where it diverged."""
-    losses = {}
-    for lr in sorted(config.learning_rates):
-        loss = study.results[Point(candidate, lr, 1.0, config.seeds[0]).name]["val"]
-        losses[lr] = math.inf if loss is None else loss
-    return losses
-
-
-def best_rate(config: Config, study: StudyFolder, candidate: str) -> float:
-    losses = grid_losses(config, study, candidate)
-    best = min(losses, key=lambda lr: losses[lr])
-    if losses[best] == math.inf:
-        raise UserError(f"{TITLES[candidate]} diverged at every learning rate: give smaller ones")
-    return best
-
-
 def results_of(
     config: Config, study: StudyFolder, candidate: str, lr: float, fraction: float
 ) -> list[dict]:
@@ -494,17 +509,19 @@ def find_targets(config: Config, study: StudyFolder, best: dict[str, float]) -> 
 # Report
 
 
-def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
+def summarize(
+    config: Config,
+    study: StudyFolder,
+    grids: dict[str, dict[float, float]],
+    best: dict[str, float],
+):
     targets = find_targets(config, study, best)
-    rates = sorted(config.learning_rates)
-    at_edge = [TITLES[name] for name in TITLES if best[name] in (rates[0], rates[-1])]
     study.report(
         f"{config.n_layer} layers of width {config.n_embd}, up to {config.max_steps} steps of "
         f"{config.total_batch_size} tokens; validation loss in nats on {config.val_tokens} tokens; "
         "seconds without start-up and evaluation",
         f"fast: `{' '.join(FAST)}`",
-        grid_table(config, study),
-        *[f"{name}'s best learning rate is at the end of the grid: widen it" for name in at_edge],
+        grid_table(grids),
         f"At the best rates, mean and standard deviation of {len(config.seeds)} seeds:",
         lengths_table(config, study, best),
         'To the target losses ("share" is that of the tokens and seconds of the candidate that set '
@@ -514,11 +531,12 @@ def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
     draw(config, study, best, targets)
 
 
-def grid_table(config: Config, study: StudyFolder) -> str:
-    losses = {candidate: grid_losses(config, study, candidate) for candidate in TITLES}
+def grid_table(grids: dict[str, dict[float, float]]) -> str:
     rows = []
-    for lr in sorted(config.learning_rates):
-        rows.append((f"{lr:g}", *(f"{losses[candidate][lr]:.4f}" for candidate in TITLES)))
+    for lr in sorted({lr for losses in grids.values() for lr in losses}):
+        losses = [grids[candidate].get(lr) for candidate in TITLES]
+        cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        rows.append((f"{lr:g}", *cells))
     return table(("learning rate", *TITLES.values()), rows)
 
 

@@ -1,7 +1,9 @@
 """Tokens and seconds to a loss: the crossing by hand, and what a timed run counts and replaces."""
 
 import json
+import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +59,28 @@ def test_first_crossing_by_hand():
     assert first_crossing([10, 20, 30], [4.0, 3.0, 2.0], 3.0) == 20
     assert first_crossing([10, 20, 30], [4.0, 3.0, 2.0], 5.0) == 10
     assert first_crossing([10, 20, 30], [4.0, 3.0, 2.0], 1.0) is None
+
+
+def test_the_grid_grows_until_the_best_learning_rate_is_inside(data_dir, tmp_path, monkeypatch):
+    """Best is 1e-3, below the first grid; 16e-3 and above diverge."""
+
+    def run_points(config, study, rt, shape, points, desc):
+        for point in points:
+            tried.append(point.lr)
+            distance = abs(math.log2(point.lr / 1e-3))
+            study.results[point.name] = dict(val=None if point.lr > 15e-3 else 5 + distance)
+
+    monkeypatch.setattr(time_to_loss, "run_points", run_points)
+    study = SimpleNamespace(results={})
+    tried: list[float] = []
+    config = small_config(data_dir, tmp_path, learning_rates=(4e-3, 8e-3))
+    losses = time_to_loss.search_rates(config, study, CPU, None, "nanogpt")
+    assert tried == [4e-3, 8e-3, 2e-3, 1e-3, 5e-4]
+    assert time_to_loss.best_rate(losses) == 1e-3
+
+    config = small_config(data_dir, tmp_path, learning_rates=(16e-3, 32e-3))
+    with pytest.raises(UserError, match="diverged at all learning_rates"):
+        time_to_loss.search_rates(config, study, CPU, None, "nanogpt")
 
 
 @pytest.mark.parametrize(
