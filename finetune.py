@@ -106,15 +106,19 @@ class Config:
         for name in (*sizes, "num_samples", "general_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
+        # The comparison is false for NaN, too.
         for name in ("patience", "weight_decay", "grad_clip", "lora_rank", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 0 and finite")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}, must be below 2**64: torch's seeds have 64 bits")
+
+        # A batch consists of whole sequences.
         if self.total_batch_size % self.T:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not divisible by T {self.T}"
             )
+
         if not self.learning_rates:
             raise UserError("learning_rates needs at least one value")
         for lr in self.learning_rates:
@@ -124,6 +128,9 @@ class Config:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, must be between 0 and 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}, must be at least 0 and below 1")
+
+        # The tracker starts with the final run. That its package is missing should show before the
+        # search.
         check_installed(self.tracker)
 
 
@@ -158,6 +165,7 @@ DIVERGED_ABOVE = 1.0
 
 
 def main(config: Config):
+    """Lock out_dir, and run the stage in it."""
     rt = runtime.start(config.device, config.dtype)
     cpu.keep_freed_memory(rt.device)
     with ExitStack() as stack:
@@ -166,6 +174,7 @@ def main(config: Config):
             # The process that this one replaces may have died on a machine that lost its network.
             patience = 600 if runtime.restarted() else 0
             stack.enter_context(lock_folder(config.out_dir, patience))
+        # The other ranks wait until rank 0 holds the lock: only then is the folder this run's.
         rt.barrier()
         run(config, rt)
 
@@ -177,11 +186,14 @@ def run(config: Config, rt: Runtime):
     settings = must_match_on_resume(config)
     if rt.is_main:
         check_folder(out_dir, config.resume or runtime.restarted(), settings)
+
     # The shell passes "\\n" as two characters.
     separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
     texts = read_texts(config.data, config.text_column, separator, rt.print)
     training, held_out = split(texts, config.seed)
     tuner = Finetuner(config, training, held_out, rt)
+
+    # The loss to beat. A broken model shows before a file is written.
     base_val_loss = tuner.validate()
     if not math.isfinite(base_val_loss):
         raise checkpoint.not_finite_error(tuner.model)
@@ -204,6 +216,7 @@ def run(config: Config, rt: Runtime):
         f"best epoch: {best['epoch']} of {len(history)}, validation loss {best['val_loss']:.4f} "
         f"(before finetuning {base_val_loss:.4f})\nmodel: {folder}/model_best.pt"
     )
+    # model_best.pt is then no better than the model that it was trained from.
     if best["val_loss"] >= base_val_loss:
         warn_of_no_gain(best["val_loss"], base_val_loss, rt)
 
@@ -235,6 +248,7 @@ def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
         training = [text[:cut] for text, cut in zip(texts, cuts)]
         held_out = [text[cut:] for text, cut in zip(texts, cuts)]
         return training, [text for text in held_out if text.strip()]
+
     # Shuffled first: the file may be sorted, for example by place.
     order = np.random.default_rng(seed).permutation(len(texts))
     num_held_out = max(1, round(len(texts) / 10))
@@ -245,6 +259,7 @@ def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
 def start_of_last_tenth(text: str) -> int:
     """Position at which the last tenth of a text begins, between two words if possible."""
     position = len(text) - len(text) // 10
+    # The search begins at the position. A text without white space from there on is cut at it.
     space = re.compile(r"\s").search(text, position)
     return space.start() if space else position
 
@@ -286,6 +301,7 @@ def check_folder(out_dir: Path, resume: bool, settings: dict):
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -296,6 +312,7 @@ def read_json(path: Path) -> Any:
 
 def decimal(lr: float) -> str:
     """2e-4 as 0.0002."""
+    # trim="-" drops the trailing zeros: 0.001, and 3 instead of 3.0.
     return np.format_float_positional(lr, trim="-")
 
 
@@ -319,6 +336,7 @@ def in_background(updates: Iterator[Update], rt: Runtime) -> Iterator[Update]:
     previous = None
     for update in updates:
         if previous:
+            # The caller may now wait for the result: the device has the next update to compute.
             yield previous
             update.began = time.perf_counter()  # until now, the GPU was busy with `previous`
         previous = update
@@ -343,8 +361,11 @@ class Finetuner:
         if block_size < config.T:
             raise UserError(f"T {config.T} is above the model's block_size {block_size}")
         if config.lora_rank:
+            # All ranks, and a resumed search, start from the same adapters.
             torch.manual_seed(config.seed)
             lora.add_adapters(self.model, config.lora_rank)
+        # state_dict refers to the weights that training will change, hence the copies. They stay on
+        # the CPU, where they take no GPU memory.
         self.initial_state = {name: t.clone() for name, t in self.model.state_dict().items()}
         self.model.to(rt.device)
         self.train_model, self.eval_model = prepare_model(self.model, rt, config.compile)
@@ -357,6 +378,7 @@ class Finetuner:
             tokens, config.B, config.T, sequences, config.seed, rt.rank, rt.world_size
         )
 
+        # With adapters, most parameters are frozen.
         num_params = sum(p.numel() for p in self.model.parameters())
         num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rt.print(
@@ -369,6 +391,7 @@ class Finetuner:
         """One stream of token ids, (tokens,) int64: end-of-text before each text and at the end."""
         ids = []
         for text in texts:
+            # encode_ordinary takes <|endoftext|> inside a text for ordinary text.
             ids.append(self.enc.eot_token)
             ids += self.enc.encode_ordinary(text)
         ids.append(self.enc.eot_token)
@@ -415,6 +438,8 @@ class Finetuner:
         both losses in that epoch's record are infinite. The exception are steps that float16
         skips: they are left out of train_loss, which is NaN if an epoch has no others.
         """
+        # The schedule covers all epochs. After a resume, it continues at the step where the run
+        # stopped.
         steps_per_epoch = self.loader.steps_per_epoch
         num_steps = num_epochs * steps_per_epoch
         warmup_steps = round(self.config.warmup_fraction * num_steps)
@@ -429,8 +454,11 @@ class Finetuner:
                 updates = (self.start_update(optimizer, *item) for item in zip(steps, lrs))
                 for update in in_background(updates, self.rt):
                     result = self.finish_update(update, log)
+                    # `step` counts the finished updates, of which update 0 is the first.
                     step = update.step + 1
                     bar.update()
+                    # Weights did not change, and the loss may not be finite: it would spoil the
+                    # mean.
                     if result.skipped:
                         continue
                     if result.diverged:
@@ -442,6 +470,7 @@ class Finetuner:
                     tokens_seen += update.num_tokens
                     bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}", refresh=False)
 
+                # The epoch is done: measure it on the held-out texts.
                 train_loss = loss_sum / tokens_seen if tokens_seen else math.nan
                 val_loss = self.validate()
                 if log:
@@ -525,6 +554,9 @@ def search(tuner: Finetuner, base_val_loss: float) -> float:
     if rt.is_main:
         write_text(path.with_suffix(".txt"), text + "\n")
         draw_search(path.with_suffix(".png"), tried, base_val_loss)
+
+    # Without a rate to continue with, the run ends. The results stay: a resumed search skips these
+    # rates.
     if best is None:
         raise UserError(
             "training diverged at every learning rate: --resume with lower --learning_rates"
@@ -553,11 +585,13 @@ def try_learning_rate(tuner: Finetuner, lr: float) -> dict:
     Returns the last epoch's record, with the learning rate and the validation losses of all epochs.
     """
     records = list(tuner.train(tuner.reset(), lr, tuner.config.search_epochs))
+    # The result is written as JSON, which has no infinity.
     val_losses = [finite_or_none(record)["val_loss"] for record in records]
     return records[-1] | dict(lr=lr, val_losses=val_losses)
 
 
 def warn_of_no_gain(val_loss: float, base_val_loss: float, rt: Runtime):
+    """Print that finetuning did not lower the validation loss."""
     rt.print(
         f"warning: the lowest validation loss, {val_loss:.4f}, is not below {base_val_loss:.4f}, "
         "that before finetuning: the data taught the model nothing new"
@@ -565,6 +599,7 @@ def warn_of_no_gain(val_loss: float, base_val_loss: float, rt: Runtime):
 
 
 def search_table(tried: list[dict], best: dict | None) -> str:
+    """The results of the search as a table: losses, perplexity, and which rate is the best."""
     rows = []
     for result in tried:
         losses = (result["train_loss"], result["val_loss"], perplexity(result["val_loss"]))
@@ -594,6 +629,8 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
         rt.print(f"resuming from {path}, after epoch {len(history)}")
     if is_over(history, config):
         return history
+
+    # The weights, the optimizer and the log of that checkpoint, or new ones.
     optimizer = tuner.reset(loaded)
     start_step = loaded["step"] if loaded else 0
     name = Path(config.out_dir).resolve().name
@@ -607,6 +644,7 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
 
     # Train.
     for record in tuner.train(optimizer, lr, config.num_epochs, len(history), log):
+        # The checkpoints are those of finished epochs: the broken weights are not saved.
         if not math.isfinite(record["val_loss"]):
             raise Diverged(
                 f"epoch {record['epoch']}, step {record['step'] - 1}: loss or gradient is not "
@@ -621,8 +659,10 @@ def finetune(tuner: Finetuner, lr: float, folder: Path) -> list[dict]:
         )
         if rt.is_main:
             save_epoch(folder, tuner, optimizer, history)
+        # Patience can end the run before num_epochs.
         if is_over(history, config):
             break
+    # The last record has a validation loss only; a training loss would have completed it.
     log.flush()
     return history
 
@@ -636,11 +676,14 @@ def save_epoch(
     model_best.pt      the same, if its validation loss is the lowest so far
     model_NNNNN.pt     what resuming needs besides; only the newest of these is kept
     """
+    # The files to use later need no optimizer state, which is larger than the weights.
     record = history[-1]
     state = checkpoint.build(tuner.model, tuner.enc, record["step"])
     state["model"] = lora.merged_state(tuner.model)  # an ordinary model, also with adapters
     checkpoint.save(folder / f"model_epoch_{record['epoch']}.pt", state)
-    if record["val_loss"] == min(epoch["val_loss"] for epoch in history):
+    # Of equal losses, the earlier epoch is the best one, as in the report.
+    earlier = [epoch["val_loss"] for epoch in history[:-1]]
+    if not earlier or record["val_loss"] < min(earlier):
         checkpoint.save(folder / "model_best.pt", state)
 
     # Last, because it is what marks the epoch as done.
@@ -660,6 +703,8 @@ def is_over(history: list[dict], config: Config) -> bool:
     # The last `patience` epochs need an earlier one to compare with.
     if not config.patience or len(losses) <= config.patience:
         return False
+
+    # The lowest loss before those epochs, against the lowest loss in them.
     return min(losses[: -config.patience]) <= min(losses[-config.patience :])
 
 

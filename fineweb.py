@@ -43,10 +43,12 @@ def parse_limit(text: str) -> int | None:
     """Number of tokens in text like 1e9, 1B or 800M; None for "all"."""
     if text == "all":
         return None
+    # The last character is a unit, or a digit of a number without one.
     factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
     try:
         # Not float: 1.1e9 has to be exact. What is not a number raises an ArithmeticError.
         number = Decimal(text if factor == 1 else text[:-1]) * factor
+        # 1.5K is a whole number of tokens, 1.5 is not. Infinity is above the limit.
         if 1 <= number <= 10**15 and number == int(number):
             return int(number)
     except ArithmeticError:
@@ -69,8 +71,8 @@ class Config:
     # maximum number of tokens, those for validation included: 1e9, 1B, 800M, or all; for tokenized,
     # it is rounded up to whole shards
     max_tokens: str = "all"
-    # files, globs or URLs: parquet, json (an object per line, or an array of them), or text files,
-    # a document each or several with lines of <|endoftext|> between them; text and json also as .gz
+    # files, globs or URLs: parquet; json, an object per line or an array of them; or text, where
+    # lines of <|endoftext|> separate documents within a file. text and json also as .gz
     data_files: tuple[str, ...] = ()
     # column of parquet files, or field of json objects, that holds the text
     text_column: str = "text"
@@ -91,6 +93,7 @@ class Config:
         from common.tokenizer import MIN_VOCAB_SIZE
 
         self.token_limit = parse_limit(self.max_tokens)
+        # The flags of the two ways exclude each other: download finished shards, or tokenize text.
         if self.source == "tokenized":
             self._check_tokenized()
         elif self.repo != Config.repo:
@@ -100,10 +103,14 @@ class Config:
                 f"max_tokens is {self.max_tokens}, must be above shard_size {self.shard_size:,}: "
                 "the first shard is for validation; raise max_tokens, or lower shard_size"
             )
+
+        # The writer fills one shard in memory: at the upper limit, 2 or 4 GiB. The lower limit
+        # leaves one token to predict.
         if not 2 <= self.shard_size <= 2**30:
             raise UserError(f"shard_size is {self.shard_size}, must be from 2 to {2**30}")
         if self.num_workers < 0:
             raise UserError(f"num_workers is {self.num_workers}, must be 0 (one per core) or more")
+
         if self.train_tokenizer and self.train_tokenizer < MIN_VOCAB_SIZE:
             raise UserError(
                 f"train_tokenizer is {self.train_tokenizer}, must be 0 (off) or at least "
@@ -115,6 +122,7 @@ class Config:
             )
         if self.train_tokenizer and self.tokenizer != "gpt2":
             raise UserError("tokenizer and train_tokenizer exclude each other")
+
         # sample-10BT of fineweb-edu goes to datasets/edu_fineweb10B.
         if not self.out_dir:
             self.out_dir = f"datasets/{self.source}"
@@ -160,8 +168,10 @@ FOREIGN_VOCABULARY = "foreign_tokenizer.json"
 
 
 def main(config: Config):
+    """Write the shards of the source, or those that an earlier run left unfinished."""
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    # Shards from the hub are downloaded as they are: no text, no tokenizing.
     if config.source == "tokenized":
         manifest = download_shards(config.repo, out_dir, config.token_limit)
         summarize(out_dir, manifest, config.token_limit)
@@ -175,13 +185,16 @@ def main(config: Config):
     # The writer verifies the shards of an earlier run, and knows where to continue.
     header = manifest_header(config, source, enc, out_dir)
     writer = ShardWriter(out_dir, source.prefix, config.shard_size, header, config.token_limit)
+    # A run that was killed after its last shard has only the manifest left to complete.
     if writer.is_full:
         writer.finish()
     if writer.manifest["complete"]:
         return summarize(out_dir, writer.manifest, config.token_limit)
+    # Find out before the first shard, rather than after hours, that the disk is too small.
     num_expected = estimate_tokens(source, writer)
     check_disk_for(num_expected, writer)
 
+    # Continue where the last finished shard ends: at the start of the source if there is none.
     start = writer.next_position()
     if writer.num_shards:
         say(f"resuming at document {start['document']:,} after {writer.num_shards} finished shards")
@@ -209,12 +222,15 @@ def main(config: Config):
         # The total was an estimate.
         bar.total = writer.num_tokens
         bar.n = writer.num_tokens
+
+    # The speed is that of this run. Tokens of earlier runs do not count.
     seconds = time.monotonic() - start_time
     speed = f", {(writer.num_tokens - start_tokens) / seconds:,.0f} tokens/s"
     summarize(out_dir, writer.manifest, config.token_limit, speed)
 
 
 def summarize(folder: Path, manifest: dict, limit: int | None, speed: str = ""):
+    """Print what the folder holds, and whether the source ended before the limit."""
     empty = ""
     if manifest["empty_documents"]:
         empty = f" ({manifest['empty_documents']:,} empty ones left out)"
@@ -235,6 +251,9 @@ def choose_tokenizer(config: Config, source: Source, out_dir: Path) -> tiktoken.
     """Load the tokenizer, or learn it from the source and save it as out_dir/vocab.tiktoken."""
     if not config.train_tokenizer:
         return load_tokenizer(config.tokenizer)
+
+    # Learn it, unless an earlier run has. It is saved before the first shard, so that a run that is
+    # killed later resumes with the same tokens.
     path = out_dir / VOCABULARY
     if not path.exists():
         texts = training_texts(source, config.train_tokenizer_chars)
@@ -242,6 +261,7 @@ def choose_tokenizer(config: Config, source: Source, out_dir: Path) -> tiktoken.
         write_text(path, tokenizer_to_text(enc))
         say(f"learned {enc.n_vocab} tokens: {path}")
         return enc
+
     # Learned by an earlier run, which this one resumes.
     enc = load_tokenizer(path)
     if enc.n_vocab != config.train_tokenizer:
@@ -254,6 +274,7 @@ def choose_tokenizer(config: Config, source: Source, out_dir: Path) -> tiktoken.
 
 def training_texts(source: Source, max_chars: int) -> Iterator[str]:
     """The first documents of the source, about max_chars characters, with a progress bar."""
+    # Only for the bar: bytes stand in for characters, and the limit for a size that is unknown.
     total = min(source.text_bytes or max_chars, max_chars)
     num_chars = 0
     with Progress(total=total, unit="char", unit_scale=True, desc="learning the tokenizer") as bar:
@@ -279,11 +300,14 @@ def manifest_header(config: Config, source: Source, enc: tiktoken.Encoding, out_
         data_files=[Path(f).name if os.path.exists(f) else f for f in source.files],
         # Null for the default, because manifests made before this flag existed have no such field.
         text_column=None if config.text_column == "text" else config.text_column,
+        # Notices local files that have changed. Remote ones have no size in the file system.
         data_bytes=None if source.is_remote else sum(map(os.path.getsize, source.files)),
+        # The tokenizer, by name and by content: another one may have the same file name
         tokenizer=store_tokenizer(enc, out_dir),
         tokenizer_sha256=hashlib.sha256(tokenizer_to_text(enc).encode()).hexdigest(),
         vocab_size=enc.n_vocab,
         end_of_text=enc.eot_token,
+        # The files: the smaller dtype if every id fits into it
         dtype="uint16" if enc.n_vocab <= 65536 else "uint32",
         shard_size=config.shard_size,
     )
@@ -297,7 +321,11 @@ def store_tokenizer(enc: tiktoken.Encoding, out_dir: Path) -> str:
     text = tokenizer_to_text(enc)
     if text == "gpt2":
         return "gpt2"
+
+    # JSON begins with a brace. A line of vocab.tiktoken, like "IQ== 0", cannot: base64 has none.
     name = FOREIGN_VOCABULARY if text.startswith("{") else VOCABULARY
+
+    # The file of an earlier run stays. With another tokenizer, new shards would not fit the old.
     path = out_dir / name
     if not path.exists():
         write_text(path, text)
@@ -309,6 +337,7 @@ def store_tokenizer(enc: tiktoken.Encoding, out_dir: Path) -> str:
 def estimate_tokens(source: Source, writer: ShardWriter) -> int | None:
     """Estimated number of tokens in the finished folder, None if unknown."""
     estimate = source.estimate_tokens(writer.manifest["vocab_size"])
+    # The run ends with the source or at max_tokens, whichever comes first. Either may be None.
     return min([n for n in (estimate, writer.max_tokens) if n is not None], default=None)
 
 
@@ -339,12 +368,15 @@ def tokenize(
         pending = deque()  # (batch, future)
         for batch in batches:
             pending.append((batch, pool.submit(encode_batch, batch.texts, batch.is_continuation)))
+            # Read ahead while the oldest batch is computed, but not without limit. Three batches
+            # per worker keep all of them busy; the bound in bytes matters if documents are long.
             while (
                 len(pending) > 3 * num_workers
                 or sum(waiting.texts.nbytes for waiting, _ in pending) > PENDING_BYTES
             ):
                 oldest, future = pending.popleft()
                 yield oldest, *future.result()
+        # The source has ended: only the results of the last batches are missing.
         while pending:
             oldest, future = pending.popleft()
             yield oldest, *future.result()
@@ -360,6 +392,7 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
     by_value = enc
     if tokenizer_to_text(enc) == "gpt2":
         by_value = encoding_of(enc._mergeable_ranks)
+    # Each process gets the tokenizer once, at its start, and not with every batch.
     pool = ProcessPoolExecutor(num_workers, context, init_worker, (by_value,))
     try:
         with signals_blocked():
@@ -371,6 +404,7 @@ def worker_pool(enc: tiktoken.Encoding, num_workers: int) -> Iterator[ProcessPoo
             "a tokenizer process was killed (out of memory?): run the same command again to resume"
         ) from error
     finally:
+        # After an error or an early end, the results of waiting batches are of no use.
         pool.shutdown(cancel_futures=True)
 
 
@@ -384,16 +418,20 @@ def signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    # A new process inherits the set of blocked signals from the thread that starts it.
     stop_signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-    yield
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
 
 
 worker_encoding: tiktoken.Encoding  # in the worker processes
 
 
 def init_worker(enc: tiktoken.Encoding):
+    """Prepare a worker process: its tokenizer, and a thread that ends it with its parent."""
     global worker_encoding
     worker_encoding = enc
     # A parent that is killed can't stop its workers, so each waits for the parent's end.
@@ -401,9 +439,11 @@ def init_worker(enc: tiktoken.Encoding):
 
 
 def exit_with_parent():
+    """Wait for the end of the parent, then end this process."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()
+    # sys.exit would end only this thread.
     os._exit(1)
 
 

@@ -79,7 +79,10 @@ HOPELESS = ("cut off", "only reasoning", "malformed")
 MAX_HOPELESS = 5
 TOKENS_PER_WORD = 4 / 3  # estimate for English
 # How models begin an answer in which they decline, without marking it as a refusal.
+# Matches "I'm sorry, but ..." and "As an AI language model, ..." at the start of an answer.
 REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)|sorry,|i can(['’]t|not) |as an ai\b", re.I)
+
+# What all descriptions have in common. build_prompt adds what differs.
 SYSTEM_PROMPT = (
     "You write descriptions of places for a book of fantasy locations. Each is continuous prose, "
     "atmospheric and concrete, with what can be seen, heard, smelled, touched and tasted there. No "
@@ -89,6 +92,7 @@ SYSTEM_PROMPT = (
 
 
 def main(config: Config):
+    """Write descriptions until the folder holds num_samples of them, then the text file."""
     check(config)
     if config.dry_run:
         show_dry_run(config)
@@ -98,6 +102,8 @@ def main(config: Config):
     if not config.offline:
         key = read_api_key()
         read_base_url(config)
+
+    # The store holds the descriptions of earlier runs, and locks the folder.
     with DescriptionStore(config.out_dir, config.offline) as store:
         stored = len(store.records)
         if stored:
@@ -110,6 +116,8 @@ def main(config: Config):
                 write_with_grammar(config, store, seeds, bar)
             elif stored < config.num_samples:
                 write_with_model(config, store, seeds, bar, key)
+
+        # The text file is made from all descriptions, those of earlier runs included.
         store.write_text()
         say(store.summary())
 
@@ -119,6 +127,8 @@ def check(config: Config):
     check_range("seed", config.seed, 0)
     # There are as many seeds as pairs of place and culture.
     check_range("num_samples", config.num_samples, 1, len(prompt_seeds(config.seed)))
+
+    # Requests and answers
     check_range("concurrency", config.concurrency, 1)
     check_range("min_words", config.min_words, 1)
     if config.max_words <= config.min_words:
@@ -134,6 +144,8 @@ def check(config: Config):
     check_range("max_retries", config.max_retries, 0)
     check_range("input_price", config.input_price, 0)
     check_range("output_price", config.output_price, 0)
+
+    # The model's name is recorded with each description, where this one stands for the grammar.
     if config.model == OFFLINE:
         raise UserError(f"a model can't be called {OFFLINE}: for the grammar, give --{OFFLINE}")
     if not config.model.strip():
@@ -142,11 +154,14 @@ def check(config: Config):
         raise UserError("dry_run and offline exclude each other: offline costs nothing")
     if config.base_url is not None:
         check_url("base_url", config.base_url)
+
+    # Read only for their errors: the values are read again when the client is created.
     read_headers(config)
     read_body(config)
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf):
+    """Raise UserError unless a flag is from low to high, both included, and finite."""
     # A comparison with NaN is false.
     if low <= value <= high and value < math.inf:
         return
@@ -155,6 +170,7 @@ def check_range(name: str, value: float, low: float, high: float = math.inf):
 
 
 def check_url(name: str, text: str):
+    """Raise UserError unless a text is an http or https URL that can be sent as it is."""
     try:
         url = urlsplit(text)
         is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
@@ -172,6 +188,7 @@ def read_base_url(config: Config) -> str:
         return config.base_url
     from fantasy.failures import OPENAI_URL
 
+    # An empty variable counts as none.
     url = os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
     check_url("OPENAI_BASE_URL (an environment variable)", url)
     return url
@@ -183,6 +200,7 @@ def read_object(name: str, text: str) -> dict:
     try:
         value = json.loads(text)
     except ValueError as error:
+        # `from None`: the original exception holds the text, and perhaps a key, in its `doc`.
         raise UserError(f"{name} is not JSON ({error}): give an object like {example}") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} is not a JSON object like {example}")
@@ -190,8 +208,11 @@ def read_object(name: str, text: str) -> dict:
 
 
 def read_headers(config: Config, key: str = "") -> dict[str, str]:
+    """The additional HTTP headers, with the key in place of $OPENAI_API_KEY."""
     headers = {}
     for name, value in read_object("extra_headers", config.extra_headers).items():
+        # The characters of a token in RFC 9110. Any others would be an error of the HTTP library,
+        # whose message quotes the header.
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise UserError(f"extra_headers: {name!r} is not a name of an HTTP header")
         if not isinstance(value, str) or not re.fullmatch(r"[ -~]*", value):
@@ -201,6 +222,7 @@ def read_headers(config: Config, key: str = "") -> dict[str, str]:
 
 
 def read_body(config: Config) -> dict:
+    """The additional fields of each request, which must not replace those that ChatClient sets."""
     body = read_object("extra_body", config.extra_body)
     for name in ("model", "messages", "stream"):
         if name in body:
@@ -240,6 +262,8 @@ def build_prompt(about: PromptSeed, config: Config) -> list[dict]:
     margin = (config.max_words - config.min_words) // 4
     rng = random.Random(str(about))
     words = rng.randint(config.min_words + margin, config.max_words - margin)
+
+    # The seed in words. The custom says more about a culture than its invented name.
     custom = load_tables()["culture"][about.culture]["custom"]
     request = (
         f"Describe this location in about {round(words, -1)} words; "
@@ -274,12 +298,14 @@ def show_dry_run(config: Config):
 def write_with_grammar(
     config: Config, store: DescriptionStore, seeds: deque[PromptSeed], bar: Progress
 ):
+    """Store a description by the grammar for one seed after another."""
     while len(store.records) < config.num_samples:
         # This can happen if near-duplicates use up more seeds than there are to spare.
         if not seeds:
             raise UserError("all seeds are used up")
         about = seeds.popleft()
         text = as_text(describe(about, config.seed, config.min_words, config.max_words))
+        # A near-duplicate costs its seed. Another attempt would give the same text.
         if not store.is_near_duplicate(text):
             store.add(about, text, prompt_tokens=0, completion_tokens=0, model=OFFLINE)
             bar.update()
@@ -288,6 +314,7 @@ def write_with_grammar(
 def write_with_model(
     config: Config, store: DescriptionStore, seeds: deque[PromptSeed], bar: Progress, key: str
 ):
+    """Store descriptions by the model, with several requests at the same time."""
     generation = Generation(config, store, seeds, bar, key)
     # What the run cost is shown even if it ends with an error or Ctrl-C.
     try:
@@ -322,6 +349,8 @@ class Generation:
         # By default, an acceptable answer is never as long. The limit stops a model that does not
         # end.
         self.max_answer_tokens = config.max_answer_tokens or 8 * config.max_words
+
+        # The client repeats failed requests itself; Generation repeats rejected answers.
         self.chat = ChatClient(
             Server(key, read_base_url(config), read_headers(config, key)),
             Request(
@@ -336,6 +365,8 @@ class Generation:
         )
         # Descriptions that no worker is working on yet.
         self.num_missing = config.num_samples - len(store.records)
+
+        # Counts for the progress bar, the summary and the decision to give up
         self.error: Exception | None = None  # the error that ends the run
         self.rejected: Counter[str] = Counter()  # reason -> number of answers
         self.rejected_in_a_row = 0
@@ -351,6 +382,7 @@ class Generation:
         are paid for. Ctrl-C cancels them.
         """
         async with self.chat:
+            # Each worker needs at least one description to write.
             num_workers = min(self.config.concurrency, self.num_missing)
             await asyncio.gather(*(self.work() for _ in range(num_workers)))
         # An OSError comes from the store, and says already how many are kept.
@@ -372,6 +404,7 @@ class Generation:
                     )
                 # Counted before the request, so that the workers together ask for the right number.
                 self.num_missing -= 1
+                # A seed whose answers were all rejected gives its place to the next one.
                 if not await self.describe(self.seeds.popleft()):
                     self.num_missing += 1
         except (UserError, OSError) as error:
@@ -421,6 +454,7 @@ class Generation:
         num_words = len(text.split())
         if num_words == 0:
             return "empty"
+        # Checks of the text alone come before the comparison with the stored descriptions.
         if REFUSAL.match(text):
             return "refusal"
         if DELIMITER.search(text):
@@ -466,15 +500,18 @@ class Generation:
 
     def on_retry(self, failure: str, message: str):
         """Count a failed attempt, and tell the user about the first of its kind."""
+        # One line per kind: the number of retries is in the progress bar.
         if not self.retried[failure]:
             say(f"warning: {message}")
         self.retried[failure] += 1
         self.show_progress()
 
     def cost(self) -> str:
+        """What the answers of this run cost so far, in dollars."""
         return f"${self.config.cost(self.prompt_tokens, self.completion_tokens):.2f}"
 
     def show_progress(self):
+        """Update the counts in the progress bar, and its length."""
         accepted = len(self.store.records)
         tokens = self.prompt_tokens + self.completion_tokens
         self.bar.set_postfix_str(
@@ -482,9 +519,11 @@ class Generation:
             f"retried {self.retried.total():,}, {tokens:,} tokens, {self.cost()}",
             refresh=False,
         )
+        # The bar counts accepted descriptions only. Rejected answers move nothing but the counts.
         self.bar.update(accepted - self.bar.n)
 
     def summary(self) -> str:
+        """What this run used, and which answers and requests failed."""
         return (
             f"this run: {self.prompt_tokens:,} + {self.completion_tokens:,} tokens, {self.cost()}; "
             f"answers rejected: {format_counts(self.rejected)}; "

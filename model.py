@@ -570,21 +570,23 @@ class LinearCrossEntropy(torch.autograd.Function):
             lse = highest - probs.amax(-1, keepdim=True).log()
             # Not in place: torch.compile of PyTorch 2.11 would return a loss without gradients.
             loss = loss + ((lse - target_logits) * part_share).sum()
-            if grad_w is None:
-                continue
-
-            # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.
-            probs[rows[: len(part_targets)], part_targets[:, 0]] -= 1
-            if is_float16:
-                probs *= GAIN
-            grad = probs.to(dtype)
-            # The share is applied to the narrow factors (part, C), not to (part, V).
-            grads_x.append((grad @ w) * part_share)
-            shared_x = (part_x * part_x_share).to(dtype)
-            if dtype == weight.dtype:
-                grad_w.addmm_(grad.t(), shared_x)
-            else:
-                grad_w.add_(grad.t() @ shared_x)
+            if grad_w is not None:
+                # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.
+                probs[rows[: len(part_targets)], part_targets[:, 0]] -= 1
+                if is_float16:
+                    probs *= GAIN
+                grad = probs.to(dtype)
+                # The share is applied to the narrow factors (part, C), not to (part, V).
+                grads_x.append((grad @ w) * part_share)
+                shared_x = (part_x * part_x_share).to(dtype)
+                if dtype == weight.dtype:
+                    grad_w.addmm_(grad.t(), shared_x)
+                else:
+                    grad_w.add_(grad.t() @ shared_x)
+                del grad
+            # In 16-bit dtypes, `logits` is not the buffer but a copy in float32. Without this, it
+            # would still exist while the next part makes its own.
+            del logits, probs
         if grad_w is not None:
             grad_x = torch.cat(grads_x)  # (N, C)
             if is_float16:

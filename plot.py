@@ -59,6 +59,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 @dataclass
 class Run:
+    """The logs of one run, and how it is drawn."""
+
     folder: Path
     name: str
     color: str
@@ -71,10 +73,12 @@ Draw = Callable[[Axes, list[Run]], None]
 
 
 def main(config: Config):
+    """Read the logs, and draw every picture that they hold data for."""
     runs = read_runs(config.runs)
     out_dir = Path(config.out_dir or runs[0].folder)
     out_dir.mkdir(parents=True, exist_ok=True)
     benchmarks = benchmark_pictures(runs, config.size)
+    # File name -> the series that the picture needs, and the function that draws it
     pictures: dict[str, tuple[str, Draw]] = {
         "training_loss": ("loss", draw_training_loss),
         "validation_loss": ("val", partial(draw_validation_loss, size=config.size)),
@@ -104,6 +108,7 @@ def benchmark_pictures(runs: list[Run], size: str) -> dict[str, Draw]:
 
 
 def runs_with(key: str, runs: list[Run]) -> list[Run]:
+    """The runs that have logged a series."""
     return [run for run in runs if key in run.series]
 
 
@@ -112,11 +117,14 @@ def runs_with(key: str, runs: list[Run]) -> list[Run]:
 
 
 def read_runs(names: tuple[str, ...]) -> list[Run]:
+    """The runs of the command line, each with a name and a color of its own."""
     paths = list(dict.fromkeys(map(Path, names)))  # without repetitions
+    # A log file alone gets its name from its folder, where its config.json may lie, too.
     folders = [path.parent if path.is_file() else path for path in paths]
     folder_names = [folder.resolve().name for folder in folders]
     runs = []
     for path, folder, name, color in zip(paths, folders, folder_names, cycle(COLORS)):
+        # Folders of the same name, such as a/log and b/log, are told apart by their paths.
         if folder_names.count(name) > 1:
             name = str(path)
         runs.append(Run(folder, name, color, read_series(path), read_source(folder)))
@@ -147,6 +155,8 @@ def read_series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             f"{path} holds no losses: it is empty, or no log of the kinds that plot.py reads; see "
             "--help"
         )
+
+    # Arrays in the order of the steps, which may come from several files.
     series = {}
     for name, by_step in points.items():
         steps = sorted(by_step)
@@ -172,6 +182,7 @@ def read_source(folder: Path) -> str | None:
 
 def save(path: Path, runs: list[Run], *panels: Draw):
     """Write a picture of one or several panels side by side."""
+    # 8 inches wide for one panel, 4 more for each further one
     figure = Figure((4 + 4 * len(panels), 5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, draw in zip(axes, panels):
@@ -182,11 +193,13 @@ def save(path: Path, runs: list[Run], *panels: Draw):
 
 
 def draw_training_loss(ax: Axes, runs: list[Run]):
+    """The training loss of each run, with its moving average."""
     draw_curves(ax, runs, "loss", smooth=True)
     finish_losses(ax, "Training loss (faint: each step, strong: moving average)")
 
 
 def draw_validation_loss(ax: Axes, runs: list[Run], size: str):
+    """The validation loss of each run, next to OpenAI's if the data is the same."""
     draw_curves(ax, runs, "val", "{name}: {last:.4f} at step {step:,}")
     # The published loss is comparable only on the same data.
     if any(run.source == "fineweb-edu" for run in runs_with("val", runs)):
@@ -195,6 +208,7 @@ def draw_validation_loss(ax: Axes, runs: list[Run], size: str):
 
 
 def draw_losses(ax: Axes, runs: list[Run], size: str):
+    """Both losses in one picture. Without a validation loss, the training loss alone."""
     if not runs_with("val", runs):
         draw_training_loss(ax, runs)
         return
@@ -208,12 +222,15 @@ def draw_losses(ax: Axes, runs: list[Run], size: str):
 
 def draw_benchmark(ax: Axes, runs: list[Run], reference: Reference, size: str):
     """The headline metric of a benchmark over the steps."""
+    # draw_curves fills in name, last and step, hence the doubled braces.
     last = "{last:.1%}" if reference.as_percent else "{last:.4f}"
     draw_curves(ax, runs, reference.stream, f"{{name}}: {last} at step {{step:,}}")
     draw_published(ax, reference, size)
+
     if reference.chance is not None:
         label = f"chance: {reference.chance:.0%}"
         ax.axhline(reference.chance, color="grey", ls=":", label=label)
+
     title = f"{reference.title} accuracy" if reference.as_percent else reference.title
     finish(ax, title, reference.headline)
     if reference.as_percent:
@@ -224,6 +241,7 @@ def draw_published(ax: Axes, reference: Reference, size: str):
     """Horizontal lines at the published figures of OpenAI's models of this size."""
     gpt2, gpt3 = SIZES[size]
     for model, family, style in ((gpt3, "GPT-3", "-."), (gpt2, "GPT-2", "--")):
+        # Not every model has a published figure for every benchmark.
         figure = reference.published(reference.headline, model)
         if figure is not None:
             text = f"{figure:.1%}" if reference.as_percent else f"{figure:.4f}"
@@ -232,12 +250,14 @@ def draw_published(ax: Axes, reference: Reference, size: str):
 
 
 def draw_learning_rate(ax: Axes, runs: list[Run]):
+    """The learning rate of each run."""
     draw_curves(ax, runs, "lr")
     ax.set_ylim(bottom=0)
     finish(ax, "Learning rate", "learning rate")
 
 
 def draw_throughput(ax: Axes, runs: list[Run]):
+    """Tokens/s of each run, and the MFU on an axis at the right."""
     draw_curves(ax, runs, "tokens_per_sec", "{name}: median {median:,.0f} tokens/s", smooth=True)
     ax.set_ylim(bottom=0)
     finish(ax, "Throughput (faint: each step, strong: moving average)", "tokens/s")
@@ -250,6 +270,8 @@ def draw_throughput(ax: Axes, runs: list[Run]):
             break
     else:
         return
+
+    # The two are proportional, so one factor converts an axis into the other.
     mfu_per_rate = mfu / rate
     functions = (lambda rate: rate * mfu_per_rate, lambda mfu: mfu / mfu_per_rate)  # and back
     right = ax.secondary_yaxis("right", functions=functions)
@@ -257,7 +279,9 @@ def draw_throughput(ax: Axes, runs: list[Run]):
 
 
 def draw_grad_norm(ax: Axes, runs: list[Run]):
+    """The gradient norm of each run, on a logarithmic axis if possible."""
     draw_curves(ax, runs, "grad_norm", smooth=True)
+    # An axis of zeros alone cannot be logarithmic.
     if any((run.series["grad_norm"][1] > 0).any() for run in runs_with("grad_norm", runs)):
         ax.set_yscale("log")
     title = "Gradient norm (faint: each step, strong: moving average)"
@@ -278,6 +302,7 @@ def draw_curves(ax: Axes, runs: list[Run], key: str, label: str = "{name}", smoo
         if smooth:
             ax.plot(steps, values, color=run.color, lw=0.5, alpha=0.3)
             values = moving_average(values)
+        # A few points, or a single one, would hardly be visible as a line.
         marker = "." if len(steps) < 50 else None
         ax.plot(steps, values, color=run.color, lw=1.5, label=text, marker=marker)
 
@@ -287,6 +312,7 @@ def moving_average(values: np.ndarray) -> np.ndarray:
 
     It starts from 0, and is divided by the sum of the weights so far to undo that, as in Adam.
     """
+    # The weight of the newest value. Longer runs are smoothed over more steps.
     weight = min(1, 3 / len(values) ** 0.5)
     averages = list(
         accumulate(values, lambda average, value: average + weight * (value - average), initial=0.0)
@@ -304,6 +330,8 @@ def finish_losses(ax: Axes, title: str):
     low = min(map(np.min, curves))
     high = max(map(np.max, curves))
     top = max(np.quantile(curve, 0.98, method="higher") for curve in curves)
+
+    # Room above and below the curves: 5% of their range, or a little if they are flat.
     margin = max(0.05 * (top - low), 0.002 * abs(top)) or 0.1
     if high > top + margin:
         ax.plot([], [], " ", label=f"(above the picture: up to {high:.2f})")

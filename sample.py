@@ -74,10 +74,14 @@ class Config:
         # Several samples have seeds above this one, and torch's seeds have 64 bits.
         if not 0 <= self.seed <= 2**62:
             raise UserError(f"seed is {self.seed}, must be from 0 to 2**62")
+
+        # None, and only None, stands for no limit: 0 is an error.
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, must be at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+
+        # Flags that --interactive would ignore
         if self.interactive and (self.prompt_file or self.out):
             raise UserError(
                 "interactive reads prompts from the terminal and writes no file: "
@@ -102,6 +106,8 @@ COMMANDS = {"temperature": float, "top_k": int, "top_p": float, "max_tokens": in
 
 
 def main(config: Config):
+    """Draw the samples, or answer the lines of the terminal."""
+    # Before the model is loaded: a missing file should show at once.
     prompts = [] if config.interactive else read_prompts(config)
     rt = runtime.start(config.device, config.dtype)
     model, enc = load_model(config.model)
@@ -122,12 +128,14 @@ def main(config: Config):
             samples = draw_all(packed, enc, prompts, config)
     except FloatingPointError as error:
         raise not_finite_error(model) from error
+
     if config.out:
         write_text(config.out, "".join(f"{sample}\n{SEPARATOR}\n" for sample in samples))
         say(f"{len(samples)} samples: {config.out}")
 
 
 def read_prompts(config: Config) -> list[str]:
+    """The prompts of the file, or the one of the flag."""
     if config.prompt_file is None:
         return [config.prompt]
     prompts = [line for line in read_lines(config.prompt_file) if line.strip()]
@@ -141,8 +149,10 @@ def draw_all(model: GPT, enc: tiktoken.Encoding, prompts: list[str], config: Con
     # A job for each sample: the prompt as it is shown, and its token ids.
     jobs: list[tuple[str, list[int]]] = []
     for prompt in prompts:
+        # One list of tokens for all samples of a prompt: the model works on copies.
         jobs += [encode_prompt(prompt, model, enc)] * config.num_samples
 
+    # Several texts can't be printed token by token in the same place.
     batch_size = 1 if config.stream else config.batch_size
     samples = []
     with Progress(total=len(jobs), desc="sampling", unit="sample", disable=config.stream) as bar:
@@ -152,6 +162,7 @@ def draw_all(model: GPT, enc: tiktoken.Encoding, prompts: list[str], config: Con
             seed = runtime.mixed_seed(config.seed, first)
             for sample in draw(model, enc, batch, config, seed):
                 samples.append(sample)
+                # A streamed sample is already on the screen.
                 say(SEPARATOR if config.stream else f"{sample}\n{SEPARATOR}")
             bar.update(len(batch))
     return samples
@@ -162,6 +173,8 @@ def encode_prompt(prompt: str, model: GPT, enc: tiktoken.Encoding) -> tuple[str,
     # Special tokens in a prompt are tokens: <|endoftext|>, which separates documents in training,
     # and those of the model's tokenizer.
     ids = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
+
+    # The window of a long prompt begins behind its first tokens.
     num_unseen = model.window_start(len(ids))
     if num_unseen:
         say(
@@ -169,6 +182,7 @@ def encode_prompt(prompt: str, model: GPT, enc: tiktoken.Encoding) -> tuple[str,
             f"{model.config.block_size}: the model sees its last {len(ids) - num_unseen} "
             f"tokens: {shorten(prompt, 60)}"
         )
+    # The token separates documents, and is no text to show.
     return prompt.replace(END_OF_TEXT, ""), ids
 
 
@@ -181,6 +195,7 @@ def draw(
 ) -> list[str]:
     """A sample for each (prompt, its token ids) of the batch: the prompt and its continuation."""
     if config.stream:
+        # draw_all makes batches of one sample for --stream.
         [(prompt, ids)] = batch
         outputs = [stream_to_screen(model, enc, prompt, ids, config, seed)]
     else:
@@ -203,6 +218,8 @@ def stream_to_screen(
     # A character may consist of several tokens: the decoder holds back its bytes until the last.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     output = []
+
+    # Flushed after each token, or the terminal would show whole lines only.
     sys.stdout.write(prompt)
     sys.stdout.flush()
     for (token,) in model.stream([ids], config.max_tokens, **sampling(config, seed)):
@@ -211,6 +228,7 @@ def stream_to_screen(
         output.append(token)
         sys.stdout.write(decoder.decode(enc.decode_single_token_bytes(token)))
         sys.stdout.flush()
+    # Bytes of a character that was never completed are shown as U+FFFD.
     print(decoder.decode(b"", final=True), flush=True)
     return output
 
@@ -228,6 +246,7 @@ def interact(model: GPT, enc: tiktoken.Encoding, config: Config):
         say("Type a text to continue. Ctrl-C stops the model, Ctrl-D or an empty line ends.")
         say(describe_settings(config))
     if isinstance(sys.stdin, io.TextIOWrapper):
+        # A pipe may hold bytes that are not UTF-8: replaced, not a crash.
         sys.stdin.reconfigure(errors="replace")
     while True:
         try:
@@ -238,12 +257,14 @@ def interact(model: GPT, enc: tiktoken.Encoding, config: Config):
                 config = change_setting(config, line)
                 continue
             prompt, ids = encode_prompt(line, model, enc)
+            # With the same seed, the same line would be continued in the same way each time.
             seed = config.seed
             config = replace(config, seed=seed + 1)
             stream_to_screen(model, enc, prompt, ids, config, seed)
         except EOFError:
             break
         except KeyboardInterrupt:
+            # Ctrl-C may come in the middle of a text: the message begins on a new line.
             say("\n(stopped; Ctrl-D or an empty line ends)")
 
 
@@ -253,6 +274,7 @@ def change_setting(config: Config, line: str) -> Config:
     value = value.strip()
     if name in COMMANDS and value:
         try:
+            # The value is checked twice: COMMANDS converts it, Config tests its range.
             is_none = value.lower() == "none" and name in ("top_k", "top_p")
             change: dict[str, Any] = {name: None if is_none else COMMANDS[name](value)}
             config = replace(config, **change)
@@ -261,6 +283,7 @@ def change_setting(config: Config, line: str) -> Config:
             return config
     elif name not in COMMANDS and name:
         say(f"there is no setting {name!r}")
+    # Also after a line like "/", which only asks for the settings.
     say(describe_settings(config))
     return config
 

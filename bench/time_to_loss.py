@@ -13,7 +13,7 @@ Four candidates train on the same shards, with the same tokens per step, warmup 
 that decay to a tenth:
 
     adamw          train_gpt2.py with its defaults: AdamW, cosine
-    fast           train_gpt2.py with FAST, this project's fastest recipe
+    fast           train_gpt2.py with runs/fast.flags, this project's fastest recipe
     nanogpt        nanoGPT's train.py as a command: random windows, no biases, as shipped
     build-nanogpt  the loop of build-nanogpt's train_gpt2.py, in a copy with other constants
 
@@ -52,11 +52,8 @@ from common.console import UserError, check_at_least, parse_flags, run_script, t
 from experiments.flags import SweepConfig, check_different
 
 # The recipe that needs the fewest tokens at small scale (experiments/recipe_study.py), as flags of
-# train_gpt2.py. They are the last ones, so they can override others.
-FAST: tuple[str, ...] = (
-    *("--optimizer", "muon", "--muon_momentum", "0.9", "--embedding_lr_scale", "4"),
-    *("--beta1", "0.6", "--beta2", "0.99", "--unigram_init"),
-)
+# train_gpt2.py.
+FAST = tuple((Path(__file__).parents[1] / "runs" / "fast.flags").read_text().split())
 
 TITLES = {
     "adamw": "this project, AdamW",

@@ -158,11 +158,11 @@ class TrainingMemory:
         V = self.config.padded_vocab_size
         half = self.half
         part = max(256, N // 8)
-        # In float32, everything happens in the buffer of a part's logits. Otherwise the loop holds
-        # the buffer, and the softmax in float32 and its gradient of this part and the previous one.
+        # In float32, everything happens in the buffer of a part's logits. Otherwise the loop also
+        # holds the softmax in float32 and its gradient in 16 bits.
         logits = part * V * FLOAT
         if half < FLOAT:
-            logits = part * V * (half + 2 * FLOAT + half)
+            logits = part * V * (half + FLOAT + half)
         # The input, its gradient in parts, and put together; the gradient of the embedding.
         size = logits + 3 * FLOAT * N * C + FLOAT * V * C
         if half < FLOAT:

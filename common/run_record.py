@@ -1,15 +1,15 @@
 """config.json in a run folder: everything needed to know how the run was made.
 
-    {
-     "constants": {"data_dir": "datasets/edu_fineweb10B", "B": 64, ...},     the flags
-     "start_step": 5000,
-     "command": ["python", "train_gpt2.py", "--resume"],
-     "commit": "52996c6-dirty",                 of this repository; -dirty: with local changes
-     "versions": {"python": "3.11.2", "torch": "2.13.0"},
-     "device": ..., "world_size": 8, "dtype": "torch.bfloat16",
-     "data": {"source": ..., "tokenizer": ..., "fingerprint": ...},
-     "history": [...]                           the records before each resume, oldest first
-    }
+{
+ "constants": {"data_dir": "datasets/edu_fineweb10B", "B": 64, ...},     the flags
+ "start_step": 5000,
+ "command": ["python", "train_gpt2.py", "--resume"],
+ "commit": "52996c6-dirty",                 of this repository; -dirty: with local changes
+ "versions": {"python": "3.11.2", "torch": "2.13.0"},
+ "device": ..., "world_size": 8, "dtype": "torch.bfloat16",
+ "data": {"source": ..., "tokenizer": ..., "fingerprint": ...},
+ "history": [...]                           the records before each resume, oldest first
+}
 """
 
 import json
@@ -26,9 +26,7 @@ from common.runtime import Runtime
 from common.shards import read_manifest
 
 
-def write_run_record(
-    folder: Path, constants: dict, start_step: int, fingerprint: str, rt: Runtime
-):
+def write_run_record(folder: Path, constants: dict, start_step: int, fingerprint: str, rt: Runtime):
     """Write config.json, on rank 0.
 
     constants: the settings of the run; "data_dir" is the folder of its shards.

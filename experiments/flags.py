@@ -45,6 +45,7 @@ class TrainingConfig(StudyConfig):
         check_different(self, "seeds")
         check_at_least(self, 1, "max_steps")
         check_at_least(self, 0, "seeds", "num_parallel")
+        # An architecture that is impossible should show before the first run.
         self.gpt_config()
 
     def gpt_config(self, **more) -> "GPTConfig":
@@ -80,5 +81,6 @@ def check_different(config: StudyConfig, *names: str):
     """Raise UserError if a flag with several values has none, or has one of them twice."""
     for name in names:
         values = getattr(config, name)
+        # Each value is part of the name of a run or a result, and no two may share a name.
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name} is {values}: give one value or more, all different")

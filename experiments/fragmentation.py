@@ -28,6 +28,7 @@ CODE_LIKE = re.compile(
 COMPOUND = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)+")
 LETTERS = re.compile(r"[A-Za-z]+")
 PUNCTUATION = "\"'`()[]{}<>,.;:!?*=|/-_"  # removed from both ends of a word
+# The module's docstring defines the kinds of terms, and what is rare.
 RARE = 3
 TERM_KINDS = ("code-like", "compound", "long", "rare")
 SPEED_ROUNDS = 5
@@ -107,6 +108,8 @@ def measure_fragmentation(
             counts = [num_tokens(term) for term in examples]
             tokens_per_term[kind] = statistics.mean(counts)
             terms_whole[kind] = counts.count(1) / len(counts)
+
+    # Words count by their occurrences, terms once each.
     return dict(
         vocab_size=enc.n_vocab,
         bytes_per_token=num_bytes / num_text_tokens,
@@ -119,6 +122,7 @@ def measure_fragmentation(
 
 def encoding_speeds(encodings: dict[str, tiktoken.Encoding], texts: list[str]) -> dict[str, float]:
     """MB/s of each vocabulary on one core: the median of several rounds."""
+    # Made once: encode_texts takes the texts as Arrow arrays.
     array = pa.array(texts)
     seconds = {name: [] for name in encodings}
     for _ in range(SPEED_ROUNDS):

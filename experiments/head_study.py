@@ -116,6 +116,7 @@ from model import GPT, GPTConfig
 SIMILAR = 0.85  # cosine above which two heads are listed as a pair
 MAX_COST = 0.05  # acceptable increase of perplexity, relative to the complete model
 SHOWN_TOKENS = 48  # size of the attention patterns in the plot
+# Timed rounds, of which the median counts. One more, before them, warms up.
 SPEED_ROUNDS = 7
 ORDER_COLORS = {"redundancy": "tab:orange", "importance": "tab:blue", "random": "grey"}
 
@@ -136,6 +137,7 @@ class Inputs:
 
 
 def main(config: Config):
+    """Score the heads, remove them in several orders, and report what that costs."""
     rt = start(config)
     inputs = load_inputs(config, rt)
     model = inputs.model
@@ -183,7 +185,9 @@ def main(config: Config):
 
 
 def load_inputs(config: Config, rt: Runtime) -> Inputs:
+    """Load the model, the shards and HellaSwag. Raises UserError if they do not go together."""
     model, enc = checkpoint.load_model(config.model)
+    # Nothing is trained. Importance takes gradients with respect to masks, not to weights.
     model.to(rt.device).eval().requires_grad_(False)
 
     # The numbers of tokens mean nothing to a model with another tokenizer.
@@ -206,6 +210,7 @@ def load_inputs(config: Config, rt: Runtime) -> Inputs:
 
 
 def load_hellaswag(config: Config) -> list[dict]:
+    """The examples of HellaSwag; none if they are left out or not available."""
     if config.hellaswag_limit == 0:
         return []
     try:
@@ -233,6 +238,7 @@ def usable_fractions(config: Config, model: GPT) -> tuple[float, ...]:
     smallest = {}  # number of heads -> the smallest fraction that removes as many
     for fraction in sorted(config.prune_fractions, reverse=True):
         smallest[count_heads(model, fraction)] = fraction
+    # Zero heads removed is the complete model, which is measured anyway.
     smallest.pop(0, None)
 
     if not smallest:
@@ -271,6 +277,7 @@ def measure_similarity(
 
 
 def measure_importance(config: Config, inputs: Inputs, rt: Runtime) -> list[float]:
+    """The importance (heads,) of each head, as a list for results.json."""
     texts, targets = read_windows(inputs.train, config.num_sequences, config.T)
     return head_importance(inputs.model, texts, targets, config.B, rt).tolist()
 
@@ -288,11 +295,13 @@ def removed_by_name(config: Config, model: GPT, orders: Orders) -> dict[str, lis
 
 
 def model_name(order: str, number: int, fraction: float) -> str:
+    """The name of a pruned model in results.json, such as "redundancy 0.3" or "random 2 0.3"."""
     return f"{order} {number} {fraction:g}" if order == "random" else f"{order} {fraction:g}"
 
 
 def measure_model(config: Config, inputs: Inputs, removed: list[Head], rt: Runtime) -> dict:
     """Size, loss, perplexity and HellaSwag accuracy (acc_norm) of the model without these heads."""
+    # A model that is really smaller, not a masked one: it is also the one that would be saved.
     model = prune_heads(inputs.model, remaining(inputs.model.config, removed))
     loss = stream_loss(model, inputs.tokens, config.B, config.T, rt)
     result = dict(
@@ -331,6 +340,7 @@ def compare_speed(config: Config, inputs: Inputs, removed: list[Head], rt: Runti
     stream = torch.from_numpy(tokens[: count + 1].astype(np.int64)).to(rt.device)
     x = stream[:-1].view(-1, config.T)  # (B, T)
     y = stream[1:].view(-1, config.T)  # (B, T)
+
     rates = {"whole": [], "pruned": []}
     for round_number in range(SPEED_ROUNDS + 1):
         # In turn, so that both see the same disturbances by other processes.
@@ -351,6 +361,7 @@ def values_of(
     study: StudyFolder, orders: Orders, order: str, fraction: float, key: str
 ) -> list[float]:
     """A measurement of the models of an order: one value, or for "random" one per seed."""
+    # Without a removed head, all orders are the same model.
     if fraction == 0:
         return [study.results["whole model"][key]]
     names = [model_name(order, number, fraction) for number in range(len(orders[order]))]
@@ -379,6 +390,8 @@ def summarize(
     cheap: dict[str, float],
     best: str,
 ):
+    """Write the report and the plots."""
+    # What was studied, how similar the heads are, and what removing them costs
     shape = inputs.model.config
     paragraphs = [
         f"{config.model}: {sum(shape.heads)} heads in {shape.n_layer} layers",
@@ -392,6 +405,8 @@ def summarize(
             [(order, f"{fraction:.0%}") for order, fraction in cheap.items()],
         ),
     ]
+
+    # Nothing was saved if even the smallest fraction costs too much.
     if cheap[best]:
         paragraphs.append(f"model_pruned.pt: {cheap[best]:.0%} of the heads removed by {best}")
     study.report(*paragraphs)
@@ -424,11 +439,13 @@ def layers_table(shape: GPTConfig, similarity: np.ndarray) -> str:
 
 def list_pairs(shape: GPTConfig, similarity: np.ndarray) -> str:
     """The similar pairs of each layer, the most similar first."""
+    # Heads are numbered over all layers in the matrix, within their layer in the text.
     heads = all_heads(shape)
     by_layer = {}
     for i, j in similar_pairs(shape, similarity):
         if similarity[i, j] > SIMILAR:
             (layer, first), (_, second) = heads[i], heads[j]
+            # For example "3-7 (0.91)": heads 3 and 7 of the layer
             pair = f"{first}-{second} ({similarity[i, j]:.2f})"
             by_layer.setdefault(layer, []).append(pair)
     lines = [f"- layer {layer}: {', '.join(by_layer[layer])}" for layer in sorted(by_layer)]
@@ -489,6 +506,8 @@ def draw_patterns(study: StudyFolder, shape: GPTConfig, patterns: np.ndarray):
         visible = np.where(np.tri(size), pattern, np.nan)  # the past only
         # The square root makes weak attention visible.
         canvas[top : top + size, left : left + size] = np.sqrt(visible)
+
+    # Size and labels: the number of a head or layer is at the middle of its square.
     figure = Figure((2 + 0.8 * shape.n_head, 1 + 0.8 * shape.n_layer), layout="constrained")
     ax = figure.subplots()
     ax.imshow(canvas, vmin=0, vmax=1)
@@ -501,6 +520,7 @@ def draw_patterns(study: StudyFolder, shape: GPTConfig, patterns: np.ndarray):
 
 def draw_layer_similarity(study: StudyFolder, shape: GPTConfig, similarity: np.ndarray):
     """A heat map of the cosines for each layer."""
+    # A grid that is about as wide as it is high
     columns = math.ceil(shape.n_layer**0.5)
     rows = math.ceil(shape.n_layer / columns)
     figure = Figure((3 * columns + 1, 3 * rows), layout="constrained")
@@ -516,6 +536,7 @@ def draw_layer_similarity(study: StudyFolder, shape: GPTConfig, similarity: np.n
         ticks = range(shape.heads[layer])
         ax.set(title=f"layer {layer}", xticks=ticks, yticks=ticks)
         ax.tick_params(labelsize="x-small")
+    # All panels have the same scale from 0 to 1, so the bar of the last one is that of all.
     figure.colorbar(image, ax=axes, label="cosine between the heads' attention")
     study.save_plot("similarity_by_layer.png", figure)
 
@@ -550,11 +571,14 @@ def draw_pruning(config: Config, study: StudyFolder, orders: Orders):
     for ax, (key, title) in zip(quality_axes, titles.items()):
         draw_quality(ax, study, orders, fractions, key)
         ax.set_ylabel(title)
+
+    # The limit up to which a fraction counts as cheap
     limit = (1 + MAX_COST) * study.results["whole model"]["perplexity"]
     quality_axes[0].axhline(limit, color="grey", ls=":", label=f"{MAX_COST:.0%} more")
 
     # Right: what is saved
     whole = study.results["whole model"]["parameters"]
+    # The complete model has speed 1 by definition: speeds are ratios to it.
     parameters, speeds = [], [1.0]
     for fraction in fractions:
         [count] = values_of(study, orders, "importance", fraction, "parameters")

@@ -85,8 +85,10 @@ from experiments.sweep import (
 )
 from model import GPT, GPTConfig
 
+# The placements and initializations that are compared, as they are drawn
 PLACEMENT_COLORS = {"pre": "tab:blue", "post": "tab:orange"}
 INIT_STYLES = {"gpt2": "-", "xavier": "--"}
+# What counts as a spike: see the module's docstring.
 SPIKE_WINDOW = 20  # steps
 SPIKE_DEVIATIONS = 6
 SPIKE_NATS = 0.2
@@ -107,6 +109,7 @@ class Point(NamedTuple):
 
 
 def main(config: Config):
+    """Measure the gradients at initialization, train all runs, and report."""
     rt = start(config)
     enc = shards_tokenizer(config.data_dir)
 
@@ -114,6 +117,8 @@ def main(config: Config):
     val = open_shards(config.data_dir, "val")
     x, y = read_windows(val, GRADIENT_WINDOWS, config.T)
     x, y = x.to(rt.device), y.to(rt.device)
+
+    # Larger grids only add runs. With other data or a changed flag, the results would not compare.
     settings = settings_of(
         config,
         rt,
@@ -200,6 +205,7 @@ def layer_gradients(model: GPT, x: torch.Tensor, y: torch.Tensor, rt: Runtime) -
 
 
 def make_run(config: Config, point: Point) -> Run:
+    """The training run of a point, with checkpoints at which its gradients are measured."""
     return train_run(
         config,
         point.name,
@@ -236,6 +242,7 @@ def read_run(folder: Path, diverged: bool, x: torch.Tensor, y: torch.Tensor, rt:
         gradients.append((saved["step"], layer_gradients(model, x, y, rt)))
     torch.cuda.empty_cache()  # leave the memory to the runs on the same GPU
 
+    # The log holds every training loss, but of the validation only the last.
     _, losses = read_stream(folder, "train")
     _, vals = read_stream(folder, "val")
     return dict(
@@ -273,6 +280,7 @@ def find_spikes(losses: list[float]) -> list[float]:
 def results_of_seeds(
     config: Config, study: StudyFolder, placement: str, lr: float, warmup_steps: int
 ) -> list[dict]:
+    """The results of one setting, one per seed."""
     points = [Point(placement, lr, warmup_steps, seed) for seed in config.seeds]
     return [study.results[point.name] for point in points]
 
@@ -283,7 +291,9 @@ def survived(results: list[dict], unigram: float) -> bool:
 
 
 def summarize(config: Config, study: StudyFolder):
+    """Write the report and the plots."""
     unigram = study.results["unigram_loss"]
+    # A row per setting, and per placement and warmup the largest rate that survived
     rows, largest_rates = [], []
     for placement, warmup in itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid):
         label = f"{placement}, warmup {warmup}"
@@ -346,8 +356,10 @@ def last_layer(study: StudyFolder, placement: str, init: str) -> tuple[list[int]
 
 
 def slopes_table(study: StudyFolder) -> str:
+    """How the last layer's gradient grows with the depth: measured, and as predicted."""
     rows = []
     for placement, predicted in (("pre", "-0.50"), ("post", "0.00")):
+        # One slope per initialization, next to the paper's prediction for Xavier's
         measured = [slope(*last_layer(study, placement, init)) for init in INIT_STYLES]
         rows.append((placement, *measured, predicted))
     return table(
@@ -379,6 +391,7 @@ def draw_init(config: Config, study: StudyFolder):
         )
         depths, grad_norms = last_layer(study, placement, init)
         left.plot(depths, grad_norms, **style)
+        # The right panel has all layers of the models that are trained.
         layers = study.results["gradients_at_init"][f"{placement} {init} {config.n_layer}"]
         right.plot(range(1, len(layers) + 1), layers, **style)
         # The paper's prediction, through the first measured point
@@ -403,6 +416,7 @@ def grid_of_panels(config: Config, rows: list) -> tuple[Figure, dict[tuple, Axes
     figure = Figure((3.5 * len(columns), 3 * len(rows)), layout="constrained")
     # Shared axes, so that panels can be compared at a glance
     axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    # axes.flat goes through the grid row by row, as product does.
     panels = dict(zip(itertools.product(rows, columns), axes.flat))
     return figure, panels
 
@@ -432,6 +446,7 @@ def draw_learning_rates(config: Config, study: StudyFolder):
     """Final validation loss by learning rate, without the rates at which a seed diverged."""
     figure = Figure((8, 5), layout="constrained")
     ax = figure.subplots()
+    # A line style per warmup. After four of them, the styles repeat.
     styles = dict(zip(config.warmup_steps_grid, itertools.cycle(("--", "-", "-.", ":"))))
     for placement, warmup in itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid):
         # Error bars are distances below and above the mean.
@@ -439,6 +454,7 @@ def draw_learning_rates(config: Config, study: StudyFolder):
         for lr in sorted(config.learning_rates):
             results = results_of_seeds(config, study, placement, lr, warmup)
             vals = [result["val"] for result in results]
+            # A mean over the other seeds would hide the divergence.
             if None not in vals:
                 lrs.append(lr)
                 lows.append(np.mean(vals) - min(vals))
@@ -467,16 +483,19 @@ def draw_gradients(config: Config, study: StudyFolder):
     rows = list(itertools.product(PLACEMENT_COLORS, config.warmup_steps_grid))
     figure, panels = grid_of_panels(config, rows)
     for ((placement, warmup), lr), ax in panels.items():
+        # The runs start from GPT-2's initialization, so their step 0 has been measured already.
         at_init = study.results["gradients_at_init"][f"{placement} gpt2 {config.n_layer}"]
         by_step = {0: [at_init]}  # step -> one list of norms per seed
         for result in results_of_seeds(config, study, placement, lr, warmup):
             for step, grad_norms in result["gradients"]:
                 by_step.setdefault(step, []).append(grad_norms)
+
         layers = range(1, len(at_init) + 1)
         last = max(1, len(by_step) - 1)
         for n, step in enumerate(sorted(by_step)):
             # matplotlib takes grey levels as strings, from "0" (black) to "1" (white).
             shade = str(0.8 * (1 - n / last))
+            # Runs that diverged have fewer checkpoints: a late mean may be over fewer seeds.
             mean = np.mean(by_step[step], axis=0)
             ax.plot(layers, mean, color=shade, marker=".", label=f"step {step}")
         ax.set_title(f"{placement}, learning rate {lr:g}, warmup {warmup}")

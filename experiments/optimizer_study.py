@@ -82,6 +82,7 @@ from experiments.sweep import (
     train_run,
 )
 
+# The optimizers that are compared, as they are drawn
 COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
 
 
@@ -99,8 +100,11 @@ class Point(NamedTuple):
 
 
 def main(config: Config):
+    """Find each optimizer's best learning rate, train at it, and report."""
     rt = start(config)
     shards_tokenizer(config.data_dir)  # fail here, rather than in the first run
+
+    # Values that may be added later are part of the runs' names, and no settings.
     settings = settings_of(
         config,
         rt,
@@ -113,6 +117,7 @@ def main(config: Config):
     sweep = itertools.product(COLORS, config.learning_rates, [1.0], config.seeds[:1])
     run_points(config, study, sweep, "sweep")
     best = {optimizer: best_rate(config, study, optimizer) for optimizer in COLORS}
+
     # Train AdamW to the end, and Muon for fractions of the steps. The first seed of AdamW is known
     # from the sweep, and is not trained again.
     target = itertools.product(["adamw"], [best["adamw"]], [1.0], config.seeds)
@@ -122,11 +127,13 @@ def main(config: Config):
 
 
 def run_points(config: Config, study: StudyFolder, points: Iterable[tuple], desc: str):
+    """Train the runs of these points that have no result yet."""
     runs = [make_run(config, Point(*values)) for values in points]
     study.run_all(runs, read_run, config.device, config.num_parallel, desc)
 
 
 def make_run(config: Config, point: Point) -> Run:
+    """The training run of a point."""
     return train_run(
         config,
         point.name,
@@ -183,6 +190,7 @@ def sweep_losses(config: Config, study: StudyFolder, optimizer: str) -> dict[flo
 
 
 def best_rate(config: Config, study: StudyFolder, optimizer: str) -> float:
+    """The learning rate with the lowest final loss. Raises UserError if all of them diverged."""
     losses = sweep_losses(config, study, optimizer)
     best = min(losses, key=lambda lr: losses[lr])
     if losses[best] == math.inf:
@@ -211,13 +219,16 @@ def needed_fraction(fractions: list[float], losses: list[float], target: float) 
             return f"at most {fraction:.2f}"
         # Between this fraction and the one before, the target is reached.
         before = fractions[n - 1]
+        # On a straight line, half of the way in loss is half of the way in the logarithm.
         way = (losses[n - 1] - target) / (losses[n - 1] - loss)  # 0 at `before`, 1 at `fraction`
         return f"{before * (fraction / before) ** way:.2f}"
+    # Even the longest run did not reach the target.
     return f"more than {fractions[-1]:.2f}"
 
 
 def tokens_per_second(config: Config, study: StudyFolder, optimizer: str) -> float:
     """Of the median run's median step."""
+    # All runs of the optimizer, also those at other rates: a step costs the same.
     runs = [result for name, result in study.results.items() if name.startswith(f"{optimizer}_lr_")]
     step_times = [run["ms"] for run in runs if run["ms"] is not None]
     return config.total_batch_size / statistics.median(step_times) * 1000
@@ -228,6 +239,7 @@ def tokens_per_second(config: Config, study: StudyFolder, optimizer: str) -> flo
 
 
 def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
+    """Write the report and the plot."""
     # The sweep: a row per learning rate
     sweep = {optimizer: sweep_losses(config, study, optimizer) for optimizer in COLORS}
     rates = sorted(config.learning_rates)
@@ -235,6 +247,7 @@ def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
     for lr in rates:
         cells = [f"{sweep[optimizer][lr]:.4f}" for optimizer in COLORS]
         sweep_rows.append((f"{lr:g}", *cells))
+    # If the first or the last rate of the grid is the best, a better one may lie outside.
     at_edge = [optimizer for optimizer in COLORS if best[optimizer] in (rates[0], rates[-1])]
 
     # The best rates: AdamW's final loss, and Muon's for each fraction
@@ -265,6 +278,7 @@ def summarize(config: Config, study: StudyFolder, best: dict[str, float]):
 
 
 def draw(config: Config, study: StudyFolder, best: dict[str, float], target: float):
+    """The sweep, the curves at the best rates, and Muon's loss by training length."""
     figure = Figure((16, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_sweep(left, config, study)
@@ -279,7 +293,9 @@ def draw(config: Config, study: StudyFolder, best: dict[str, float], target: flo
 
 
 def draw_sweep(ax: Axes, config: Config, study: StudyFolder):
+    """Final loss of each optimizer by learning rate."""
     for optimizer, color in COLORS.items():
+        # Rates that diverged have an infinite loss, which is not drawn.
         losses = sweep_losses(config, study, optimizer)
         ax.plot(losses.keys(), losses.values(), marker="o", color=color, label=optimizer)
     ax.set(xscale="log", xlabel="peak learning rate", title="Sweep: all tokens, one seed")
@@ -289,11 +305,13 @@ def draw_curves(ax: Axes, config: Config, study: StudyFolder, best: dict[str, fl
     """Validation loss during training: AdamW's full runs, and Muon's shorter ones."""
     lowest = math.inf
     for optimizer, color in COLORS.items():
+        # The lengths that were trained with every seed
         fractions = [1.0] if optimizer == "adamw" else sorted(config.step_fractions)
         # All curves of an optimizer share one entry in the legend.
         label: str | None = optimizer
         for fraction, seed in itertools.product(fractions, config.seeds):
             result = study.results[Point(optimizer, best[optimizer], fraction, seed).name]
+            # Over tokens, curves of different lengths can share an axis.
             tokens = np.array(result["steps"]) * config.total_batch_size / 1e6
             ax.plot(tokens, result["vals"], color=color, lw=0.8, alpha=0.8, label=label)
             lowest = min(lowest, *result["vals"])
@@ -304,7 +322,9 @@ def draw_curves(ax: Axes, config: Config, study: StudyFolder, best: dict[str, fl
 
 
 def draw_fractions(ax: Axes, config: Config, study: StudyFolder, best: dict[str, float]):
+    """Muon's final loss by training length, a line per seed."""
     fractions = sorted(config.step_fractions)
+    # One line per seed shows how much the crossing depends on the seed.
     for seed in config.seeds:
         points = [Point("muon", best["muon"], fraction, seed) for fraction in fractions]
         losses = [final_loss(study, point) for point in points]

@@ -71,6 +71,7 @@ def prune_heads(model: GPT, keep: list[list[int]]) -> GPT:
 
 
 def check_keep(config: GPTConfig, keep: list[list[int]]):
+    """Raise ValueError unless `keep` lists heads of every layer."""
     # Each list must be nonempty, without duplicates, and name heads that exist.
     valid = len(keep) == config.n_layer
     for heads, count in zip(keep, config.heads):
@@ -92,6 +93,7 @@ def remaining(config: GPTConfig, removed: list[Head]) -> list[list[int]]:
 
 
 def all_heads(config: GPTConfig) -> list[Head]:
+    """All heads, layer by layer. The place in this list is the number of a head."""
     return [(layer, head) for layer, count in enumerate(config.heads) for head in range(count)]
 
 
@@ -251,6 +253,7 @@ def order_by_importance(config: GPTConfig, importance: np.ndarray) -> list[Head]
 
 
 def order_at_random(config: GPTConfig, seed: int) -> list[Head]:
+    """A random order, the same for the same seed."""
     heads = all_heads(config)
     shuffled = np.random.default_rng(seed).permutation(len(heads))
     return leave_one([heads[i] for i in shuffled])

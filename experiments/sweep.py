@@ -101,6 +101,7 @@ def train_run(
 
     The learning rate decays to a tenth of max_lr. `flags` are further flags of train_gpt2.py.
     """
+    # A folder per run. Spaces in it would have to be quoted in a shell.
     folder = Path(config.out_dir) / "runs" / name.replace(" ", "_")
     common_flags = dict(
         data_dir=data_dir,
@@ -158,12 +159,14 @@ class StudyFolder:
             self.save()
 
     def read_results(self, settings: dict):
+        """Read results.json, and compare its settings with those of this study."""
         try:
             self.results |= json.loads(self.file.read_text())
             found = dict(self.results["settings"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.file} is damaged ({error}): move it away") from error
         # Results under different settings must not end up in the same table.
+        # Settings that the file lacks do not count: the flag may be newer than the file.
         for key, value in found.items():
             if value != settings.get(key):
                 raise UserError(
@@ -172,6 +175,7 @@ class StudyFolder:
                 )
 
     def save(self):
+        """Write all results to results.json."""
         write_text(self.file, json.dumps(self.results, indent=1) + "\n")
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -182,6 +186,7 @@ class StudyFolder:
         return self.results[name]
 
     def save_plot(self, name: str, figure: Figure):
+        """Write a plot to the folder, as PNG."""
         with write_atomically(self.path / name) as file:
             figure.savefig(file, format="png", dpi=150)
 
@@ -242,10 +247,12 @@ class CommandPool:
     """Runs commands in parallel, one per entry of `envs`. On exit, stops those still running."""
 
     def __init__(self, envs: list[dict]):
+        # Processes that __exit__ has to stop, and the futures that tell when all are done
         self.running: set[subprocess.Popen] = set()
         self.futures: list[Future] = []
         self.threads = ThreadPoolExecutor(len(envs))
         self.free_envs: queue.Queue[dict] = queue.Queue()
+        # The environments circulate: a thread takes one for a run, and puts it back.
         for env in envs:
             self.free_envs.put(env)
 
@@ -279,6 +286,7 @@ class CommandPool:
         try:
             code, output = self.run_process(run, env)
         finally:
+            # Also after an error: the next run of this thread needs it.
             self.free_envs.put(env)
         if code == 0:
             return
@@ -307,9 +315,11 @@ class CommandPool:
                 # In its own session it does not receive the terminal's Ctrl-C: only we stop it.
                 start_new_session=True,
             )
+        # The file is closed by now, but the process still writes through its own handle.
         self.running.add(process)
         code = process.wait()
         self.running.discard(process)
+        # The file also holds the output of earlier attempts, which is skipped.
         return code, run.log.read_bytes()[output_start:].decode("utf-8", "replace")
 
 
@@ -333,6 +343,7 @@ def device_envs(num_parallel: int, device: str) -> list[dict]:
 
 
 def remove_checkpoints(folder: Path):
+    """Remove the checkpoints of a run, which take far more space than its logs."""
     for path in checkpoint.candidates(folder):
         path.unlink()
 
@@ -368,8 +379,10 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
     windows = np.empty((count, T + 1), dtype=np.int64)
     # The windows overlap if the shards are short.
     for row, position in enumerate(np.linspace(0, ends[-1] - 1, count).astype(int)):
+        # The first shard whose positions end behind this one, as in dataloader.py.
         place = int(np.searchsorted(ends, position, side="right"))
         shard = usable[place]
+        # A shard's positions begin at ends - (lengths - T) and count its tokens from there.
         start = int(position - ends[place]) + shards.lengths[shard] - T
         windows[row] = shards.read(shard, start, start + T + 1)
     tokens = torch.from_numpy(windows)  # (count, T + 1)

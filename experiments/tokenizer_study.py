@@ -52,6 +52,7 @@ from common.console import (
 )
 from experiments.flags import TrainingConfig
 
+# The first of the sample's files, to be read over the network
 DEFAULT_PARQUET = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet"
 
 
@@ -136,6 +137,7 @@ BYTE_EOT = 256  # end-of-text token of the vocabulary of single bytes
 
 
 def main(config: Config):
+    """Learn the vocabularies, shard the text with each, train models, and compare."""
     rt = start(config)
     study = StudyFolder(config.out_dir, settings_of(config, rt))
 
@@ -214,6 +216,7 @@ def learn_vocabularies(config: Config, folder: Path) -> Mapping[str, Path | str]
 
     BPE adds merges one by one, so each smaller vocabulary is the beginning of the largest.
     """
+    # Written one by one: all are learned again if a stop left some of them missing.
     files = {str(size): folder / f"vocab_{size}.tiktoken" for size in sorted(config.vocab_sizes)}
     if not all(file.exists() for file in files.values()):
         texts = training_texts(config, folder / "text", "learning")
@@ -253,6 +256,7 @@ def split_bytes(tokens: np.ndarray) -> Iterator[bytes]:
     # What precedes the first end-of-text token is the rest of a document of an earlier shard.
     starts = np.flatnonzero(tokens == BYTE_EOT)
     for document in np.split(tokens, starts):
+        # Ids below 256 are the bytes themselves, (bytes,) uint8.
         text = document[document != BYTE_EOT].astype(np.uint8).tobytes()
         if text:
             yield text
@@ -278,6 +282,7 @@ def held_out(config: Config, folder: Path, names: list[str]) -> list[str]:
     for document in split_bytes(val.read(0, 0, val.lengths[0])):
         # The limit may lie within a character, which is then left out.
         texts.append(document[:limit].decode("utf-8", "ignore"))
+        # The next documents share what is left of the limit.
         limit -= len(document)
         if limit <= 0:
             break
@@ -317,6 +322,8 @@ def measure_vocabulary(
 ) -> dict:
     """How the vocabulary splits the held-out text, and what a model with it costs."""
     fragmentation = measure_fragmentation(enc, texts, words, terms)
+
+    # The costs are those of the whole text, training and held-out.
     num_tokens = study.results[f"shards/{name}"]["tokens"]
     return fragmentation | costs(config, enc, num_tokens, text_size(study))
 
@@ -340,10 +347,13 @@ def costs(config: Config, enc: tiktoken.Encoding, num_tokens: int, num_bytes: in
 
 
 def run_name(vocabulary: str, seed: int) -> str:
+    """The name of a run, and of its result."""
     return f"{vocabulary} seed {seed}"
 
 
 def make_run(config: Config, study: StudyFolder, name: str, seed: int) -> Run:
+    """A training run with one vocabulary, on context_bytes of text per sequence."""
+    # Tokens that context_bytes have with this vocabulary: every model sees as much text.
     T = study.results[f"vocabulary {name}"]["T"]
     return train_run(
         config,
@@ -381,6 +391,7 @@ def bits_per_byte(
 
 
 def bits_of_seeds(config: Config, study: StudyFolder, name: str) -> list[float]:
+    """Bits per byte of the models with a vocabulary, one per seed."""
     return [study.results[run_name(name, seed)]["bits_per_byte"] for seed in config.seeds]
 
 
@@ -394,6 +405,7 @@ def summarize(
     encodings: dict[str, tiktoken.Encoding],
     terms: dict[str, list[str]],
 ):
+    """Write the report, the terms and the plot."""
     names = list(encodings)
     kinds = [kind for kind in TERM_KINDS if terms[kind]]
     # The first terms of each kind, as every vocabulary splits them
@@ -417,6 +429,7 @@ def summarize(
 
 
 def vocabularies_table(config: Config, study: StudyFolder, names: list[str]) -> str:
+    """A row for each vocabulary: fragmentation, cost and quality."""
     rows = []
     for name in names:
         result = study.results[f"vocabulary {name}"]
@@ -434,6 +447,7 @@ def vocabularies_table(config: Config, study: StudyFolder, names: list[str]) -> 
                 mean_and_deviation(bits_of_seeds(config, study, name), 4),
             )
         )
+    # In the order of the cells above
     titles = (
         "vocabulary",
         "bytes per token",
@@ -452,9 +466,11 @@ def vocabularies_table(config: Config, study: StudyFolder, names: list[str]) -> 
 def terms_table(
     study: StudyFolder, names: list[str], terms: dict[str, list[str]], kinds: list[str]
 ) -> str:
+    """A row for each vocabulary: tokens per term of each kind."""
     rows = []
     for name in names:
         result = study.results[f"vocabulary {name}"]
+        # Mean tokens per term, and the fraction of the terms that are a single token
         row = [name]
         for kind in kinds:
             tokens, whole = result["tokens_per_term"][kind], result["terms_whole"][kind]
@@ -482,6 +498,7 @@ def escape(text: str) -> str:
 
 def draw(config: Config, study: StudyFolder, names: list[str], kinds: list[str]):
     """Fragmentation, cost and quality by the size of the vocabulary."""
+    # Three panels over the same axis: how text is split, what that costs, what it gains.
     figure = Figure((17, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     results = {name: study.results[f"vocabulary {name}"] for name in names}
@@ -510,6 +527,7 @@ def plot_by_size(ax: Axes, results: dict[str, dict], values: list[float], **styl
 
 
 def draw_fragmentation(ax: Axes, results: dict[str, dict], kinds: list[str]):
+    """Tokens per word, and per technical term of each kind."""
     per_word = [result["tokens_per_word"] for result in results.values()]
     plot_by_size(ax, results, per_word, label="words of the text", color="black", marker="s")
     for n, kind in enumerate(kinds):
@@ -519,6 +537,7 @@ def draw_fragmentation(ax: Axes, results: dict[str, dict], kinds: list[str]):
 
 
 def draw_costs(ax: Axes, results: dict[str, dict]):
+    """Embeddings, compute and sequence length, all relative."""
     found = list(results.values())
     # All three as fractions, for a common axis
     embeddings = [result["embedding_share"] for result in found]
@@ -538,6 +557,7 @@ def draw_costs(ax: Axes, results: dict[str, dict]):
 
 def draw_bits(ax: Axes, config: Config, study: StudyFolder, results: dict[str, dict]):
     """Bits per byte: the mean, and a dash for each seed."""
+    # The mean as a line, and the seeds as dashes at the same size
     bits = {name: bits_of_seeds(config, study, name) for name in results}
     means = [np.mean(bits[name]) for name in results]
     plot_by_size(ax, results, means, label=f"mean of {len(config.seeds)} seeds", color="C0")

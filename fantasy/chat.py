@@ -50,6 +50,7 @@ FILTERED = ("content_filter", "content_policy_violation")
 CUT_OFF = ("length", "max_tokens", "model_length", "max_output_tokens")
 REFUSED = ("content_filter", "refusal", "safety", "recitation", "prohibited_content", "blocklist")
 
+# Times, and numbers of retries
 CONNECT_TIMEOUT = 10  # seconds, if the timeout of a request is longer
 # Retries of a request that did not reach a chat model, before the first answer of a run. Later, the
 # settings are known to be right, and the failure may pass.
@@ -99,7 +100,7 @@ class ChatClient:
         self,
         server: Server,
         request: Request,
-        max_retries: int,  # of one request
+        max_retries: int,  # retries of one request
         on_retry: Callable[[str, str], None],
     ):
         self.request = request
@@ -107,10 +108,14 @@ class ChatClient:
         base_url, query = split_url(server.base_url)
         self.dialect = Dialect(base_url, LIMIT_NAMES[0])
         self.connection = Connection(max_retries, self.hide, on_retry)
+
         headers = dict(server.headers)
         # Azure's older API takes the key from another header.
         if "api-version" in query:
             headers.setdefault("api-key", server.key)
+
+        # A server that is not there should be noticed soon, although an answer may take long to
+        # begin.
         self.client = openai.AsyncOpenAI(
             api_key=server.key,
             base_url=base_url,
@@ -140,6 +145,7 @@ class ChatClient:
         except (openai.APIError, ValueError):  # not a chat completion, not JSON or not UTF-8
             return Answer(problem="malformed", detail="it is not JSON")
         finally:
+            # Also after an error, or the requests that this one holds back would wait forever.
             self.connection.forget(this_task())
         answer = read_reply(reply, self.request.max_tokens)
         return answer._replace(detail=self.hide(answer.detail))
@@ -153,6 +159,7 @@ class ChatClient:
         dialect = self.dialect
         first_error = None
         while True:
+            # A copy of the client, which shares its connections.
             client = self.client.with_options(base_url=dialect.base_url)
             try:
                 reply = await client.chat.completions.create(
@@ -166,6 +173,8 @@ class ChatClient:
                     if first_error and is_same_problem(first_error.response, error.response):
                         raise first_error from None
                     raise
+                # Each failure rules out a dialect, so the loop ends: the name changes once, and /v1
+                # is added once.
                 dialect = other
                 first_error = first_error or error
         # Other requests may have found the same in the meantime.
@@ -194,6 +203,7 @@ class ChatClient:
         if retries:
             after = ", after 1 retry" if retries == 1 else f", after {retries} retries"
         if isinstance(error, openai.APIConnectionError):
+            # No response: the exception below says why.
             cause = error.__cause__ or error
             return f"{url}: {self.hide(diagnose(cause, error.request).message)}{after}"
 
@@ -220,6 +230,8 @@ class ChatClient:
             wait = response.headers.get("retry-after")
             asked = f"; the server asks to wait (Retry-After: {wait})" if wait else ""
             return f"{url}: {status_name(response)}{after}{asked}: {said}"
+
+        # Errors in the request itself, perhaps a limit that is too high for the model.
         advice = ""
         if re.search(r"max_(completion_)?tokens|context.{,3}(length|window|size)", said):
             advice = ": lower max_answer_tokens"
@@ -233,6 +245,7 @@ class ChatClient:
 def split_url(url: str) -> tuple[str, dict]:
     """The base URL and the query in what a user gives, perhaps the full URL of a request."""
     parts = urlsplit(url)
+    # https://host/v1/chat/completions?api-version=1 -> https://host/v1, and the query
     path = re.sub(r"/(chat(/completions)?|completions|responses|models)/?$", "", parts.path)
     base_url = parts._replace(path=path.rstrip("/"), query="", fragment="").geturl()
     query = parse_qs(parts.query, keep_blank_values=True)
@@ -241,6 +254,8 @@ def split_url(url: str) -> tuple[str, dict]:
 
 def other_dialect(dialect: Dialect, response) -> Dialect | None:
     """What to try after the server has rejected a request, None if nothing is left to try."""
+    # One change at a time: the name of the limit, or the path. A path that already ends in a
+    # version, such as /v1 or /v1beta, stays.
     old_name = LIMIT_NAMES[0]
     if dialect.limit_name == old_name and names_limit(response, old_name):
         return dialect._replace(limit_name=LIMIT_NAMES[1])
@@ -251,6 +266,7 @@ def other_dialect(dialect: Dialect, response) -> Dialect | None:
 
 def names_limit(response, name: str) -> bool:
     """Does the server reject a request because of its token limit?"""
+    # 401 and 403 are about the key, 429 about the rate. Their texts may mention tokens as well.
     is_rejected = 400 <= response.status_code < 500 and response.status_code not in (401, 403, 429)
     return is_rejected and name in response.text
 
@@ -259,12 +275,15 @@ def is_path_missing(response) -> bool:
     """Is it the URL that the server does not know, and not the model?"""
     if response.extensions.get("name") == "web page":
         return True
+    # 405: the path exists, but not for POST.
     if response.status_code not in (404, 405):
         return False
+    # A server that knows the path but not the model also answers 404, and names it.
     return not re.search("model|deployment", server_message(response), re.I)
 
 
 def is_same_problem(first, second) -> bool:
+    """Whether the second attempt failed like the first: no such path, or no such token limit."""
     if is_path_missing(first):
         return is_path_missing(second)
     return names_limit(first, LIMIT_NAMES[0]) and names_limit(second, LIMIT_NAMES[1])
@@ -295,6 +314,7 @@ def read_reply(reply, max_tokens: int) -> Answer:
         excerpt = reply[:200] if isinstance(reply, str) else "it has no choices with a message"
         return answer._replace(problem="malformed", detail=excerpt)
 
+    # Reasoning may be in the text, in a field of its own, or only counted.
     text = without_reasoning(content)
     finish_reason = str(getattr(choice, "finish_reason", "")).lower()
     details = getattr(usage, "completion_tokens_details", None)
@@ -303,6 +323,9 @@ def read_reply(reply, max_tokens: int) -> Answer:
         or bool(getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
         or count(details, "reasoning_tokens") > 0
     )
+
+    # The more specific problems come first: an answer that is cut off may have nothing but
+    # reasoning.
     problem = None
     if getattr(message, "refusal", None) or finish_reason in REFUSED:
         problem = "refusal"
@@ -377,6 +400,8 @@ class Connection(openai.DefaultAsyncHttpxClient):
             raise UserError(
                 f"{' or '.join(proxy_variables())} is not valid: give a proxy like http://host:8080"
             ) from error
+
+        # State that the requests share. They run in one thread, as tasks, so it needs no lock.
         self.max_retries = max_retries
         self.hide = hide
         self.on_retry = on_retry
@@ -414,6 +439,8 @@ class Connection(openai.DefaultAsyncHttpxClient):
     def unmask(self, request, response):
         """Give an error that hides behind status 200 the status that it should have."""
         path = request.url.path
+        # Maintenance pages look like pages of a wrong path. Whether the path has answered before
+        # tells them apart.
         hidden = hidden_error(response, path in self.answered_paths)
         if hidden:
             response.status_code, response.extensions["name"] = hidden
@@ -454,6 +481,7 @@ class Connection(openai.DefaultAsyncHttpxClient):
     def failed(self, task: asyncio.Task, request, name: str, message: str, asked: str = ""):
         """Report a failed attempt, after which OpenAI's client waits or gives up."""
         wait = f" (Retry-After: {asked})" if asked else ""
+        # Until a chat model has answered, only failures with an error status get all retries.
         is_early = not self.answered_paths and not re.search("status [45]|rate limit", name)
         retries = min(EARLY_RETRIES, self.max_retries) if is_early else self.max_retries
         said = self.hide(message)
@@ -463,6 +491,7 @@ class Connection(openai.DefaultAsyncHttpxClient):
             f"{shown(request.url)}: {name}{wait}{details}; a request is retried up to "
             f"{retries} times",
         )
+
         self.waiting.add(task)
         # `stop` could not cancel this task while its request was on its way.
         if self.stopped:
@@ -480,6 +509,7 @@ class Connection(openai.DefaultAsyncHttpxClient):
         self.release(task)
 
     def stop(self):
+        """Cancel the tasks that wait, and those whose request fails from now on."""
         self.stopped = True
         for task in self.waiting:
             task.cancel()

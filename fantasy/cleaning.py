@@ -37,6 +37,7 @@ INTRODUCTION = (
 )
 # Words that a text about a place does not use for itself.
 TASK_WORDS = r"\b(?:descriptions?|passage|version|request(?:ed)?|words?|prose|draft|paragraphs?)\b"
+# For example "Let me know if ...", "Would you like me to ...", "(About 250 words)" or "Note: ...".
 CLOSING_REMARK = re.compile(
     r"[(\[*_]*(?:let me know\b|i hope (?:this|that|you)\b|feel free to (?:ask|let)\b"
     r"|would you like (?:me|another|a different|any)\b"
@@ -53,6 +54,7 @@ MARKUP = re.compile(
     r"|</?[a-z][^<>\n]*>|<\|\w|\*\*|\[/?INST\]|\]\(http",
     re.I | re.M,
 )
+# For example "Sure, ..." or "Here is a description of ...".
 PREAMBLE = re.compile(
     rf"(?:{AGREEMENT}|(?:{INTRODUCTION})[^.!?\n]*{TASK_WORDS})", re.I
 )  # at the start of a text
@@ -70,14 +72,17 @@ INLINE_PREAMBLE = re.compile(
 
 def without_reasoning(text: str) -> str:
     """The answer without a model's thoughts; empty if it has nothing else."""
+    # gpt-oss: everything before the last "final" channel is reasoning. Without one, all is.
     final = FINAL_CHANNEL.match(text)
     if final:
         text = text[final.end() :]
     elif CHANNEL.match(text):
         return ""
+
     text = REASONING.sub("", text)
     # Chat templates often contain the opening tag, so that only the closing one is sent.
     text = re.split(CLOSING, text, flags=re.I)[-1].strip()
+
     # If the tokens ran out, the last thought is not closed.
     if re.match(OPENING, text, re.I):
         return ""
@@ -87,14 +92,18 @@ def without_reasoning(text: str) -> str:
 def without_frame(text: str) -> str:
     """A text without preamble, title, code fence, quotation marks, emphasis and closing remark."""
     text = unwrap(text.strip())
+
+    # Until nothing changes: a title may follow a preamble, and a rule a title.
     before = None
     while text != before:
         before = text
         text = without_first_line(text)
         text = without_last_line(text)
+
     inline = INLINE_PREAMBLE.match(text)
     if inline:
         text = text[inline.end() :]
+
     # Emphasis: *word*, **word**, _word_
     text = re.sub(r"(\*{1,3})(?=\S)([^*\n]+?)(?<=\S)\1", r"\2", text)
     text = re.sub(r"(?<!\w)(_{1,3})(?=[^\s_])([^_\n]+?)(?<=\S)\1(?!\w)", r"\2", text)
@@ -109,6 +118,7 @@ def unwrap(text: str) -> str:
     if tagged:
         return tagged[2].strip()
     for opening, closing in ('""', "“”"):
+        # Quotation marks inside belong to speech: the first and the last are then not a pair.
         inner = text[1:-1]
         is_quoted = text.startswith(opening) and text.endswith(closing)
         if len(text) > 1 and is_quoted and opening not in inner and closing not in inner:
@@ -121,6 +131,7 @@ def without_first_line(text: str) -> str:
     line, _, rest = text.partition("\n")
     line = line.strip()
     rest = rest.strip()
+    # A text of one line is the description itself.
     if not rest:
         return text
     plain = line.strip("*_ ")

@@ -1,9 +1,9 @@
 """Descriptions of locations on disk: a jsonl file that only grows, and the text file made from it.
 
-with DescriptionStore("datasets", offline=False) as store:
-    if not store.is_near_duplicate(text):
-        store.add(seed, text, prompt_tokens, completion_tokens, model)
-    store.write_text()
+    with DescriptionStore("datasets", offline=False) as store:
+        if not store.is_near_duplicate(text):
+            store.add(seed, text, prompt_tokens, completion_tokens, model)
+        store.write_text()
 
 finetune.py reads the text file, see common/finetune_data.py.
 """
@@ -54,6 +54,7 @@ class DescriptionStore:
         self.num_near_duplicates = 0  # stored descriptions that nearly repeat an earlier one
 
     def __enter__(self) -> "DescriptionStore":
+        """Lock the folder, open the file and read it. If any of these fails, undo the others."""
         with ExitStack() as stack:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,7 @@ class DescriptionStore:
         """Load all records, and repair the end of the file if a crash cut off the last line."""
         self.file.seek(0)
         data = self.file.read()
+        # The records, one per line. A bad line in the middle was not caused by a crash: an error.
         *lines, last = data.split(b"\n")  # `last` is empty if the file ends with a newline
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -88,18 +90,24 @@ class DescriptionStore:
         if not last:
             return
         try:
-            record = self.parse(last)
+            parse_record(last)
         except UserError:
+            # Half of a line: its description is lost, and its seed is free again.
             self.file.truncate(len(data) - len(last))
-        else:  # only the newline is missing
-            self.remember(record)
-            self.append(b"\n")
+            return
+        # Only the newline is missing.
+        try:
+            self.remember(self.parse(last))
+        except UserError as error:
+            raise UserError(f"{self.path}, last line: {error}") from error
+        self.append(b"\n")
 
     def parse(self, line: bytes) -> dict:
         """The record of a line. Raises UserError if it is malformed or does not belong here."""
         record = parse_record(line)
         if DELIMITER.search(record["text"]):
             raise UserError("the text contains a delimiter")
+        # Each pair is described once: see prompt_seeds.
         if (record["seed"]["place"], record["seed"]["culture"]) in self.pairs:
             raise UserError("an earlier line describes the same place and culture")
         # A mixture would make it unclear what a finetuned model has learned from.
@@ -134,8 +142,11 @@ class DescriptionStore:
     def append(self, data: bytes):
         """Write all of `data`, or leave the file as it was and raise OSError."""
         size = os.fstat(self.file.fileno()).st_size
+
+        # Token counts are worth having, but no reason to fail without a network.
         try:
             while data:
+                # An unbuffered write may take only a part of the data.
                 written = self.file.write(data)
                 data = data[written:]
             # An answer of a model was paid for, so it should survive a power cut too. The grammar
@@ -143,6 +154,7 @@ class DescriptionStore:
             if not self.offline:
                 os.fsync(self.file.fileno())
         except OSError as error:
+            # A full disk may have left a part of the line.
             self.file.truncate(size)
             raise OSError(
                 f"{self.path} can't be written ({error.strerror}): {len(self.records):,} "
@@ -161,10 +173,12 @@ class DescriptionStore:
         self.pairs.add((record["seed"]["place"], record["seed"]["culture"]))
 
     def is_near_duplicate(self, text: str) -> bool:
+        """Whether a text nearly repeats a stored one."""
         return self.index.similarity(text) >= NEAR_DUPLICATE
 
     def write_text(self):
         """Write finetune_data.txt, all descriptions in <LOC> blocks, atomically. Raises OSError."""
+        # A blank line between two blocks, for readers: finetune.py does not need it.
         blocks = [f"{OPEN}\n{record['text']}\n{CLOSE}\n" for record in self.records]
         console.write_text(self.text_path, "\n".join(blocks))
 
@@ -173,6 +187,8 @@ class DescriptionStore:
         texts = [record["text"] for record in self.records]
         by_model = Counter(record["model"] for record in self.records)
         models = ", ".join(f"{number:,} by {model}" for model, number in by_model.items())
+
+        # Lengths as finetuning will see them, and how varied the words are
         word_counts = [len(text.split()) for text in texts]
         vocabulary = {word for text in texts for word in words_of(text)}
         try:
@@ -203,6 +219,7 @@ def parse_record(line: bytes) -> dict:
         raise UserError(f"it is not JSON ({error.msg})") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"it is not a record of a description ({error})") from error
+    # Valid JSON may still have a number for a string, or the reverse.
     if not all(isinstance(value, str) and value.strip() for value in strings):
         raise UserError("it is not a record of a description (a string is empty or no string)")
     if not all(isinstance(value, int) for value in numbers):
@@ -231,6 +248,7 @@ class SimilarityIndex:
         self.num_grams: list[int] = []  # different grams in each text
 
     def add(self, text: str):
+        """Add a text, whose number is the number of texts before it."""
         grams = word_grams(text)
         for gram in grams:
             self.texts_with[gram].append(len(self.num_grams))
@@ -245,6 +263,7 @@ class SimilarityIndex:
             shared.update(self.texts_with.get(gram, ()))
         highest = 0.0
         for number, count in shared.items():
+            # A gram in both texts is in both counts, and must be subtracted once.
             union = len(grams) + self.num_grams[number] - count
             highest = max(highest, count / union)
         return highest
@@ -265,6 +284,7 @@ def words_of(text: str) -> list[str]:
 
 
 def spread(numbers: list[int]) -> str:
+    """Sum, minimum, mean and maximum of some numbers, as text."""
     mean = sum(numbers) / len(numbers)
     return (
         f"{sum(numbers):,} in all, {min(numbers):,} min / {mean:,.1f} mean / {max(numbers):,} max "

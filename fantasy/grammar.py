@@ -23,6 +23,7 @@ from typing import NamedTuple
 from common.console import UserError
 from fantasy.locations import FIELDS, PromptSeed, check_words, load_tables, load_toml
 
+# Matches {material}; the group is the name.
 SLOT = re.compile(r"\{(\w+)\}")
 # Slots that SentenceWriter fills from the seed itself, and not from a list of words.
 SEED_SLOTS = ("name", "place", "a_place", "folk", "hour", "mood", "a_mood")
@@ -30,6 +31,8 @@ MAX_SENTENCE_WORDS = 45  # no sentence has as many, once its slots are filled
 
 
 class Sentence(NamedTuple):
+    """A sentence, and what it was made from."""
+
     text: str
     pattern: str  # with {slots} in place of the words
 
@@ -78,12 +81,14 @@ def describe(about: PromptSeed, seed: int, min_words: int, max_words: int) -> li
 def write_body(writer: "SentenceWriter", rng: random.Random, target: int) -> list[list[Sentence]]:
     """The sections between opening and closing, `target` words or a little more in all.
 
-    The sections get one sentence each in turn, so that even a short
-    description has something of every section.
+    The sections get one sentence each in turn, so that even a short description has something of
+    every section.
     """
     names = [name for name in load_grammar().sections if name not in ("opening", "closing")]
+    # A random order, in which dictionaries keep their keys.
     body = {name: [] for name in rng.sample(names, len(names))}
     words = 0
+    # Rounds of one sentence per section, until there are enough words.
     while words < target:
         words_before = words
         for name, sentences in body.items():
@@ -108,10 +113,12 @@ def write_body(writer: "SentenceWriter", rng: random.Random, target: int) -> lis
 
 
 def count_words(sentences: list[Sentence]) -> int:
+    """Number of words in all of these sentences."""
     return sum(len(sentence.text.split()) for sentence in sentences)
 
 
 def as_text(paragraphs: list[list[Sentence]]) -> str:
+    """Paragraphs as a text, with blank lines between them."""
     return "\n\n".join(
         " ".join(sentence.text for sentence in paragraph) for paragraph in paragraphs
     )
@@ -141,7 +148,10 @@ class SentenceWriter:
         tables = load_tables()
         for table, entry in about._asdict().items():
             for slot, words in tables[table][entry].items():
+                # A field is one word or phrase, or a list to deal from.
                 self.words[slot] = [words] if isinstance(words, str) else words
+
+        # SEED_SLOTS, each with a single word. The name of the place is drawn once.
         seed_words = dict(
             name=rng.choice(grammar.stems) + rng.choice(grammar.endings),
             place=about.place.split()[-1],
@@ -153,6 +163,7 @@ class SentenceWriter:
         )
         for slot, word in seed_words.items():
             self.words[slot] = [word]
+        # Slot -> words that are still to be dealt. `deal` fills a deck when it is needed.
         self.decks = {slot: [] for slot in self.words}
 
     def write(self, section: str) -> Sentence | None:
@@ -173,8 +184,10 @@ class SentenceWriter:
         return Sentence(text[0].upper() + text[1:], pattern)
 
     def is_allowed(self, pattern: str) -> bool:
+        """Whether a pattern is new, and none of its slots has been used too often."""
         if pattern in self.used_patterns:
             return False
+        # at_most limits how many sentences of a description use a slot, such as {sky}.
         limited = self.uses.keys() & SLOT.findall(pattern)
         return all(self.uses[slot] < self.at_most[slot] for slot in limited)
 
@@ -196,6 +209,7 @@ def load_grammar() -> Grammar:
     try:
         sections = {}
         for name, text in data["sections"].items():
+            # A pattern per line
             sections[name] = [line.strip() for line in text.splitlines() if line.strip()]
         stems, endings = data["names"]["stems"], data["names"]["endings"]
         grammar = Grammar(sections, data["words"], data["at_most"], stems, endings)
@@ -213,6 +227,7 @@ def load_grammar() -> Grammar:
         check_words(f"{path}: {slot}", words)
         if isinstance(words, str):
             raise UserError(f"{path}: {slot} must be a list of words")
+
     # Check that there are words for every slot.
     known_slots = {*SEED_SLOTS, *grammar.words}
     known_slots.update(*FIELDS.values())

@@ -43,6 +43,7 @@ def prompt_seeds(seed: int) -> list[PromptSeed]:
     """
     rng = random.Random(seed)
     tables = load_tables()
+    # All pairs, shuffled: a run of any number of samples sees a random selection.
     pairs = list(product(tables["place"], tables["culture"]))
     rng.shuffle(pairs)
     moods, times, weathers = (list(tables[name]) for name in ("mood", "time", "weather"))
@@ -67,6 +68,8 @@ def load_tables() -> dict[str, dict[str, dict[str, str | list[str]]]]:
     path, tables = load_toml("locations.toml")
     if tables.keys() != FIELDS.keys():
         raise UserError(f"{path}: its tables must be {', '.join(FIELDS)}, not {', '.join(tables)}")
+
+    # grammar.py fills slots from every field, so each entry must have all of them.
     for table, fields in FIELDS.items():
         for name, entry in tables[table].items():
             where = f"{path}: {table} {name!r}"
@@ -88,6 +91,7 @@ def load_toml(name: str) -> tuple[Path, dict]:
 
 def check_words(where: str, words):
     """Raise UserError unless `words` is a string or a list of strings, none of them empty."""
+    # A single phrase is checked like a list of one. An empty list would leave nothing to choose.
     options = words if isinstance(words, list) else [words]
     if not options or not all(isinstance(word, str) and word.strip() for word in options):
         raise UserError(f"{where} must be one or more words in quotes, not {words!r}")

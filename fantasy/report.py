@@ -105,7 +105,9 @@ def write_report(
     """
     out_dir = Path(config.out_dir)
     general_tokens = read_general_text(config.general_data, config.general_tokens, enc)
+
     data = (training, val_tokens, general_tokens)
+    # Both models are measured on the same texts, with the same seeds.
     base, _ = measure_model(config, config.init_from, *data, rt)
     after, samples = measure_model(config, finetuned, *data, rt)
     write_text(out_dir / SAMPLES, "".join(f"{sample}\n{'-' * 80}\n" for sample in samples))
@@ -129,6 +131,7 @@ def write_report(
         f"samples that start with {start}.\n\n{figures}\n\n{''.join(meanings)}\n"
         f"The samples of the finetuned model are in `{out_dir / SAMPLES}`.\n",
     )
+    # The figures for programs: a perplexity can be infinite, and JSON has no infinity.
     both = dict(base=finite_or_none(base), finetuned=finite_or_none(after))
     write_text(out_dir / "report.json", json.dumps(both, indent=1) + "\n")
     say(f"{figures}\n{out_dir}/report.md, {out_dir}/{SAMPLES}")
@@ -148,6 +151,8 @@ def measure_model(
     """
     model, enc = load_model(name)
     model.to(rt.device).eval()
+
+    # A training text begins with the tag, or behind the end-of-text token.
     prompt = enc.encode_ordinary(OPEN) if is_tagged(training) else [enc.eot_token]
     samples = draw_samples(model, enc, prompt, config.num_samples, config.seed, rt)
 
@@ -162,6 +167,7 @@ def measure_model(
     # In windows of the whole context, as in pretraining.
     figures["general perplexity"] = None
     figures["general bits per byte"] = None
+    # General text is only measured if there are shards made with the model's tokenizer.
     if general_tokens is not None:
         general_loss = stream_loss(model, general_tokens, config.B, model.config.block_size, rt)
         figures["general perplexity"] = perplexity(general_loss)
@@ -171,10 +177,12 @@ def measure_model(
 
 def perplexity(loss: float) -> float:
     """exp of a loss in nats per token; infinite where that is too large to mean anything."""
+    # exp(99) is about 10^43. From about 710 on, math.exp raises an OverflowError.
     return math.exp(loss) if loss < 99 else math.inf
 
 
 def show(value: float | None, spec: str) -> str:
+    """A figure for the table."""
     return "not available" if value is None else format(value, spec)
 
 
@@ -186,6 +194,8 @@ def draw_samples(
     An end-of-text token in the prompt is not part of the samples.
     """
     start = enc.decode([token for token in prompt if token != enc.eot_token])
+    # A sample that fits into the context is drawn without reading a token twice.
+
     max_tokens = min(300, model.config.block_size - len(prompt))
     # Slightly sharper than the model's own distribution: less noise, still varied.
     options: dict[str, Any] = dict(stop_token=enc.eot_token, temperature=0.9, top_k=50)
@@ -215,6 +225,7 @@ def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.nda
     except (OSError, UserError) as error:
         say(f"no general perplexity: {error}")
         return None
+    # Ids of another tokenizer would stand for other text.
     if tokenizer_to_text(shards_enc) != tokenizer_to_text(enc):
         say(f"no general perplexity: {folder} was made with another tokenizer")
         return None
@@ -228,8 +239,10 @@ def read_general_text(folder: str, count: int, enc: tiktoken.Encoding) -> np.nda
 def measure_samples(samples: list[str], training: list[str]) -> dict[str, float]:
     """The figures that need no model: variety, repetition, copying, and delimiters if any."""
     texts = [split_words(sample) for sample in samples]
+    # Built once: each sample is then compared with all training texts in one pass.
     index = WordIndex([split_words(text) for text in training])
     copied = [index.longest_copied_run(text) for text in texts]
+    # The first figure only makes sense for blocks.
     figures = {}
     if is_tagged(training):
         figures[DELIMITED] = mean([is_delimited(sample) for sample in samples])
@@ -244,10 +257,12 @@ def measure_samples(samples: list[str], training: list[str]) -> dict[str, float]
 
 
 def mean(values: list) -> float:
+    """The mean as a Python float, which JSON can hold."""
     return float(np.mean(values))
 
 
 def is_delimited(sample: str) -> bool:
+    """Whether a sample has one opening tag, at its start, and one closing tag."""
     return sample.startswith(OPEN) and sample.count(OPEN) == 1 and sample.count(CLOSE) == 1
 
 
@@ -257,6 +272,8 @@ def split_words(text: str) -> list[str]:
 
 
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    """All sequences of n consecutive words."""
+    # For n = 2: zip(["a", "b", "c"], ["b", "c"]) gives ("a", "b") and ("b", "c").
     return list(zip(*(words[i:] for i in range(n))))
 
 
@@ -283,6 +300,7 @@ class WordIndex:
     """
 
     def __init__(self, texts: list[list[str]]):
+        # Position 0 stays free, and so does one between two texts.
         occurrences = defaultdict(list)
         start = 1
         for words in texts:
@@ -299,12 +317,14 @@ class WordIndex:
         and also ends at position p of the training texts. It is one more than the value at p - 1
         for the word before, and 0 wherever the word does not occur.
         """
+
         run_length = np.zeros(self.size, dtype=np.int64)
         nowhere = np.array([], dtype=np.int64)
         previous = nowhere
         longest = 0
         for word in words:
             ends = self.positions.get(word, nowhere)
+            # A copy: the old values are read before any of them is overwritten.
             extended = run_length[ends - 1] + 1
             # Only the positions of the previous word can differ from 0: clearing these is enough.
             run_length[previous] = 0
@@ -321,6 +341,7 @@ class WordIndex:
 def draw_search(path: Path, results: list[dict], base_val_loss: float):
     """Validation loss by learning rate, next to the loss before finetuning."""
     figure, ax = start_figure("Learning-rate search")
+    # An infinite loss has no place on the axis.
     finite = [result for result in results if math.isfinite(result["val_loss"])]
     rates = [result["lr"] for result in finite]
     losses = [result["val_loss"] for result in finite]
@@ -338,12 +359,15 @@ def draw_search(path: Path, results: list[dict], base_val_loss: float):
 def draw_losses(path: Path, history: list[dict], base_val_loss: float):
     """Training and validation loss by epoch; epoch 0 is before finetuning."""
     figure, ax = start_figure("Loss before and during finetuning")
+    # The validation curve begins one epoch earlier than the training curve.
     epochs = [record["epoch"] for record in history]
     val_losses = [record["val_loss"] for record in history]
     # The training loss is a mean over the epoch, the validation loss is measured at its end.
     # Hence the first may lie above the second.
     ax.plot(epochs, [record["train_loss"] for record in history], "o-", label="training")
     ax.plot([0, *epochs], [base_val_loss, *val_losses], "o-", label="validation")
+
+    # The epoch whose model is model_best.pt
     lowest = min(val_losses)
     best_epoch = epochs[val_losses.index(lowest)]
     label = f"lowest: {lowest:.4f} after epoch {best_epoch}"
@@ -353,6 +377,7 @@ def draw_losses(path: Path, history: list[dict], base_val_loss: float):
 
 
 def start_figure(title: str) -> "tuple[Figure, Axes]":
+    """An empty picture with a title."""
     from matplotlib.figure import Figure  # imported here: drawing comes last, and it is slow
 
     figure = Figure((7, 5), layout="constrained")
@@ -362,6 +387,7 @@ def start_figure(title: str) -> "tuple[Figure, Axes]":
 
 
 def save_figure(path: Path, figure: "Figure", ax: "Axes"):
+    """Add grid and legend, and write the picture as PNG."""
     ax.grid(alpha=0.3)
     ax.legend()
     with write_atomically(path) as file:

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Shared by quickstart.sh and the scripts in this folder, which source it. It changes to the root of
-# the repository, installs the requirements into .venv, puts .venv first in PATH, and defines `run`.
+# the repository, installs the requirements into .venv, puts .venv first in PATH, and defines `run`
+# and FAST.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -9,6 +10,10 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 PATH="$PWD/.venv/bin:$PATH"
+
+# The flags of the recipe that needs the fewest tokens (experiments/README.md).
+# shellcheck disable=SC2034
+read -rd '' -a FAST < runs/fast.flags || true
 
 # Print a command as one would type it, then run it.
 run() {

@@ -1,15 +1,33 @@
 """The study of training recipes: its batches, schedules and verdicts, and rows on a tiny model."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from conftest import ROOT
 
-from common.console import UserError
+import train_gpt2
+from common.console import UserError, parse_flags
 from experiments import recipe_study
 from experiments.recipe_study import BASE, Config, batch_sizes, learning_rate_factor, verdict
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, total_batch_size=128, max_steps=4, B=4)
+
+
+def test_the_flags_of_the_fast_recipe_are_those_of_the_study(monkeypatch):
+    """runs/fast.flags is what the study's BASE means for train_gpt2.py."""
+    words = (ROOT / "runs" / "fast.flags").read_text().split()
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *words])
+    flags = parse_flags(train_gpt2.Config, train_gpt2.__doc__)
+    assert flags.optimizer == "muon"
+    assert flags.muon_momentum == BASE.momentum
+    assert flags.embedding_lr_scale == BASE.embedding_lr
+    assert (flags.beta1, flags.beta2) == (BASE.beta1, BASE.beta2)
+    assert flags.weight_decay == BASE.weight_decay
+    assert flags.grad_clip == BASE.grad_clip
+    assert flags.unigram_init == BASE.unigram
+    assert flags.min_lr == pytest.approx(flags.max_lr * BASE.final_lr)
 
 
 def test_all_recipes_see_the_same_number_of_windows():

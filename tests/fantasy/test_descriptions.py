@@ -50,6 +50,16 @@ def test_a_last_line_that_was_cut_off_is_repaired(lines, tmp_path, cut):
     assert path.read_text() == "".join(line + "\n" for line in lines[:kept])
 
 
+def test_a_complete_description_without_newline_is_not_removed(lines, tmp_path):
+    """A model wrote it, so it was paid for, and does not belong to a store of the grammar."""
+    path = tmp_path / "finetune_data.jsonl"
+    path.write_text(lines[0].replace('"offline"', '"gpt"'))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"{path.name}, last line: it was written by a model"):
+        DescriptionStore(tmp_path, offline=True).__enter__()
+    assert path.read_bytes() == before
+
+
 SPOILED = {
     "not JSON": (lambda line: line[:50], "is not JSON"),
     "not UTF-8": (lambda line: line[:50] + "\udcff", "is not UTF-8"),
