@@ -58,6 +58,7 @@ from common.scoring import Request, score
 from common.tasks import Benchmark, Metric, accuracy, encode_request
 from model import GPT
 
+# The data set on the hub, with a subset for each kind of missing word
 HUB = "cam-cst/cbt"
 KINDS = ("CN", "NE", "V", "P")
 PROTOCOLS = ("paper", "sequence")
@@ -105,6 +106,7 @@ def data_fingerprint(path: str | None) -> str:
 
 def find_files(path: str) -> list[Path]:
     """The files that a name, a glob or a folder stands for."""
+    # Matches the original names, cbtest_NE_test_2500ex.txt, and shorter ones, cbtest_NE_test.txt.
     if Path(path).is_dir():
         path = f"{path}/cbtest_*_test*.txt"
     files = sorted(map(Path, glob(path)))
@@ -125,6 +127,7 @@ def from_hub(kind: str, limit: int | None) -> list[Question]:
         ) from error
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
+    # `sentences` is a list of twenty texts, `options` one of ten words.
     questions = []
     for row in rows:
         questions.append(
@@ -144,6 +147,7 @@ def from_file(path: Path) -> list[Question]:
         20 She looked at the dog .
         21 Then XXXXX ran away . <tab> Mary <tab><tab> dog|Mary|...|Mr
     """
+    # The name is the only place that tells the kind: cbtest_NE_test_2500ex.txt.
     kind = re.search(r"cbtest_(CN|NE|V|P)_", path.name)
     if not kind:
         raise UserError(
@@ -156,6 +160,8 @@ def from_file(path: Path) -> list[Question]:
     number = 0
     try:
         for number, line in enumerate(lines, 1):
+            # A blank line separates questions. Within a question, it shows that the rest is
+            # missing.
             if not line.strip():
                 if sentences:
                     raise UserError(
@@ -167,11 +173,15 @@ def from_file(path: Path) -> list[Question]:
             expected = str(len(sentences) + 1)
             if line_number != expected:
                 raise UserError(f"it must begin with {expected}, the number of the sentence")
+
+            # Twenty sentences, then the query, which completes the question.
             if len(sentences) < 20:
                 sentences.append(text)
             else:
                 questions.append(parse_query(kind[1], sentences, text))
                 sentences = []
+
+        # The file may have been cut off.
         if sentences:
             raise UserError(f"the file ends after {len(sentences)} sentences, without a query")
     except UserError as error:
@@ -186,6 +196,7 @@ def parse_query(kind: str, sentences: list[str], text: str) -> Question:
     fields = text.split("\t")
     if len(fields) < 3:  # without candidates, which make_question reports
         fields = [text, "", ""]
+    # The empty field, or several of them, stands between answer and candidates.
     query, answer, *_, candidates = fields
     return make_question(kind, sentences, query, answer, candidates.split("|"))
 
@@ -208,12 +219,14 @@ def make_question(
 
 def detokenize(text: str) -> str:
     """Undo the Penn Treebank's tokenization: spacing, quotes and brackets."""
+    # Left and right: round brackets, curly and square ones.
     brackets = {"-LRB-": "(", "-RRB-": ")", "-LCB-": "{", "-RCB-": "}", "-LSB-": "[", "-RSB-": "]"}
     for mark, bracket in brackets.items():
         text = text.replace(mark, bracket)
     # Quotes: ``, '' and `. A ' may be an apostrophe and stays.
     text = re.sub(r"`` ?", '"', text)
     text = re.sub(r" ?''", '"', text)
+    # Only at the beginning of a word: ` Oh becomes 'Oh.
     text = re.sub(r"(?<!\S)` ?", "'", text)
     # Contractions and possessives: do n't, it 's, the boys ' coats.
     text = re.sub(r" (n't|'(?:s|S|m|re|ve|ll|d)?)(?!\S)", r"\1", text)
@@ -237,6 +250,9 @@ def sequence_request(enc: tiktoken.Encoding, question: Question, block_size: int
     # The context ends before the blank. Move all but its first token to the continuations: they are
     # predicted, too. The engine computes what the continuations share only once.
     whole = query_request(enc, question, str)
+
+    # Cut all texts equally, so that the scores compare the same tokens. One token is left as
+    # context.
     longest = len(whole.context) + max(map(len, whole.continuations))
     start = min(max(0, longest - block_size), len(whole.context) - 1)
     context = whole.context[start:]
@@ -249,6 +265,7 @@ def query_request(
 ) -> Request:
     """The text before the blank as context, each candidate with the rest as continuations."""
     context = render(question.context)
+    # The blank before the missing word belongs to the continuations.
     before = f"{context} {render(question.query.split(QUERY_BLANK)[0])}".rstrip()
     continuations = []
     for candidate in question.candidates:
@@ -271,6 +288,7 @@ def evaluate(
 ) -> tuple[list[Metric], list[dict]]:
     """Accuracy by protocol and kind of word; for each question its answer and both predictions."""
     metrics = []
+    # A line per question, for predictions files. Each protocol adds its fields.
     lines: list[dict[str, Any]] = []
     for n, question in enumerate(examples):
         lines.append(
@@ -297,6 +315,7 @@ def score_candidates(
 ) -> list[list[float]]:
     """For each question a score per candidate: paper: the sum of log-probabilities, sequence: the
     mean."""
+    # The protocols differ in what is context and what is scored.
     if protocol == "paper":
         requests = [paper_request(enc, question) for question in examples]
     else:
@@ -320,6 +339,7 @@ BENCHMARK = Benchmark(
     reference=REFERENCES["cbt"],
     load=load,
     evaluate=evaluate,
+    # Training logs a metric of this protocol only.
     evaluate_headline=partial(evaluate, protocols=("paper",)),
     data_fingerprint=data_fingerprint,
 )

@@ -96,12 +96,14 @@ URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
 ARCHIVE = "datasets/dclm_core/eval_bundle.zip"
 FOLDER = "datasets/dclm_core/eval_bundle"
-# The seeds of core_eval.py: of the order of a task's examples, and of the shots of example 0.
+# nanochat's seeds: for the order of a task's examples, and for the shots of example 0. Example n
+# has SHOTS_SEED + n.
 ORDER_SEED = 1337
 SHOTS_SEED = 1234
-# Examples per task during training, as nanochat's base_train.py has it.
+# Examples per task during training, as in nanochat's base_train.py
 TRAINING_LIMIT = 500
-# Examples that are tokenized at a time. All 10,042 of HellaSwag would take gigabytes.
+# Examples that are tokenized at a time. All 10,042 of HellaSwag, each with its shots, would take
+# gigabytes.
 CHUNK = 2048
 # The fields of an example, by type of task.
 FIELDS = {
@@ -113,9 +115,12 @@ FIELDS = {
 
 def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
+    # Read the data before the model: a wrong folder is then reported at once.
     core_tasks = load_on_all_ranks(lambda: load(config.data, config.limit), rt)
     model, enc = load_model(config.model)
     results = evaluate_tasks(model.to(rt.device), enc, core_tasks, rt)
+
+    # All ranks have the same results, and the first one reports them.
     if rt.is_main:
         closest = closest_openai_model(config.model, model)
         say(results_table(config.model, closest, results, rt))
@@ -152,6 +157,7 @@ def load(path: str | None = None, limit: int | None = None) -> list[Task]:
     chances = read_chances(folder / "eval_meta_data.csv")
     loaded = []
     for entry in read_entries(folder / "core.yaml"):
+        # The same generator as in nanochat, so that a limit takes the same examples.
         task = make_task(folder, entry, chances)
         random.Random(ORDER_SEED).shuffle(task.examples)
         loaded.append(cut_task(task, limit))
@@ -161,6 +167,7 @@ def load(path: str | None = None, limit: int | None = None) -> list[Task]:
 def data_fingerprint(path: str | None) -> str:
     if path is None:
         return SHA256
+    # All files that the tasks are made of
     files = [Path(path, "core.yaml"), Path(path, "eval_meta_data.csv")]
     files += [file for _, file in map(partial(data_file, Path(path)), read_entries(files[0]))]
     return " ".join(map(checksum, files))
@@ -169,6 +176,7 @@ def data_fingerprint(path: str | None) -> str:
 def cut_task(task: Task, limit: int | None) -> Task:
     """The task with its first examples only. The shots are drawn from these, too."""
     examples = task.examples[:limit]
+    # An example is not its own shot, so a task needs one more example than it has shots.
     if len(examples) <= task.shots:
         raise UserError(
             f"task {task.name} shows {task.shots} other examples with each, and has only "
@@ -181,6 +189,12 @@ def read_entries(path: Path) -> list[dict]:
     """The entries of core.yaml, checked."""
     import yaml  # imported here, as only this benchmark needs it
 
+    # An entry of core.yaml:
+    #     label: piqa
+    #     dataset_uri: commonsense_reasoning/piqa.jsonl
+    #     num_fewshot: [10]
+    #     icl_task_type: multiple_choice
+    #     continuation_delimiter: "\nAnswer: "    (a blank if absent)
     try:
         entries = yaml.safe_load(read_text(path))["icl_tasks"]
         for entry in entries:
@@ -191,6 +205,7 @@ def read_entries(path: Path) -> list[dict]:
                 )
             if not isinstance(entry["num_fewshot"][0], int) or entry["num_fewshot"][0] < 0:
                 raise UserError(f"{path}: num_fewshot of {entry['label']} is not a number")
+            # Adding them up raises TypeError unless all three are texts.
             str(entry["label"] + entry["dataset_uri"] + entry.get("continuation_delimiter", ""))
     except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
@@ -201,6 +216,7 @@ def read_entries(path: Path) -> list[dict]:
 
 def read_chances(path: Path) -> dict[str, float]:
     """The accuracy of guessing by task: eval_meta_data.csv has it in percent."""
+    # Two of the columns are used: Eval Task, for example piqa, and Random baseline, 50.
     chances = {}
     try:
         for row in csv.DictReader(read_text(path).splitlines()):
@@ -214,6 +230,7 @@ def read_chances(path: Path) -> dict[str, float]:
 
 def data_file(folder: Path, entry: dict) -> tuple[str, Path]:
     """Name and file of a task. The file must be inside of the bundle."""
+    # resolve() follows links and `..`, which could lead out of the folder.
     root = (folder / "eval_data").resolve()
     file = (root / entry["dataset_uri"]).resolve()
     if not file.is_relative_to(root):
@@ -224,12 +241,14 @@ def data_file(folder: Path, entry: dict) -> tuple[str, Path]:
 def make_task(folder: Path, entry: dict, chances: dict[str, float]) -> Task:
     name, file = data_file(folder, entry)
     kind = entry["icl_task_type"]
+    # A chance of 1 would make `centered` divide by zero. The -1 is for a missing one.
     if not 0 <= chances.get(name, -1) < 1:
         raise UserError(f"{folder}/eval_meta_data.csv has no random baseline for task {name}")
     try:
         examples = tasks.read_jsonl(file, partial(parse, kind))
     except FileNotFoundError as error:
         raise UserError(f"task {name} has no file {file}") from error
+    # Number the examples before they are shuffled.
     for number, example in enumerate(examples):
         example["ind"] = number
     delimiter = entry.get("continuation_delimiter", " ")
@@ -238,7 +257,10 @@ def make_task(folder: Path, entry: dict, chances: dict[str, float]) -> Task:
 
 def parse(kind: str, line: dict) -> dict:
     """The fields that are used, checked. Raises UserError."""
+    # A missing field raises KeyError, which read_jsonl reports with the line.
     example = {name: line[name] for name in FIELDS[kind]}
+
+    # These kinds have several options, and `gold` is the number of the right one.
     if kind != "language_modeling":
         options = example["choices" if kind == "multiple_choice" else "context_options"]
         if not isinstance(options, list) or not options:
@@ -264,10 +286,13 @@ def unpack(archive: Path, folder: Path):
     the archive is damaged, or has a path that leaves the folder; then nothing is unpacked.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that both are on one file system and the rename at the end is atomic.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         root = Path(temporary).resolve()
         try:
             with zipfile.ZipFile(archive) as file:
+                # Check all paths before the first file is written. An archive from Windows may have
+                # \ between folders.
                 members = [member for member in file.infolist() if not member.is_dir()]
                 for member in members:
                     target = (root / member.filename.replace("\\", "/")).resolve()
@@ -279,6 +304,8 @@ def unpack(archive: Path, folder: Path):
                     target.write_bytes(file.read(member))
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{archive} is damaged ({error}): delete it") from error
+
+        # Complete: the folder appears under its name.
         if not (root / "eval_bundle" / "core.yaml").exists():
             raise UserError(f"{archive} holds no eval_bundle/core.yaml")
         os.rename(root / "eval_bundle", folder)
@@ -300,11 +327,13 @@ class Text:
 def draw_shots(task: Task, index: int) -> list[dict]:
     """The solved examples in front of an example: others of the same task, drawn by its seed."""
     others = [number for number in range(len(task.examples)) if number != index]
+    # The same calls of `random` as in core_eval.py draw the same shots.
     numbers = random.Random(SHOTS_SEED + index).sample(others, task.shots)
     return [task.examples[number] for number in numbers]
 
 
 def render_shot(task: Task, example: dict) -> str:
+    # Context and right continuation. The blank line separates the shots.
     if task.kind == "multiple_choice":
         context, continuation = example["query"], example["choices"][example["gold"]]
     elif task.kind == "schema":
@@ -319,6 +348,8 @@ def render(task: Task, index: int) -> list[str]:
     """The texts of an example: one per choice; for language modeling, without and with the
     continuation."""
     shots = "".join(render_shot(task, shot) for shot in draw_shots(task, index))
+
+    # The shots, then the example with each of its options
     example = task.examples[index]
     delimiter = task.delimiter
     if task.kind == "multiple_choice":
@@ -326,6 +357,7 @@ def render(task: Task, index: int) -> list[str]:
     if task.kind == "schema":
         end = f"{delimiter}{example['continuation']}"
         return [f"{shots}{context}{end}" for context in example["context_options"]]
+
     # Blanks around the context are removed, because a blank at its end would be part of the
     # continuation's first token. For the same reason the delimiter is stripped from the text
     # without continuation.
@@ -338,6 +370,7 @@ def encode(enc: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
 
     The tokens are those of each text as a whole, but what the texts share is tokenized only once.
     """
+    # Cut where all texts are still the same, and where each has the tokens of its whole.
     cut = last_cut(os.path.commonprefix(texts))
     head = [enc.eot_token, *enc.encode_ordinary(texts[0][:cut])]
     return [head + enc.encode_ordinary(text[cut:]) for text in texts]
@@ -347,13 +380,15 @@ def make_texts(enc: tiktoken.Encoding, task: Task, index: int, block_size: int) 
     """The tokens of an example's texts, and which are scored."""
     rows = encode(enc, render(task, index))
     if task.kind == "multiple_choice":
-        # all that follows what the texts share at their beginning
+        # Score all that follows what the texts share at their beginning.
         starts = [common_length(rows)] * len(rows)
     elif task.kind == "schema":
-        # what the texts share at their end
+        # Score what the texts share at their end.
         length = common_length([row[::-1] for row in rows])
         starts = [len(row) - length for row in rows]
     else:
+        # Score what the whole text has beyond the text without continuation. That works only if the
+        # tokens of the latter are the first of the former.
         without, whole = rows
         if whole[: len(without)] != without or len(without) == len(whole):
             number = task.examples[index]["ind"] + 1
@@ -389,11 +424,15 @@ def make_requests(texts: list[Text]) -> list[tuple[Request, list[int]]]:
     scoring engine computes what they share only once: the shots, and usually the question. Texts
     that were cut differently share nothing, because each token has another position.
     """
+    # Group the texts by what they begin with: position and token.
     groups: dict[tuple[int, int], list[int]] = {}
     for number, text in enumerate(texts):
         # One answer may be the beginning of another. It has no token of its own, thus no score.
         if text.start < len(text.tokens):
             groups.setdefault((text.num_cut, text.tokens[0]), []).append(number)
+
+    # The first token is the context, because the engine needs one. The others are continuations, of
+    # which only the tokens from `start` on are scored.
     requests = []
     for (_, first_token), numbers in groups.items():
         continuations = [texts[number].tokens[1:] for number in numbers]
@@ -434,6 +473,7 @@ def evaluate_tasks(
     model: GPT, enc: tiktoken.Encoding, core_tasks: list[Task], rt: Runtime
 ) -> list[Result]:
     results = []
+    # All examples of each task, in order
     for number, task in enumerate(core_tasks, 1):
         title = f"CORE {number}/{len(core_tasks)}, {task.name}"
         indices = range(len(task.examples))
@@ -447,6 +487,7 @@ def evaluate_task(
     """Evaluate the examples with these numbers. All ranks return the same."""
     result = Result(task)
     for start in range(0, len(indices), CHUNK):
+        # Tokenize the texts of a chunk of examples, and collect their requests.
         chunk = indices[start : start + CHUNK]
         texts = [make_texts(enc, task, index, model.config.block_size) for index in chunk]
         requests = []
@@ -455,16 +496,20 @@ def evaluate_task(
             for request, numbers in make_requests(example_texts):
                 requests.append(request)
                 places.append((example, numbers))
+
+        # Score the chunk. The title tells how far a large task has come.
         desc = title if len(indices) <= CHUNK else f"{title}, from {start}"
         scores = score(model, requests, rt, desc=desc)
 
         # Put the scores of each example together again.
         by_example: list[dict] = [{} for _ in chunk]
+        # A text without a request gets no score.
         for (example, numbers), request_scores in zip(places, scores):
             by_example[example].update(zip(numbers, request_scores))
         for index, example_texts, by_text in zip(chunk, texts, by_example):
             add_prediction(result, task.examples[index], len(example_texts), by_text)
 
+        # Count the tokens that were read, and those that would be without sharing.
         for example_texts in texts:
             result.num_texts += len(example_texts)
             result.num_cut += sum(text.num_cut > 0 for text in example_texts)
@@ -482,6 +527,7 @@ def add_prediction(result: Result, example: dict, num_texts: int, scores: dict):
         hit = bool(scores) and scores[0].greedy
         line["logprob"] = scores[0].logprob if scores else None
     else:
+        # The mean loss of each text; nan for a text that could not be scored
         losses = [nan] * num_texts
         for number, text_score in scores.items():
             losses[number] = -text_score.logprob / text_score.num_tokens
@@ -490,6 +536,7 @@ def add_prediction(result: Result, example: dict, num_texts: int, scores: dict):
         prediction = losses.index(min(losses))
         hit = prediction == example["gold"]
         line |= dict(gold=example["gold"], pred=prediction)
+        # JSON has no NaN.
         line["losses"] = [
             losses[number] if number in scores else None for number in range(num_texts)
         ]
@@ -502,6 +549,7 @@ def core_metric(results: list[Result]) -> Metric:
     centered = [result.centered for result in results]
     value = sum(metric.value for metric in centered) / len(centered)
     stderrs = [metric.stderr for metric in centered if metric.stderr is not None]
+    # A task of one example has no standard error, so the mean has none either.
     stderr = None
     if len(stderrs) == len(centered):
         stderr = sqrt(sum(error**2 for error in stderrs)) / len(stderrs)
@@ -516,7 +564,9 @@ def evaluate(
     limit: int | None = None,
 ) -> tuple[list[Metric], list[dict]]:
     """CORE and the accuracy of each task; for each example the prediction."""
+    # Training loads all examples, and evaluates the first ones.
     core_tasks = [cut_task(task, limit) for task in core_tasks]
+
     results = evaluate_tasks(model, enc, core_tasks, rt)
     metrics = [core_metric(results), *[result.accuracy for result in results]]
     return metrics, [line for result in results for line in result.lines]
@@ -529,6 +579,7 @@ def evaluate(
 def results_table(name: str, closest: str, results: list[Result], rt: Runtime) -> str:
     """A row per task, with the published accuracy of OpenAI's closest model; then CORE, next to
     what others published."""
+    # The tasks
     reference = REFERENCES["core"]
     rows = []
     for result in results:
@@ -543,6 +594,7 @@ def results_table(name: str, closest: str, results: list[Result], rt: Runtime) -
     head = (f"task, {rt.dtype_name}", "type", "shots", "examples", f"accuracy of {name}")
     text = table((*head, "centered", f"accuracy of {closest}, published"), rows)
 
+    # CORE: this model, OpenAI's, and those of nanochat's leaderboard
     core = core_metric(results)
     figures = [(name, str(core), f"this run, {len(results)} tasks")]
     for model in OPENAI_MODELS:
@@ -570,6 +622,7 @@ def draw(path: Path, name: str, closest: str, results: list[Result]):
     """Bars of the accuracy by task, next to OpenAI's closest model where a figure is published."""
     from matplotlib.figure import Figure
 
+    # Two bars per task: this model, and below it OpenAI's closest one. A dotted line is chance.
     figure = Figure((9, 1.5 + 0.4 * len(results)), layout="constrained")
     ax = figure.subplots()
     for row, result in enumerate(results):
@@ -579,18 +632,22 @@ def draw(path: Path, name: str, closest: str, results: list[Result]):
         if published is not None:
             ax.barh(row + 0.2, published, 0.4, color="#E69F00")
         ax.plot([result.task.chance] * 2, [row - 0.45, row + 0.45], "k:")
-    # Empty bars and lines, only for the legend
+
+    # Empty bars and lines, for the legend only
     core = core_metric(results)
     ax.barh(0, 0, color="#0072B2", label=f"{name}: CORE {core}")
     figure_of_closest = REFERENCES["core"].published("CORE", closest)
     label = f"OpenAI's {closest}: CORE {core.format(figure_of_closest)} (six tasks are published)"
     ax.barh(0, 0, color="#E69F00", label=label)
     ax.plot([], [], "k:", label="chance")
+
+    # The first task is at the top.
     ax.set_yticks(range(len(results)), [result.task.name for result in results])
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set(title="CORE by task", xlabel="accuracy, with its standard error")
     figure.legend(loc="outside lower center")
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
         figure.savefig(file, format="png", dpi=150)
@@ -602,6 +659,7 @@ BENCHMARK = Benchmark(
     reference=REFERENCES["core"],
     load=load,
     evaluate=evaluate,
+    # A part of the examples, because all of them take too long during training.
     evaluate_headline=partial(evaluate, limit=TRAINING_LIMIT),
     data_fingerprint=data_fingerprint,
 )

@@ -97,6 +97,8 @@ BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK, dclm_core.B
 
 def main(config: Config):
     rt = runtime.start(config.device, config.dtype)
+
+    # What was computed before, and what is to be computed
     out_dir = Path(config.out_dir)
     stored = read_results(out_dir / "evaluation.json")
     benchmarks = {benchmark.name: benchmark for benchmark in BENCHMARKS}
@@ -111,6 +113,8 @@ def main(config: Config):
         if rt.is_main:
             lines = json.dumps(stored, indent=1, allow_nan=False)
             write_text(out_dir / "evaluation.json", lines + "\n")
+
+    # The table, the picture, and an error if there is no result at all
     text = results_table(results, benchmarks)
     if rt.is_main:
         write_text(out_dir / "evaluation.md", text + "\n")
@@ -149,6 +153,7 @@ def evaluate_model(
                 model.to(rt.device)
             data, limit = data_and_limit(benchmark, config)
             examples = load_on_all_ranks(partial(benchmark.load, data, limit), rt)
+            # Predictions are for the benchmarks' own scripts.
             metrics, _ = benchmark.evaluate(model, enc, examples, rt)
         except (OSError, UserError) as error:
             # One missing file should not cost the other results.
@@ -171,6 +176,7 @@ def evaluate_model(
 
 def data_and_limit(benchmark: Benchmark, config: Config) -> tuple[str | None, int | None]:
     """The arguments of benchmark.load."""
+    # A benchmark without a flag for its data has no such field.
     data = getattr(config, f"{benchmark.name}_data", None)
     return data, config.val_tokens if benchmark.name == "val" else config.limit
 
@@ -193,6 +199,7 @@ def result_key(weights: str, benchmark: Benchmark, config: Config, rt: Runtime) 
 
 def find_result(stored: list[dict], key: dict) -> dict | None:
     for result in stored:
+        # A stored result is its key, the model's name and size, and the metrics.
         if key.items() <= result.items():
             return result
     return None
@@ -200,6 +207,7 @@ def find_result(stored: list[dict], key: dict) -> dict | None:
 
 def store_result(stored: list[dict], result: dict):
     """Add a result, in place of the one that older code computed from the same inputs."""
+    # The key without the code
     inputs = ("benchmark", "weights", "data", "limit", "dtype")
     outdated = [old for old in stored if all(old.get(key) == result[key] for key in inputs)]
     for old in outdated:
@@ -209,10 +217,12 @@ def store_result(stored: list[dict], result: dict):
 
 def read_results(path: Path) -> list[dict]:
     if not path.exists():
+        # A folder that can't be made is an error at once, not after hours of evaluation.
         path.parent.mkdir(parents=True, exist_ok=True)
         return []
     try:
         results = json.loads(read_text(path))
+        # The fields that the table and the picture use. A missing one raises KeyError.
         for result in results:
             result["model"], result["benchmark"]
             [metric["value"] for metric in result["metrics"]]
@@ -237,6 +247,7 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
             continue
         reference = benchmarks[result["benchmark"]].reference
         for values in result["metrics"]:
+            # The model's figure, formatted like the published ones
             metric = Metric(**values)
             published = {}
             for size in OPENAI_MODELS:
@@ -258,12 +269,16 @@ def results_table(results: list[dict], benchmarks: dict[str, Benchmark]) -> str:
 
 def draw(path: Path, results: list[dict], benchmarks: dict[str, Benchmark]):
     """Draw a panel for each benchmark that has results, and write the picture."""
+    # One panel per benchmark and one bar per model, without those that failed
     results = [result for result in results if "error" not in result]
     names = [name for name in benchmarks if any(name == r["benchmark"] for r in results)]
     if not names:
         return
+    # dict.fromkeys keeps the first of equal names, in order.
     models = list(dict.fromkeys(result["model"] for result in results))
     figure = Figure((1.5 + len(names) * max(3.5, 0.6 * len(models)), 5), layout="constrained")
+
+    # squeeze=False: a single panel is an array, too.
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for ax, name in zip(axes, names):
         draw_benchmark(ax, benchmarks[name], models, results)
@@ -278,6 +293,8 @@ def draw_benchmark(ax: Axes, benchmark: Benchmark, models: list[str], results: l
     reference = benchmark.reference
     # The end of a long path says more than its beginning.
     ticks = [model if len(model) <= 24 else f"...{model[-21:]}" for model in models]
+
+    # A bar for each model, with the figure below its name
     for result in results:
         if result["benchmark"] != benchmark.name:
             continue
@@ -285,6 +302,8 @@ def draw_benchmark(ax: Axes, benchmark: Benchmark, models: list[str], results: l
         place = models.index(result["model"])
         ax.bar(place, metric.value, yerr=metric.stderr, color="#0072B2", ecolor="black", capsize=3)
         ticks[place] += f"\n{metric.format(metric.value)}"
+
+    # Horizontal lines: published figures, and chance. A chance of 0 is the axis.
     for model, color in zip(OPENAI_MODELS, ("#E69F00", "#009E73", "#CC79A7", "#D55E00")):
         figure = reference.published(reference.headline, model)
         if figure is not None:
@@ -292,6 +311,8 @@ def draw_benchmark(ax: Axes, benchmark: Benchmark, models: list[str], results: l
             ax.axhline(figure, color=color, ls="--", label=f"{model}, published: {text}")
     if reference.chance:
         ax.axhline(reference.chance, color="grey", ls=":", label=f"chance: {reference.chance:.0%}")
+
+    # Room for one bar and a margin, also if there is a single model
     ax.set_xticks(range(len(models)), ticks, rotation=30, ha="right")
     ax.set(title=f"{reference.title}: {reference.headline}", xlim=(-0.6, len(models) - 0.4))
     if reference.as_percent:
@@ -321,6 +342,7 @@ def validation_benchmark(config: Config) -> Benchmark:
         manifest = {}  # damaged: load_validation reports it
     if (manifest.get("source"), manifest.get("tokenizer")) != ("fineweb-edu", "gpt2"):
         reference = replace(reference, figures={})
+    # B does not change the loss, so it is not part of the result's key.
     evaluate = partial(evaluate_validation, B=config.B)
     return Benchmark(
         name="val",
@@ -333,6 +355,7 @@ def validation_benchmark(config: Config) -> Benchmark:
 
 
 def load_validation(folder: str, val_tokens: int) -> ValidationText:
+    # One more than is predicted: the first token is only read.
     tokens = open_shards(folder, "val").read_first(val_tokens + 1)
     return ValidationText(tokens, shards_tokenizer(folder))
 
@@ -360,6 +383,7 @@ def evaluate_validation(
     if tokenizer_to_text(enc) != tokenizer_to_text(text.enc):
         # The last document may end within a character, hence "replace".
         strings = [document.decode("utf-8", "replace") for document in texts if document]
+        # Encode document by document, with this model's own end-of-text token.
         ids = []
         for string in strings:
             ids += [enc.eot_token, *enc.encode_ordinary(string)]
@@ -374,6 +398,7 @@ def evaluate_validation(
     bits = loss * (len(tokens) - 1) / math.log(2)
     metrics = [
         Metric("loss", loss),
+        # The limit keeps exp from overflowing for a model that diverged.
         Metric("perplexity", math.exp(min(loss, 99))),
         Metric("bits per byte", bits / num_bytes),
     ]

@@ -37,11 +37,14 @@ from common.huggingface import save_pretrained, save_tokenizer
 def main(config: Config):
     model, enc = load_model(config.model)
     out = Path(config.out)
+
+    # A file for llama.cpp has a fixed name in the folder; the other format fills the folder itself.
     if config.format == "gguf":
         out = out / "model.gguf"
         save_gguf(model, enc, out)
     else:
         save_pretrained(model, out, end_of_text=enc.eot_token)
+        # Texts longer than the context are cut only if a user of transformers asks for it.
         save_tokenizer(enc, out, max_length=model.config.block_size)
     num_params = model.num_params()
     say(f"{out}: {num_params:,} parameters and a tokenizer of {enc.n_vocab:,} tokens")

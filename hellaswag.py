@@ -54,6 +54,7 @@ from common.scoring import Request, score
 from common.tasks import Benchmark, Metric, accuracy, encode_request
 from model import GPT
 
+# The validation set from the authors' repository. The checksum detects a damaged download.
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 PATH = "datasets/hellaswag/hellaswag_val.jsonl"
@@ -61,6 +62,7 @@ PATH = "datasets/hellaswag/hellaswag_val.jsonl"
 
 def main(config: Config):
     metrics = tasks.run(config, BENCHMARK)
+    # Add a line, so that the file collects the results of all models.
     if metrics:  # only on rank 0
         line = dict(model=config.model) | result_line(metrics)
         Path(config.results).parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +91,11 @@ def parse(example: dict) -> dict:
 
     Some copies of the data, among them the one on the Hugging Face hub, have labels like "3".
     """
+    # A missing field raises KeyError, which read_jsonl reports with the line.
     fields = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
     kept = {field: example[field] for field in fields}
+
+    # The endings must be four texts, and one of them is right.
     endings = example["endings"]
     if not isinstance(endings, list) or len(endings) != 4:
         raise UserError("endings must be four texts")
@@ -99,6 +104,7 @@ def parse(example: dict) -> dict:
     if str(example["label"]) not in ("0", "1", "2", "3"):
         raise UserError(f"the label is {example['label']!r}, must be 0, 1, 2 or 3")
     kept["label"] = int(example["label"])
+    # `ind` numbers the examples of the original. It appears in predictions only.
     return kept | dict(ind=example.get("ind"))
 
 
@@ -122,6 +128,7 @@ def completion(enc: tiktoken.Encoding, example: dict) -> Rendering:
 
 # The whole text is tokenized, and the length of an ending is its number of characters.
 def harness(enc: tiktoken.Encoding, example: dict) -> Rendering:
+    # ctx_b is the beginning of the sentence that the endings continue; it is often empty.
     context = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
     endings = [clean(ending) for ending in example["endings"]]
     request = encode_request(enc, clean(context), [" " + ending for ending in endings])
@@ -130,6 +137,8 @@ def harness(enc: tiktoken.Encoding, example: dict) -> Rendering:
 
 def clean(text: str) -> str:
     """Remove the markers of WikiHow's texts, as lm-evaluation-harness does."""
+    # A new heading, "[title]", ends the sentence before it. Other markers, such as "[step]", are
+    # removed, which may leave two blanks.
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -155,8 +164,10 @@ def evaluate(
     prefix "harness_".
     """
     metrics = []
+    # Each rendering adds its fields to the lines, and two metrics.
     lines = [dict(ind=example["ind"], label=example["label"]) for example in examples]
     for style in styles:
+        # Score the endings of all examples in this rendering.
         renderings = [RENDERINGS[style](enc, example) for example in examples]
         requests = [rendering.request for rendering in renderings]
         scores = score(model, requests, rt, desc=f"HellaSwag, {style}")
@@ -170,6 +181,7 @@ def evaluate(
             line[prefix + "pred_norm"] = int((sums / lengths).argmax())
             line[prefix + "sums"] = sums.tolist()
 
+        # An example is right if the answer is the ending that its label names.
         for name, key in (("acc", "pred"), ("acc_norm", "pred_norm")):
             hits = [line[prefix + key] == line["label"] for line in lines]
             metrics.append(accuracy(f"{style} {name}", hits))
@@ -183,6 +195,7 @@ def result_line(metrics: list[Metric]) -> dict:
     """
     line: dict[str, float | None] = {}
     for metric in metrics:
+        # "harness acc_norm" becomes harness_acc_norm and harness_correct_norm.
         style, name = metric.name.split()
         prefix = key_prefix(style)
         line[prefix + name] = metric.value
@@ -199,6 +212,7 @@ BENCHMARK = Benchmark(
     reference=REFERENCES["hellaswag"],
     load=load,
     evaluate=evaluate,
+    # Training logs only a metric of this rendering, and the other one would double the time.
     evaluate_headline=partial(evaluate, styles=("completion",)),
     data_fingerprint=data_fingerprint,
     result_line=result_line,

@@ -52,6 +52,7 @@ from common.scoring import Choose, score
 from common.tasks import Benchmark, Metric, accuracy, encode_request
 from model import GPT
 
+# OpenAI's version of the test set. The checksum detects a damaged download.
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
 PATH = "datasets/lambada/lambada_test.jsonl"
@@ -105,6 +106,7 @@ def evaluate(
     choose = exclude_first_tokens(stop_tokens(enc), rt.device)
     scores = [only for (only,) in score(model, requests, rt, choose, desc="LAMBADA")]
 
+    # A line per passage, for predictions files
     lines = []
     for n, ((_, word), s) in enumerate(zip(examples, scores)):
         lines.append(
@@ -129,6 +131,7 @@ def evaluate(
 
 def stop_tokens(enc: tiktoken.Encoding) -> list[int]:
     """The tokens that are a stop word by themselves, after a blank, capitalized or not."""
+    # Only stop words of one token: a longer one shares its first token with other words.
     tokens = set()
     for word in STOP_WORDS:
         for form in (word, word.capitalize()):
@@ -140,6 +143,7 @@ def stop_tokens(enc: tiktoken.Encoding) -> list[int]:
 
 def exclude_first_tokens(excluded: list[int], device: torch.device) -> Choose:
     """The most likely tokens, if an answer may not begin with the excluded ones."""
+    # Made once, as `choose` is called for every chunk of logits.
     excluded_ids = torch.tensor(excluded, dtype=torch.int64, device=device)
 
     def choose(logits: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
@@ -157,6 +161,7 @@ BENCHMARK = Benchmark(
     reference=REFERENCES["lambada"],
     load=load,
     evaluate=evaluate,
+    # All three metrics come from one pass, so leaving some out would save nothing.
     evaluate_headline=evaluate,
     data_fingerprint=data_fingerprint,
 )

@@ -44,6 +44,7 @@ from common.console import (
     write_text,
 )
 
+# The keys of ROWS, which needs imports that --help should not wait for
 ROW_NAMES = ("train", "memory", "hellaswag", "core", "generate", "tokenize", "start")
 
 
@@ -105,6 +106,7 @@ def main(config: Config):
     find_core_eval(config.nanochat)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
 
+    # The rows, one after the other
     figures = []
     for row in config.rows:
         new_figures = ROWS[row](config, rt)
@@ -114,18 +116,21 @@ def main(config: Config):
         result = describe_machine(rt) | dict(figures=[asdict(figure) for figure in figures])
         write_text(config.out, json.dumps(result, indent=1) + "\n")
     say(config.out)
+    # At the end, because a wrong roofline should not cost the other rows.
     if config.rounds >= 3:  # fewer are noise
         check_rooflines(figures)
 
 
 def check_rooflines(figures: list[Figure]):
     """A candidate that is faster than its roofline shows that it is none. 5% are noise."""
+    # A candidate without a roofline has no share.
     for figure in figures:
         share = figure.roofline_share
         assert share is None or share <= 1.05, f"{figure.row}: {figure.name} has {share:.0%}"
 
 
 def describe_machine(rt: Runtime) -> dict:
+    """The hardware and the versions that the figures depend on."""
     device = cpu_name()
     if rt.device.type == "cuda":
         device = torch.cuda.get_device_name(rt.device)
@@ -136,8 +141,10 @@ def describe_machine(rt: Runtime) -> dict:
 
 
 def cpu_name() -> str:
+    """The model of the CPU, or at least its architecture."""
     # Only Linux has this file; elsewhere Python knows at least the architecture.
     path = Path("/proc/cpuinfo")
+    # Its lines are `name : value`, one block for each core.
     if path.exists():
         for line in path.read_text().splitlines():
             if line.startswith("model name"):
@@ -147,6 +154,7 @@ def cpu_name() -> str:
 
 def to_table(figures: list[Figure]) -> str:
     """A Markdown table of one row's figures."""
+    # All figures of a row have the same unit.
     ratio_name = "speedup"
     if figures[0].unit == "MB":
         ratio_name = "memory ratio"
@@ -160,11 +168,15 @@ def to_table(figures: list[Figure]) -> str:
 
 
 def format_value(value: float, unit: str) -> str:
+    """A figure with its unit."""
+    # Three significant digits for small figures, whole numbers for large ones
     digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return f"{digits} {unit}"
 
 
 def format_optional(value: float | None, spec: str) -> str:
+    """The value in the format `spec`, or an empty text if there is none."""
+    # A figure without a ratio or a roofline has an empty cell.
     return "" if value is None else format(value, spec)
 
 

@@ -55,6 +55,7 @@ def tokenize(config, rt: Runtime) -> list[Figure]:
 
 
 def read_texts(kind: str, data_files: tuple[str, ...]) -> list[str]:
+    """All texts of the source, in memory."""
     source = open_source(kind, data_files=data_files)
     return [text for batch in source.batches(SOURCE_START) for text in batch.texts.to_pylist()]
 
@@ -73,10 +74,14 @@ texts_of_this_process: list[str] = []
 
 
 def keep_texts(texts: list[str]):
+    """Initialize a process of the pool with all texts."""
+    # In place: a plain assignment would make a local name.
     texts_of_this_process[:] = texts
 
 
 def count_tokens(part: slice) -> int:
+    """Tokenize a part of the texts that this process holds."""
+    # tiktoken keeps the encoding, so only the first call of a process builds it.
     enc = tiktoken.get_encoding("gpt2")
     return sum(len(enc.encode_ordinary(text)) for text in texts_of_this_process[part])
 
@@ -102,6 +107,7 @@ def start(config, rt: Runtime) -> list[Figure]:
 
 
 def write_random_shards(folder: Path):
+    """One small shard for training and one for validation."""
     folder.mkdir()
     # What the tokens are does not influence the time. Shards without a manifest count as GPT-2's.
     tokens = np.random.default_rng(0).integers(50257, size=100_000, dtype=np.uint16)
@@ -113,6 +119,7 @@ def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
     """Run train_gpt2.py in a new folder, and stop it when it has logged its first step."""
     # Nothing but training: a validation, HellaSwag or a sample would come before the first step.
     log_dir = Path(tempfile.mkdtemp(dir=folder))
+    # A small batch, so that the step itself takes little of the time
     flags: list = "--B 4 --T 256 --total_batch_size 1024".split()
     flags += "--val_every 0 --hellaswag_every 0 --sample_every 0".split()
     flags += ["--data_dir", data_dir, "--log_dir", log_dir]
@@ -130,6 +137,7 @@ def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
             _, errors = process.communicate()
             raise UserError(f"train_gpt2.py ended before its first step: {errors}")
     finally:
+        # Left alone, it would go on training.
         process.kill()
         process.wait()
 

@@ -72,10 +72,12 @@ def shape(config: Config) -> dict:
 
 
 def gpt_config(config: Config) -> GPTConfig:
+    """The same model as a GPTConfig."""
     return GPTConfig(vocab_size=50257, **shape(config))
 
 
 def micro_batch(config: Config) -> int:
+    """Rows of tokens per training step."""
     return 4 if config.small else config.B
 
 
@@ -92,28 +94,39 @@ def machine(config: Config) -> list[str]:
         memory = torch.cuda.get_device_properties(rt.device).total_memory
         name = torch.cuda.get_device_name(rt.device)
         lines.append(f"{name}, {memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}")
+        # nvidia-smi may be missing in a container. The other lines do without it.
         with contextlib.suppress(OSError):
             lines.append(output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv"))
     return lines
 
 
 def output_of(*command: str) -> str:
+    """What a command prints on stdout."""
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def make_shards(config: Config) -> Path:
     """Random tokens as shards, with a tokenizer whose tokens are the 256 bytes."""
     folder = Path(config.out) / "shards"
+    # The shards of an earlier run are the same tokens.
     if (folder / MANIFEST).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+
+    # A tokenizer without merges. Its 257th token is end-of-text, hence the vocab_size of the
+    # manifest.
     enc = encoding_of({bytes([n]): n for n in range(256)})
     write_text(folder / "vocab.tiktoken", tokenizer_to_text(enc))
+
+    # With the default B, more tokens than the runs read: 24 steps of 64 x 1024 tokens, and 90,000
+    # for the validation loss.
     shards = []
     for name, num_tokens in (("random_val_0.npy", 100_000), ("random_train_0.npy", 2_000_000)):
         tokens = np.random.default_rng(0).integers(256, size=num_tokens).astype(np.uint16)
         np.save(folder / name, tokens)
         shards.append(dict(name=name, tokens=num_tokens))
+
+    # The manifest, in which train_gpt2.py finds the tokenizer and the shards
     manifest = dict(vocab_size=257, tokenizer="vocab.tiktoken", dtype="uint16", shards=shards)
     write_text(folder / MANIFEST, json.dumps(manifest))
     return folder
@@ -121,9 +134,13 @@ def make_shards(config: Config) -> Path:
 
 def train_as_a_user(config: Config, dtype: str, compile: str) -> list[str]:
     """Run train_gpt2.py for a few steps, with a checkpoint at the end, and read its metrics."""
+    # train_gpt2.py refuses a folder that holds an earlier run.
     folder = Path(config.out) / f"run_{dtype}_{compile}"
     for path in folder.glob("*"):
         path.unlink()
+
+    # One micro-batch per step, so that the time is that of the model and the optimizer. The
+    # validation, the sample and the final checkpoint show that these parts work on the GPU, too.
     B = micro_batch(config)
     T = shape(config)["block_size"]
     flags: dict[str, Any] = dict(
@@ -144,17 +161,21 @@ def train_as_a_user(config: Config, dtype: str, compile: str) -> list[str]:
         device=config.device,
         compile=compile,
     )
+
+    # As a user runs it: a process of its own, with flags
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     began = time.perf_counter()
     subprocess.run([sys.executable, "train_gpt2.py", *words], cwd=ROOT, check=True)
     seconds = time.perf_counter() - began
 
+    # The records of steps are those with a time. The first five steps compile and warm up.
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "ms" in record]
     median = statistics.median(step["ms"] for step in steps[5:])
     rate = f"{1000 * B * T / median:,.0f} tokens/s"
     mfu = f", MFU {steps[-1]['mfu']:.1%}" if steps[-1]["mfu"] else ""
     slowest = max(step["ms"] for step in steps[5:])
+    # What the first step takes longer than a usual one is mostly compilation.
     compiling = (steps[0]["ms"] - median) / 1000
     num_skipped = sum(step.get("skipped", False) for step in steps)
     return [
@@ -189,6 +210,8 @@ def step_rate(config: Config, name: str) -> list[str]:
     B = micro_batch(config)
     compiled = compile_flag(config) == "on"
     step = peer.make_step(peers.fused_adamw(peer.model), torch.bfloat16, compiled, B)
+
+    # The first step compiles, and AdamW allocates its state. The second one warms up.
     began = time.perf_counter()
     step()
     synchronize(rt.device)
@@ -202,6 +225,9 @@ def step_rate(config: Config, name: str) -> list[str]:
         step()
     synchronize(rt.device)
     seconds = (time.perf_counter() - began) / STEPS
+
+    # MFU is the share of the GPU's peak that the model's arithmetic amounts to. The peak of an
+    # unknown GPU is None.
     rate = B * peer.block_size / seconds
     mfu = ""
     if peak := rt.peak_flops():
@@ -228,6 +254,7 @@ def steps_of_nanogpt(config: Config) -> list[str]:
 
 def tests(config: Config) -> list[str]:
     """The tests that need a GPU"""
+    # Without pytest's cache, which would be written into the repository
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, "tests/test_gpu.py"], cwd=ROOT, capture_output=True, text=True
@@ -235,6 +262,8 @@ def tests(config: Config) -> list[str]:
     print(result.stdout, result.stderr)
     # pytest's last line holds the counts.
     last = result.stdout.strip().splitlines()[-1:] or ["no output; is pytest installed?"]
+
+    # With -q, a line of the summary is "FAILED tests/test_gpu.py::test_name - reason".
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return [*last, *failed]
 
@@ -242,24 +271,31 @@ def tests(config: Config) -> list[str]:
 def memory(config: Config) -> list[str]:
     """Peak memory of a training step by B, compiled, bfloat16"""
     rt = runtime.start(config.device, "bfloat16")
+    # All sizes without activation checkpointing, the largest also with it
     rows = []
     sizes = (2, 4) if config.small else (4, 8, 16, 32)
     for checkpointing in (False, True):
         for B in sizes:
             if checkpointing and sizes[-1] != B:
                 continue
+
+            # Forget the code compiled for the previous size, so that each size is compiled like the
+            # first one.
             torch.compiler.reset()
             model = GPT(gpt_config(config)).to(rt.device)
             model.activation_checkpointing = checkpointing
             optimizer = peers.fused_adamw(model)
             train_model, _ = prepare_model(model, rt, compile_flag(config))
             batch = [tuple(torch.randint(256, (2, B, model.config.block_size), device=rt.device))]
+
+            # Three steps: the optimizer's state exists from the end of the first on.
             if rt.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(3):
                 train_step(train_model, optimizer, batch, 1e-4, 1.0, rt)
             name = f"{B}, activation checkpointing" if checkpointing else str(B)
             rows.append((name, f"{rt.peak_memory() / 1e9:.2f} GB"))
+            # Their memory has to be free before the next model is made.
             del model, optimizer, train_model
     return table(("B", "peak"), rows).splitlines()
 
@@ -270,8 +306,11 @@ def inference(config: Config) -> list[str]:
     device = runtime.start(config.device).device
     for dtype in (torch.bfloat16, torch.float16):
         rt = Runtime(device, dtype)
+        # Random weights take as long as trained ones.
         torch.manual_seed(0)
         model = GPT(gpt_config(config)).to(rt.device).eval()
+
+        # Scoring. A quarter of the requests warms up, the time is that of all.
         rng = random.Random(0)
         count = 8 if config.small else 1000
         requests = [request_like_hellaswags(config, rng) for _ in range(count)]
@@ -279,6 +318,7 @@ def inference(config: Config) -> list[str]:
         seconds = Stopwatch(rt, score, model, requests, rt)()
         lines.append(f"{dtype}: HellaSwag-like scoring, {count / seconds:,.0f} examples/s")
 
+        # Generation. Four tokens warm up.
         num_tokens = 8 if config.small else 256
         for num_texts in (1, 8, 64):
             prompts = [random_ids(config, rng, 16, 16) for _ in range(num_texts)]
@@ -298,6 +338,7 @@ def request_like_hellaswags(config: Config, rng: random.Random) -> Request:
 
 def random_ids(config: Config, rng: random.Random, least: int, most: int) -> list[int]:
     """Random tokens, at most a quarter of the context."""
+    # Random tokens need no tokenizer. A tiny model has a short context.
     shape = gpt_config(config)
     length = min(rng.randint(least, most), shape.block_size // 4)
     return rng.choices(range(shape.vocab_size), k=length)
@@ -309,9 +350,12 @@ def profile(config: Config) -> list[str]:
     peer = peers.make_peer(peers.ThisProject.name, gpt_config(config), {}, rt)
     compiled = compile_flag(config) == "on"
     step = peer.make_step(peer.shipped_optimizer(), torch.bfloat16, compiled, micro_batch(config))
+    # The first steps compile, which would fill the profile.
     for _ in range(3):
         step()
     synchronize(rt.device)
+
+    # Profile three steps, and wait for the GPU inside, so that its kernels are recorded.
     is_cuda = rt.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if is_cuda:
@@ -322,18 +366,23 @@ def profile(config: Config) -> list[str]:
             step()
         synchronize(rt.device)
         seconds = time.perf_counter() - began
+
+    # The 25 operations that take the most time themselves, without what they call
     averages = profiler.key_averages()
     order = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     text = averages.table(sort_by=order, row_limit=25, max_name_column_width=60)
     lines = [f"{1000 * seconds / 3:.1f} ms per step while profiled"]
     if is_cuda:
+        # On one stream, kernels run one after the other, so the sum of their times is the time that
+        # the GPU works.
         kernels = [event for event in averages if "CUDA" in str(event.device_type)]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
         lines.append(f"kernels run for {busy / seconds:.1%} of the time")
     return [*lines, "```", *text.splitlines(), "```"]
 
 
-# The most important ones first. A limit in seconds for each; the first includes no compilation.
+# The sections, the most important ones first, each with its limit in seconds. Together they may
+# exceed --minutes: what does not fit is left out. The docstring of a section is its heading.
 SECTIONS: dict[Callable[[Config], list[str]], float] = {
     machine: 60,
     train_bfloat16: 150,
@@ -353,10 +402,12 @@ SECTIONS: dict[Callable[[Config], list[str]], float] = {
 
 
 def main(config: Config):
+    # Reject what can't work before the first section starts.
     if config.device == "cpu" and not config.small:
         raise UserError("GPT-2 (124M) takes hours on a CPU: --small --device cpu tries the script")
     runtime.choose_device(config.device, 0)  # a UserError without a GPU
     peers.find_scripts(config.nanogpt, None)
+
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -364,9 +415,13 @@ def main(config: Config):
     report = ["# What runs/gpu_check.sh found", "", f"`{' '.join(sys.argv)}`"]
     num_failed = 0
     for section, limit in SECTIONS.items():
+        # A section gets its limit, or what is left of the time; less than 5 s are not worth a
+        # start.
         left = 60 * config.minutes - (time.perf_counter() - began)
         section_began = time.perf_counter()
         lines = run_section(section, config, min(limit, left)) if left > 5 else ["no time left"]
+
+        # The words are those that run_section begins its lines with.
         num_failed += lines[0].startswith(("failed", "no result"))
         seconds = time.perf_counter() - section_began
         text = [f"## {section.__doc__} ({seconds:.0f} s)", "", *as_list(lines)]
@@ -390,7 +445,11 @@ def run_section(section: Callable, config: Config, limit: float) -> list[str]:
     """The lines that a section returns, in a new process that ends with it."""
     out = Path(config.out) / f"{section.__name__}.txt"
     result = Path(config.out) / f"{section.__name__}.json"
+    # A result of an earlier run must not pass for that of this one.
     result.unlink(missing_ok=True)
+
+    # A process of its own: its GPU memory is free afterwards, and a crash in it ends nothing else.
+    # Spawned, because CUDA may fail in a forked process.
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=record_section, args=(section.__name__, config, out, result))
     process.start()
@@ -403,6 +462,8 @@ def run_section(section: Callable, config: Config, limit: float) -> list[str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
+
+    # Three outcomes: too late, failed, or finished with a result
     if is_late:
         return [f"no result after {limit:.0f} s; its output is in {out}"]
     if not result.exists():
@@ -413,13 +474,17 @@ def run_section(section: Callable, config: Config, limit: float) -> list[str]:
 
 def record_section(name: str, config: Config, out: Path, result: Path):
     """Run a section in this process: output to one file, the lines that it returns to another."""
+    # A group of processes, which run_section can end together.
     os.setpgrp()
+    # Redirected below Python: commands and C++ code write to these descriptors, too.
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
     section = next(section for section in SECTIONS if section.__name__ == name)
     try:
         lines = section(config)
+    # Also for SystemExit: the traceback belongs in the output file.
     except BaseException:
         traceback.print_exc()
         sys.exit(1)

@@ -25,6 +25,7 @@ from dclm_core import Task
 from model import GPT, GPTConfig
 
 NUM_TOKENS = 256  # tokens generated per text
+# Tokens of each prompt: few, so that generation is what is measured
 PROMPT_TOKENS = 16
 READS = "roofline: all weights read from memory once per token"
 
@@ -36,6 +37,8 @@ def with_same_weights(rt: Runtime) -> tuple[GPT, torch.nn.Module]:
     # Trained weights would take as long; random ones need no download.
     torch.manual_seed(0)
     ours = GPT(GPTConfig()).eval()
+
+    # The export to Hugging Face's layout knows how transformers names and orients the weights.
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder)
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
@@ -51,11 +54,13 @@ def with_same_weights(rt: Runtime) -> tuple[GPT, torch.nn.Module]:
 def hellaswag(config, rt: Runtime) -> list[Figure]:
     """Examples scored per second, compared with a plain loop over transformers' model."""
     row = f"hellaswag, GPT-2 (124M), {config.hellaswag_limit} examples"
+    # Every candidate scores the same examples with the same weights.
     examples = hellaswag_task.load(config.hellaswag_data, config.hellaswag_limit)
     enc = load_tokenizer("gpt2")
     ours, theirs = with_same_weights(rt)
 
     dtypes = measure.dtypes_of(rt.device)
+    # Each project in each dtype
     our_watches = {
         our_name(dtype): Stopwatch(rt, predict, ours, enc, examples, Runtime(rt.device, dtype))
         for dtype in dtypes
@@ -77,6 +82,7 @@ def hellaswag(config, rt: Runtime) -> list[Figure]:
 
 
 def our_name(dtype: torch.dtype) -> str:
+    """The name of this project's candidate in a dtype."""
     return f"{peers.ThisProject.name}, {DTYPE_NAMES[dtype]}"
 
 
@@ -151,7 +157,9 @@ def evaluate_as_nanochat(
     path: Path, model: CoreModel, tokenizer: CoreTokenizer, task: Task, indices: range, rt: Runtime
 ) -> list[bool]:
     """Whether the model is right, for each of these examples: by the core_eval.py at `path`."""
+    # The names of core_eval.py for the fields of a task
     meta = dict(task_type=task.kind, num_fewshot=task.shots, continuation_delimiter=task.delimiter)
+    # runpy loads the file without nanochat's package, which would have to be installed.
     evaluate_example = runpy.run_path(str(path))["evaluate_example"]
     with rt.autocast():
         return [
@@ -173,6 +181,7 @@ def find_core_eval(folder: str | None) -> Path | None:
 def core(config, rt: Runtime) -> list[Figure]:
     """Examples of a task with ten shots per second, compared with nanochat's evaluation."""
     row = f"CORE, HellaSwag with ten shots, GPT-2 (124M), {config.core_limit} examples"
+    # The examples of HellaSwag in the format of CORE's tasks
     examples = []
     # The shots are drawn from more examples than are scored.
     for n, example in enumerate(hellaswag_task.load(config.hellaswag_data, 500)):
@@ -180,6 +189,7 @@ def core(config, rt: Runtime) -> list[Figure]:
         examples.append(dict(query=query, choices=example["endings"], gold=example["label"], ind=n))
     task = Task("hellaswag", "multiple_choice", 10, " ", 0.25, examples)
     indices = range(min(config.core_limit, len(examples)))
+
     enc = load_tokenizer("gpt2")
     ours, theirs = with_same_weights(rt)
     path = find_core_eval(config.nanochat)
@@ -209,16 +219,19 @@ def core(config, rt: Runtime) -> list[Figure]:
 
 def generate(config, rt: Runtime) -> list[Figure]:
     """Tokens per second of greedy generation, with one text and with eight texts at a time."""
+    # The models: this project's, transformers' in each dtype, and nanoGPT's
     ours, theirs = with_same_weights(rt)
     # As a user would load it in bf16: the weights themselves are bf16, without autocast.
     theirs_in = {
         dtype: copy.deepcopy(theirs).to(dtype)
+        # dict.fromkeys: float32 once, whether or not it is among the dtypes.
         for dtype in dict.fromkeys((torch.float32, *measure.dtypes_of(rt.device)))
     }
     nanogpt = None
     if config.nanogpt:
         scripts = peers.find_scripts(config.nanogpt, None)
         nanogpt = peers.make_peer(peers.NanoGPT.name, GPTConfig(), scripts, rt).model
+
     # The roofline: every weight has to come from memory once per token.
     reads = {
         f"{READS}, {DTYPE_NAMES[dtype]}": functools.partial(
@@ -231,7 +244,8 @@ def generate(config, rt: Runtime) -> list[Figure]:
     for num_texts in (1, 8):
         row = f"generate, GPT-2 (124M), {num_texts} x {NUM_TOKENS} tokens"
         prompts = torch.randint(50257, (num_texts, PROMPT_TOKENS), device=rt.device)
-        # The candidates: this project in every dtype, transformers in two, the reference.
+        # The candidates: this project in every dtype, transformers in these and float32, the
+        # roofline.
         watches = {}
         for dtype in measure.dtypes_of(rt.device):
             watches[our_name(dtype)] = Stopwatch(
@@ -254,7 +268,9 @@ def generate(config, rt: Runtime) -> list[Figure]:
             their_texts = watches[name + "float32"].result
             equal = sum(a == b for a, b in zip(our_texts, their_texts))
             say(f"{equal} of {num_texts} greedy texts in float32 equal those of transformers")
+
         amount = num_texts * NUM_TOKENS
+        # The machine's best: the fastest read, whatever its dtype
         roofline = min(reads, key=lambda read: seconds[read])
         figures += measure.rates(row, seconds, amount, "tokens/s", our_name(rt.dtype), roofline)
     return figures
@@ -270,12 +286,15 @@ def generate_ours(model: GPT, prompts: torch.Tensor, rt: Runtime) -> list[list[i
 
 
 def generate_theirs(model, prompts: torch.Tensor) -> list[list[int]]:
+    """The same texts, by transformers' own loop."""
+    # Without a stop token every text has NUM_TOKENS tokens.
     out = model.generate(prompts, do_sample=False, max_new_tokens=NUM_TOKENS, pad_token_id=0)
     return out[:, PROMPT_TOKENS:].tolist()
 
 
 def weights_per_token(model: GPT, dtype: torch.dtype) -> torch.Tensor:
     """A tensor as large as all weights that a token needs: the blocks and the head, not wpe."""
+    # wte counts once: it is read as the head. As the embedding, only one row is read.
     count = sum(p.numel() for p in model.h.parameters()) + model.wte.weight.numel()
     width = model.config.n_embd
     return torch.ones(count // width, width, dtype=dtype, device=model.wte.weight.device)
@@ -283,6 +302,7 @@ def weights_per_token(model: GPT, dtype: torch.dtype) -> torch.Tensor:
 
 def fastest_read(weights: torch.Tensor) -> Callable[[], object]:
     """The operation that reads the tensor in the shortest time, of several."""
+    # Which operation reads fastest depends on the device and on the kernels for the dtype.
     vector = torch.ones(weights.shape[1], dtype=weights.dtype, device=weights.device)
     flat = weights.flatten()
     as_ints = weights.view(torch.int32)
@@ -294,6 +314,7 @@ def fastest_read(weights: torch.Tensor) -> Callable[[], object]:
         lambda: as_ints.max(),
     )
 
+    # The shortest of three times: disturbances only make a read slower.
     def shortest(operation: Callable) -> float:
         times = []
         for _ in range(4):  # the first one warms up

@@ -20,6 +20,7 @@ from common.cpu import can_pack
 from common.runtime import Runtime
 
 Candidate = Callable[[], float]  # runs once and returns the seconds it took
+# As they appear in tables
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16"}
 
 
@@ -34,7 +35,7 @@ class Figure:
     # This project as shipped compared with the candidate: how many times faster it is, or how many
     # times less memory it takes. Above 1, this project is better.
     ratio: float | None = None
-    roofline_share: float | None = None  # speed divided by that of the matrix products alone
+    roofline_share: float | None = None  # speed divided by the best that the machine can do
 
 
 class Stopwatch:
@@ -57,6 +58,7 @@ class Stopwatch:
 
 def synchronize(device: torch.device):
     """Wait until a GPU has done what it was given."""
+    # Kernels are queued: without this, a clock would measure the queueing.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -90,6 +92,8 @@ def medians(candidates: Mapping[str, Candidate], rounds: int, title: str) -> dic
                     say(f"{title}: {name}: out of memory")
                     del seconds[name]
                     continue
+
+                # Round 0 is the warmup.
                 if round_number > 0:
                     seconds[name].append(taken)
                 bar.update()
@@ -110,6 +114,7 @@ def rates(
     nothing can be faster, or what is measured as the roofline is none.
     """
     figures = []
+    # Ratios of times: the amount is the same for all candidates.
     for name, taken in seconds.items():
         figure = Figure(row, name, amount / taken, unit)
         if baseline in seconds:  # it may have run out of memory
@@ -139,11 +144,13 @@ class CandidateProcess:
         # One worker, so that all calls reach the process that holds the candidates.
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         names = self.pool.submit(make_candidates, make, *args).result()
+        # Calling a candidate sends its name to the process, and returns the seconds it took.
         self.candidates: dict[str, Candidate] = {
             name: functools.partial(self.run, name) for name in names
         }
 
     def run(self, name: str) -> float:
+        """Run a candidate in its process. Returns the seconds of its second call."""
         return self.pool.submit(time_second_call, name).result()
 
     def __enter__(self) -> "CandidateProcess":
@@ -159,6 +166,7 @@ candidates_of_this_process: dict[str, Callable] = {}
 
 
 def make_candidates(make: Callable[..., dict[str, Callable]], *args) -> list[str]:
+    """Make the candidates of this process. Returns what can be pickled: their names."""
     made = make(*args)
     candidates_of_this_process.update(made)
     return list(made)
@@ -174,6 +182,7 @@ def time_second_call(name: str) -> float:
     for _ in range(2):
         start = time.perf_counter()
         function()
+        # The first call's kernels must not run into the second one's time.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return time.perf_counter() - start

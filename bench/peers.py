@@ -36,6 +36,7 @@ class Peer:
     torch.compile, optimizer.
     """
 
+    # As in the tables; the other two are the settings of the project's training script.
     name: str
     shipped_dtype = torch.float32
     shipped_compiled = False
@@ -51,9 +52,11 @@ class Peer:
         """Settings of the whole process, made before the model."""
 
     def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
+        """The model. `__init__` moves it to the device."""
         raise NotImplementedError
 
     def shipped_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that the project's training script makes."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -61,6 +64,7 @@ class Peer:
         raise NotImplementedError
 
     def compile(self) -> nn.Module:
+        """The model as the project compiles it."""
         return torch.compile(self.model)
 
     def train_step(self, model, optimizer, dtype: torch.dtype, x: torch.Tensor, y: torch.Tensor):
@@ -71,6 +75,7 @@ class Peer:
             autocast = torch.autocast(self.rt.device.type, dtype)
         with autocast:
             loss = self.loss(model, x, y)
+        # Without a gradient scaler: bf16 has the range of float32.
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
@@ -80,7 +85,9 @@ class Peer:
         self, optimizer: torch.optim.Optimizer, dtype: torch.dtype, compiled: bool, B: int
     ) -> Callable[[], None]:
         """A function that trains for one step on a batch of B rows of random tokens."""
+        # The same batch in every step. Its content does not influence the time.
         x, y = torch.randint(50257, (2, B, self.block_size), device=self.rt.device)  # (B, T) each
+
         # The compiled model shares its weights with self.model, which the optimizer updates.
         model = self.compile() if compiled else self.model
         return functools.partial(self.train_step, model, optimizer, dtype, x, y)
@@ -94,10 +101,13 @@ class Peer:
 
 
 class ThisProject(Peer):
+    """This project, as train_gpt2.py trains by default on this hardware."""
+
     name = "this project"
 
     def __init__(self, config: GPTConfig, rt: Runtime, script: Path | None = None):
         super().__init__(config, rt, script)
+        # train_gpt2.py's defaults depend on the hardware: --dtype auto and --compile auto.
         self.shipped_dtype = rt.dtype
         self.shipped_compiled = rt.device.type == "cuda"
 
@@ -123,6 +133,8 @@ class ThisProject(Peer):
 
 
 class ThisProjectCheckpointed(ThisProject):
+    """This project, as train_gpt2.py trains if memory is short."""
+
     name = "this project, --activation_checkpointing"
 
     @staticmethod
@@ -137,6 +149,8 @@ class ThisProjectCheckpointed(ThisProject):
 
 
 class Transformers(Peer):
+    """GPT2LMHeadModel of transformers in float32, uncompiled, with PyTorch's default AdamW."""
+
     name = "transformers"
 
     def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
@@ -165,8 +179,11 @@ class Transformers(Peer):
 
 
 class NanoGPT(Peer):
+    """nanoGPT, as its train.py trains by default."""
+
     name = "nanoGPT"
     file_name = "model.py"
+    # The defaults of its train.py on GPUs that have bfloat16
     shipped_dtype = torch.bfloat16
     shipped_compiled = True
 
@@ -178,6 +195,7 @@ class NanoGPT(Peer):
         return defined["GPT"](their_config)
 
     def shipped_optimizer(self) -> torch.optim.Optimizer:
+        # The project's own choice of parameters to decay, and of a fused AdamW
         return self.model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, self.rt.device.type)
 
     def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -186,8 +204,11 @@ class NanoGPT(Peer):
 
 
 class BuildNanoGPT(Peer):
+    """build-nanogpt, as its train_gpt2.py trains."""
+
     name = "build-nanogpt"
     file_name = "train_gpt2.py"
+    # Its script sets use_compile = False.
     shipped_dtype = torch.bfloat16
 
     def make_model(self, config: GPTConfig, script: Path | None) -> nn.Module:
@@ -197,6 +218,7 @@ class BuildNanoGPT(Peer):
         return defined["GPT"](defined["GPTConfig"](**script_config(config)))
 
     def shipped_optimizer(self) -> torch.optim.Optimizer:
+        # As for nanoGPT; the betas are in the function.
         return self.model.configure_optimizers(WEIGHT_DECAY, LR, self.rt.device.type)
 
     def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -204,6 +226,7 @@ class BuildNanoGPT(Peer):
         return loss
 
 
+# Other processes receive the name of a peer, and find its class in this table.
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (ThisProject, ThisProjectCheckpointed, Transformers, NanoGPT, BuildNanoGPT)
@@ -215,6 +238,7 @@ def find_scripts(nanogpt: str | None, build_nanogpt: str | None) -> dict[str, Pa
 
     Raises UserError if a folder does not hold its script.
     """
+    # Scripts are only looked for: they are loaded in the process that needs them.
     scripts = {}
     if nanogpt:
         scripts[NanoGPT.name] = Path(nanogpt) / NanoGPT.file_name
@@ -234,6 +258,7 @@ def names_of_peers(scripts: dict[str, Path]) -> list[str]:
 def make_peer(name: str, config: GPTConfig, scripts: dict[str, Path], rt: Runtime) -> Peer:
     """The implementation of that name, ready to train in this process."""
     peer_class = PEERS[name]
+    # Before the model, because it concerns memory that the model allocates.
     peer_class.prepare_process(rt)
     # nanoGPT prints its number of parameters.
     with redirect_stdout(io.StringIO()):
@@ -247,6 +272,7 @@ def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def script_config(config: GPTConfig) -> dict:
     """The fields of GPTConfig that nanoGPT and build-nanogpt share, with their names."""
+    # The padded size, so that all implementations compute the same number of logits.
     return dict(
         block_size=config.block_size,
         vocab_size=config.padded_vocab_size,
@@ -260,6 +286,8 @@ def load_definitions(path: Path, **namespace) -> dict:
     """The classes, functions and imports of a script. `namespace` holds globals that they need."""
     # Classes take their __module__ from this name, and @dataclass needs one.
     namespace["__name__"] = path.stem
+
+    # Run the top-level statements that define something, one by one, and skip all others.
     tree = ast.parse(path.read_text("utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef):

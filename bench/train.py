@@ -15,7 +15,9 @@ from common.console import Progress
 from common.runtime import Runtime
 from model import GPTConfig
 
+# How the names of the roofline's candidates begin
 ROOFLINE = "roofline: matrix products only"
+# About 30 million parameters with GPT-2's vocabulary
 SMALL_MODEL: dict[str, Any] = dict(n_layer=6, n_head=6, n_embd=384)
 
 
@@ -68,11 +70,13 @@ def train(config, rt: Runtime) -> list[Figure]:
             process = CandidateProcess(make_matrix_products, workload, config.device)
             candidates |= stack.enter_context(process).candidates
             seconds = measure.medians(candidates, config.rounds, row)
+
         # This project comes first, and its first candidate is the one as shipped.
         ours_as_shipped = next(iter(candidates))
         # The machine's best: the faster of the two dtypes, also for candidates in the slower one.
         products = [name for name in seconds if name.startswith(ROOFLINE)]
         roofline = min(products, key=lambda name: seconds[name], default=None)
+
         tokens = workload.B * workload.T
         figures += measure.rates(row, seconds, tokens, "tokens/s", ours_as_shipped, roofline)
     return figures
@@ -81,12 +85,14 @@ def train(config, rt: Runtime) -> list[Figure]:
 def make_steps(name: str, workload: Workload, scripts: dict[str, Path], device: str) -> dict:
     """Training steps of one implementation: as shipped, and compiled with fused AdamW in every
     dtype. For a CandidateProcess."""
+    # The candidates share one model and its weights.
     rt = runtime.start(device)
     peer = peers.make_peer(name, workload.model, scripts, rt)
     label = f"{name}, as shipped: {DTYPE_NAMES[peer.shipped_dtype]}"
     if peer.shipped_compiled:
         label += ", compiled"
     steps = {label: peer.make_shipped_step(workload.B)}
+
     # The best settings, the same for every implementation.
     optimizer = peers.fused_adamw(peer.model)
     for dtype in measure.dtypes_of(rt.device):
@@ -101,6 +107,7 @@ def make_matrix_products(workload: Workload, device: str) -> dict:
     steps = {}
     for dtype in measure.dtypes_of(rt.device):
         label = f"{ROOFLINE}, {DTYPE_NAMES[dtype]}"
+        # One set of buffers per kind of layer, used once for each layer of that kind
         products = [
             (MatrixProduct(workload.B * workload.T, n_in, n_out, dtype, rt.device), count)
             for n_in, n_out, count in linear_layers(workload.model)
@@ -111,6 +118,7 @@ def make_matrix_products(workload: Workload, device: str) -> dict:
 
 def linear_layers(config: GPTConfig) -> list[tuple[int, int, int]]:
     """Input width, output width and number of the model's linear layers of each kind."""
+    # Without the products inside attention, which depend on T
     C = config.n_embd
     return [
         (C, 3 * C, config.n_layer),  # attention: queries, keys, values
@@ -128,6 +136,7 @@ class MatrixProduct:
     """
 
     def __init__(self, N: int, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device):
+        # The values do not influence the time.
         options = dict(dtype=dtype, device=device)
         self.x = torch.randn(N, n_in, **options)  # (N, n_in)
         self.weight = torch.randn(n_out, n_in, **options)  # (n_out, n_in)
@@ -143,6 +152,7 @@ class MatrixProduct:
 
 
 def run_products(products: list[tuple[MatrixProduct, int]]):
+    """Run each product as often as the model has layers of its kind."""
     for product, count in products:
         for _ in range(count):
             product.run()
@@ -160,7 +170,9 @@ def memory(config, rt: Runtime) -> list[Figure]:
         peaks[name] = measure.run_in_new_process(
             peak_memory, name, workload, scripts, config.device
         )
+
     return [
+        # Divided by this project's peak: above 1, this project needs less.
         Figure(row, name, peak / 1e6, "MB", peak / peaks[peers.ThisProject.name])
         for name, peak in peaks.items()
     ]

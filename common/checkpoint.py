@@ -34,8 +34,11 @@ from common.huggingface import find_weights, load_model_tokenizer, load_pretrain
 from common.tokenizer import load_gpt2, tokenizer_from_text, tokenizer_to_text
 from model import GPT, GPTConfig
 
+# The keys that distinguish this project's checkpoints from other files of torch.save
 REQUIRED_KEYS = {"model", "config", "tokenizer", "step"}
+# The file of a finished run, whatever its last step
 FINAL = "model_final.pt"
+# Matches model_00500.pt, model_123456.pt and model_final.pt. Steps have at least five digits.
 FILE_NAME = re.compile(r"model_(\d{5,}|final)\.pt")
 
 
@@ -79,18 +82,23 @@ class BackgroundSaver:
     """
 
     def __init__(self):
+        # The last copy in host memory; the next one overwrites its tensors.
         self.copy: dict | None = None
+        # The write in progress, or a finished one whose error nobody has seen yet
         self.writing: Future | None = None
+        # One thread, so that checkpoints reach the disk in order.
         self.pool = ThreadPoolExecutor(1)
 
     def save(self, path: str | Path, checkpoint: dict, then: Callable[[], None] = lambda: None):
         """Write the checkpoint in its present state, then call `then`."""
+        # The previous write reads the memory that the next copy overwrites, so it must end first.
         self.wait()
         self.copy = copy_into(self.copy, checkpoint)
         self.writing = self.pool.submit(self._write, path, self.copy, then)
 
     def _write(self, path: str | Path, checkpoint: dict, then: Callable[[], None]):
         save(path, checkpoint)
+        # Reached only if the file is complete: `then` may remove older checkpoints.
         then()
 
     def __enter__(self):
@@ -102,6 +110,7 @@ class BackgroundSaver:
     def wait(self):
         """Return when the last checkpoint is on the disk."""
         if self.writing:
+            # Forget the write before its error is raised: a second call must not raise it again.
             writing = self.writing
             self.writing = None
             writing.result()
@@ -112,11 +121,15 @@ def copy_into(copy: Any, state: Any) -> Any:
 
     `copy` is an earlier copy, whose tensors are overwritten where shape and dtype fit; or None.
     """
+    # A tensor: allocate memory only if the old copy doesn't fit. Pinned memory lets the GPU copy
+    # straight into it.
     if isinstance(state, torch.Tensor):
         fits = isinstance(copy, torch.Tensor) and copy.shape == state.shape
         if not fits or copy.dtype != state.dtype:
             copy = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
         return copy.copy_(state)
+
+    # Containers: each entry goes into the old copy of the same key or place.
     if isinstance(state, dict):
         if not isinstance(copy, dict):
             copy = {}
@@ -125,6 +138,8 @@ def copy_into(copy: Any, state: Any) -> Any:
         if not isinstance(copy, list | tuple) or len(copy) != len(state):
             copy = [None] * len(state)
         return type(state)(copy_into(old, value) for old, value in zip(copy, state))
+
+    # Plain values can't be changed in place, so they need no copy.
     return state
 
 
@@ -140,6 +155,8 @@ def remove_rolling(folder: str | Path, step: int, checkpoint_every: int, keep: i
             continue
         if not checkpoint_every or step_of(path) % checkpoint_every:
             rolling.append(path)
+
+    # The newest come first, so the files after the first `keep` are the oldest.
     for path in rolling[keep:]:
         path.unlink()
 
@@ -160,9 +177,12 @@ def step_of(path: Path) -> float:
     A run can be extended after its end, so the final checkpoint need not be the newest. Infinity
     if it is damaged: load_newest then tries it first, and reports it.
     """
+    # The name is enough for most files, and reading it is cheap.
     name = FILE_NAME.fullmatch(path.name)
     if name and name[1] != "final":
         return int(name[1])
+
+    # The final one has to be opened. It is mapped into memory, so its tensors are not read.
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:  # torch.load raises many types for a damaged file
@@ -203,6 +223,7 @@ def is_ours(content: Any) -> bool:
 def build_model(checkpoint: dict, path: str | Path, dropout: float = 0.0) -> GPT:
     """The model of a loaded checkpoint. Raises UserError if tensors and config disagree."""
     try:
+        # Dropout is a choice of the caller: it is not part of the weights.
         model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -216,6 +237,7 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
     A checkpoint is ours, or one of nanoGPT, build-nanogpt or llm.c. Raises UserError or OSError.
     """
     path = Path(name_or_path)
+    # A folder in Hugging Face's layout, or the name of a model on the hub
     if not is_checkpoint(path):
         model = load_pretrained(name_or_path, dropout)
         model.source = str(name_or_path)
@@ -223,15 +245,19 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
         # Embeddings without a token are padding: the model must not choose them.
         model.config.vocab_size = enc.n_vocab
         return model, enc
+
+    # A file: its first bytes, then its keys, tell which program wrote it.
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds weights only: name its folder, which also has config.json")
+    # llm.c, nanoGPT and build-nanogpt store no tokenizer: it is always GPT-2's.
     if is_llmc(path):
         return read_llmc(path, dropout), load_gpt2()
     content = load_pickle(path)
     if not is_ours(content):
         return read_nanogpt(content, path, dropout), load_gpt2()
+
     model = build_model(content, path, dropout)
     model.source = str(path)
     return model, tokenizer_from_text(content["tokenizer"])
@@ -247,6 +273,9 @@ def fingerprint(name: str) -> str:
     path = Path(name)
     if is_checkpoint(path):
         return checksum(path)
+
+    # A folder may hold several files of weights. A hub model has no local folder, so its name has
+    # to do.
     return " ".join(map(checksum, find_weights(path))) or name
 
 
@@ -261,6 +290,7 @@ class NotFinite(UserError):
 
 def not_finite_error(model: GPT) -> NotFinite:
     """The error to raise when a model computes NaN or infinity; names the broken weight, if any."""
+    # Look for a damaged weight first. If there is none, the computation overflowed.
     for name, tensor in model.state_dict().items():
         name = name.removeprefix("_orig_mod.")  # torch.compile adds it
         if not tensor.isfinite().all():

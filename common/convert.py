@@ -50,6 +50,7 @@ def make_model(
 
     Raises UserError, which names `source`, if the tensors are not exactly those of a GPT-2.
     """
+    # Reduce all names to this project's: drop the prefixes, and the stored causal masks.
     named = {}
     for name, tensor in tensors.items():
         while name.startswith(PREFIXES):
@@ -65,6 +66,7 @@ def make_model(
             "(wte.weight)"
         )
 
+    # The names must match exactly: one more tensor is a layer that GPT-2 does not have.
     model = GPT(config)  # its biases are zero
     state = model.state_dict()
     unknown = sorted(named.keys() - state.keys())
@@ -75,6 +77,9 @@ def make_model(
         raise UserError(f"{source} differs from GPT-2: it has the tensors {first_of(unknown)}")
     if missing:
         raise UserError(f"{source} lacks the tensors {first_of(missing)}")
+
+    # Copy tensor by tensor. `copy_` converts half precision to float32, and would broadcast a
+    # tensor of a wrong shape, hence the check.
     for name, tensor in named.items():
         ours = state[name]
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -145,9 +150,11 @@ def load_pickle(path: str | Path) -> Any:
         # torch.load does not compare the checksums that the file contains.
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")
+        # weights_only=True rejects every class that is neither a tensor, a plain value nor listed.
         with torch.serialization.safe_globals(CONFIG_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch names what it rejected: "Unsupported global: GLOBAL posix.system was not ..."
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
             raise UserError(f"{path} is truncated, corrupt or not a checkpoint") from error
@@ -168,16 +175,19 @@ def read_nanogpt(content: Any, path: str | Path, dropout: float = 0.0) -> GPT:
     Rows of the embedding beyond GPT-2's 50,257 tokens become padding. Raises UserError if it is
     another checkpoint, or has another vocabulary.
     """
+    # nanoGPT stores its settings as the dict `model_args`, build-nanogpt as the object `config`.
     is_mapping = isinstance(content, Mapping)
     settings = content.get("model_args") if is_mapping else None
     if is_mapping and isinstance(content.get("config"), PickledConfig):
         settings = vars(content["config"])
     if not isinstance(settings, Mapping) or not isinstance(content.get("model"), Mapping):
+        # Tensors at the top level: a bare state dict, such as Hugging Face's pytorch_model.bin.
         hint = ""
         if is_mapping and any(isinstance(value, torch.Tensor) for value in content.values()):
             hint = "; for Hugging Face's files, name the folder that also holds config.json"
         raise UserError(f"{path} is not a checkpoint of ours, nanoGPT or build-nanogpt{hint}")
 
+    # Reject unknown settings: they could change what the model computes.
     sizes = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
     unknown = sorted(map(str, settings.keys() - sizes - {"bias", "dropout"}))
     absent = sorted(sizes - settings.keys())
@@ -192,6 +202,7 @@ def read_nanogpt(content: Any, path: str | Path, dropout: float = 0.0) -> GPT:
     activation: Literal["gelu", "gelu_tanh"] = "gelu" if "bias" in settings else "gelu_tanh"
     shape = {size: settings[size] for size in sizes - {"vocab_size"}}
     config = make_config(path, **shape, activation=activation, dropout=dropout)
+    # nanoGPT can train without biases; make_model then leaves them at zero.
     has_biases = bool(settings.get("bias", True))
     return make_model(config, content["model"], path, has_biases=has_biases)
 
@@ -200,6 +211,7 @@ def check_vocabulary(vocab_size: Any, path: str | Path, content: Mapping = {}):
     """Raise UserError unless a model that comes without a tokenizer has GPT-2's vocabulary."""
     if vocab_size in GPT2_VOCAB_SIZES:
         return
+    # nanoGPT's `config` holds the flags of the run, among them the name of the data set.
     settings = content.get("config")
     dataset = settings.get("dataset") if isinstance(settings, Mapping) else None
     raise UserError(
@@ -213,6 +225,7 @@ def check_vocabulary(vocab_size: Any, path: str | Path, content: Mapping = {}):
 # ---------------------------------------------------------------------------------------------
 # llm.c
 
+# The magic number of a model. llm.c uses dates as magic numbers.
 LLMC_MODEL = 20240326
 # The first int32 of llm.c's files.
 LLMC_FILES = {
@@ -239,6 +252,7 @@ def is_llmc(path: str | Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(4)
     is_torch = start.startswith((b"PK", b"\x80"))  # a zip archive, or an old plain pickle
+    # A .bin file with a wrong number counts as llm.c's: read_llmc then reports what it found.
     is_other_bin = Path(path).suffix == ".bin" and not is_torch
     return int.from_bytes(start, "little") in LLMC_FILES or is_other_bin
 
@@ -249,6 +263,7 @@ def read_llmc(path: str | Path, dropout: float = 0.0) -> GPT:
     The header is: magic number, version, block_size, vocab_size, n_layer, n_head, n_embd,
     padded_vocab_size, zeros. Raises UserError if the file is anything else.
     """
+    # The header: what kind of file this is, whether it is long enough, and its version.
     path = Path(path)
     header = np.fromfile(path, "<i4", LLMC_HEADER).tolist()
     magic = header[0] if header else 0
@@ -276,7 +291,9 @@ def read_llmc(path: str | Path, dropout: float = 0.0) -> GPT:
         dropout=dropout,
     )
 
-    # Compare the size first: a damaged header could ask for any amount of memory.
+    # Compare the size first: a damaged header could ask for any amount of memory. Per layer:
+    # weights of 3 + 1 + 4 + 4 squares; biases of 3 + 1 + 4 + 1 and LayerNorms of 2 + 2 widths.
+    # Outside of the layers: both embeddings, and the weight and bias of ln_f.
     per_layer = 12 * n_embd**2 + 13 * n_embd
     count = (rows + block_size + 2) * n_embd + n_layer * per_layer
     expected = 4 * LLMC_HEADER + count * dtype.itemsize
@@ -288,9 +305,11 @@ def read_llmc(path: str | Path, dropout: float = 0.0) -> GPT:
     # NumPy has no bfloat16: read its bits.
     bits = np.dtype("<f4" if dtype == torch.float32 else "<i2")
     values = torch.from_numpy(np.fromfile(path, bits, offset=4 * LLMC_HEADER)).view(dtype)
+    # The order of the tensors in the file
     names = ["wte.weight", "wpe.weight"]
     names += [f"h.{layer}.{name}" for name in LLMC_LAYER_TENSORS for layer in range(n_layer)]
     names += ["ln_f.weight", "ln_f.bias"]
+    # Cut the values into tensors. These are views: nothing is copied before make_model.
     with torch.device("meta"):  # shapes only
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     parts = values.split([shapes[name].numel() for name in names])

@@ -29,6 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 # End-of-text tokens by convention, for tokenizers whose files do not name one.
 USUAL_END_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "[EOS]", "<|end_of_text|>")
 
+# Files that reveal a tokenizer of another kind in a folder without tokenizer.json
 OTHER_KINDS = {
     "vocab.txt": "WordPiece (BERT)",
     "tokenizer.model": "SentencePiece",
@@ -45,6 +46,8 @@ def byte_to_char() -> dict[int, str]:
 
     Printable bytes are themselves. The others become characters from 256 on: a space is "Ġ".
     """
+    # ASCII without the space and control characters; Latin-1 without its control characters, the
+    # no-break space and the soft hyphen.
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -97,13 +100,17 @@ class ForeignEncoding(tiktoken.Encoding):
         # The fields of tiktoken.Encoding, on which its methods rely.
         added = library.get_added_tokens_decoder()
         self._special_tokens = {token.content: i for i, token in added.items() if token.special}
+        # Callers ask for GPT-2's name, whatever this tokenizer calls the token.
         self._special_tokens[END_OF_TEXT] = end_of_text_id
         self._special_token_values = set(self._special_tokens.values())
         self.max_token_value = max(library.get_vocab().values())
         self.name = f"foreign{self.max_token_value + 1}"
+        # tiktoken's methods call this object for everything that needs the vocabulary.
         self._core_bpe = ForeignBPE(library, self.end_of_text)
 
     def __getstate__(self) -> str:
+        # tiktoken pickles ranks and a pattern, which this tokenizer does not have. Its text is
+        # enough.
         return self.text
 
     def __setstate__(self, value: object):
@@ -122,6 +129,7 @@ class ForeignBPE:
     @cached_property
     def bytes_of(self) -> dict[int, bytes]:
         """The bytes of each token."""
+        # Added tokens are stored as plain text, the others with one character per byte.
         table = {i: spelled_bytes(token) for token, i in self.library.get_vocab().items()}
         return table | {i: token.content.encode() for i, token in self.added.items()}
 
@@ -133,6 +141,7 @@ class ForeignBPE:
         text.encode()  # raises UnicodeEncodeError, which tiktoken.Encoding handles
         if END_OF_TEXT in allowed_special and not self.has_gpt2s_name:
             text = text.replace(END_OF_TEXT, self.end_of_text)
+        # This is a setting of the library, not an argument: set it before every call.
         self.library.encode_special_tokens = not allowed_special
         return self.library.encode(text, add_special_tokens=False).ids
 
@@ -140,6 +149,7 @@ class ForeignBPE:
         return np.array(self.encode(text, allowed_special), np.uint32).tobytes()
 
     def encode_single_token(self, token: bytes) -> int:
+        # Only a few tokens are looked up this way, so no table is kept for it.
         for i, spelled in self.bytes_of.items():
             if spelled == token:
                 return i
@@ -181,10 +191,14 @@ def reject_other_kinds(description: dict, source: str | Path):
     model = description.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise UserError(f"{source} is not a tokenizer: it has no model with a vocabulary")
+    # Byte-level BPE has a ByteLevel step, which turns bytes into characters, in one of these.
     steps = steps_of(description.get("pre_tokenizer")) + steps_of(description.get("normalizer"))
     step_types = {step.get("type") for step in steps}
+    # Old files don't name the type. Of the two that they can have, only BPE has merges.
     kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
     suffix = model.get("end_of_word_suffix")
+
+    # Name the kind as users know it. The only case that is accepted is the last one.
     if kind == "Unigram":
         kind = "Unigram (SentencePiece)"
     elif kind == "WordPiece":
@@ -237,6 +251,7 @@ def read_tokenizer(path: str | Path) -> ForeignEncoding | None:
     settings = {}
     model_settings = {}
     if is_complete:
+        # Where the two files disagree, tokenizer_config.json counts.
         roles = read_json(folder / "special_tokens_map.json")
         settings = roles | read_json(folder / "tokenizer_config.json")
         model_settings = read_json(folder / "config.json")
@@ -255,12 +270,16 @@ def read_tokenizer(path: str | Path) -> ForeignEncoding | None:
             return None
         description = read_vocab_and_merges(folder, settings)
         source = folder / "vocab.json"
+
+    # Change it as transformers would, and let the library check the result.
     reject_other_kinds(description, source)
     try:
         apply_settings(description, settings)
         drop_tokens_without_embedding(description, model_settings.get("vocab_size"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} or its tokenizer_config.json is damaged: {error!r}") from error
+
+    # A stream of documents needs an end-of-text token between them.
     library = make_library(description, source)
     end_of_text = find_end_of_text(library, settings, model_settings)
     if end_of_text is None:
@@ -268,6 +287,7 @@ def read_tokenizer(path: str | Path) -> ForeignEncoding | None:
             f"{source} has no end-of-text token: name one of its tokens as eos_token in "
             f"{folder / 'tokenizer_config.json'}"
         )
+    # The text that checkpoints store
     text = json.dumps(dict(end_of_text=end_of_text, tokenizer=description), ensure_ascii=False)
     return ForeignEncoding(text, source, library)
 
@@ -287,15 +307,20 @@ def read_json(path: Path) -> dict:
 
 def reject_other_files(folder: Path, settings: dict):
     """Raise UserError if a folder without tokenizer.json has a tokenizer that we can't read."""
+    # A vocabulary of another kind, which the message can name
     for name, kind in OTHER_KINDS.items():
         if (folder / name).exists():
             raise UserError(
                 f"{folder / name} is {kind}: only byte-level BPE, like GPT-2's, is supported"
             )
+
+    # One file of the pair without the other
     has_vocab = (folder / "vocab.json").exists()
     if has_vocab != (folder / "merges.txt").exists():
         missing = "merges.txt" if has_vocab else "vocab.json"
         raise UserError(f"{folder} has no {missing}: vocab.json and merges.txt belong together")
+
+    # vocab.json and merges.txt don't say how texts are split: only the class does.
     tokenizer_class = settings.get("tokenizer_class") or "GPT2Tokenizer"
     if re.sub("Tokenizer(Fast)?$", "", tokenizer_class) not in GPT2_CLASSES:
         raise UserError(
@@ -308,6 +333,7 @@ def read_vocab_and_merges(folder: Path, settings: dict) -> dict:
     """vocab.json and merges.txt in the form of tokenizer.json."""
     reject_other_files(folder, settings)
     vocab = read_json(folder / "vocab.json")
+    # A line of merges.txt is a pair of tokens, "Ġ t". The first line is usually "#version: 0.2".
     merges = []
     for number, line in enumerate(read_lines(folder / "merges.txt"), 1):
         if not line.strip() or number == 1 and line.startswith("#version"):
@@ -319,6 +345,7 @@ def read_vocab_and_merges(folder: Path, settings: dict) -> dict:
                 "vocab.json into a third"
             )
         merges.append(line)
+    # GPT-1 and CLIP mark the end of a word with </w>, GPT-2 its beginning with a blank.
     if any(token.endswith("</w>") for token in vocab):
         raise UserError(
             f"{folder / 'vocab.json'} is BPE of words that end in </w>: only byte-level BPE, like "
@@ -332,7 +359,9 @@ def read_vocab_and_merges(folder: Path, settings: dict) -> dict:
             values = value if isinstance(value, list) else [value]
             specials |= {str(content_of(token)) for token in values if token}
     ids = {token: vocab[token] for token in specials if token in vocab}
+    # added_tokens.json maps tokens to their ids: {"[PAD]": 50257}.
     ids |= read_json(folder / "added_tokens.json")
+    # GPT-2's splitting pattern, then bytes written as characters; the decoder undoes the latter.
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     return dict(
         version="1.0",
@@ -368,6 +397,7 @@ def apply_settings(description: dict, settings: dict):
     # GPT-2's class decides about the space before a text, whatever tokenizer.json says.
     tokenizer_class = settings.get("tokenizer_class") or "GPT2Tokenizer"
     add_prefix_space = settings.get("add_prefix_space")
+    # The default of the class counts only if the settings name the class.
     if add_prefix_space is None and "tokenizer_class" in settings:
         add_prefix_space = False
     if tokenizer_class.startswith("GPT2") and isinstance(add_prefix_space, bool):
@@ -375,6 +405,9 @@ def apply_settings(description: dict, settings: dict):
             if step["type"] == "ByteLevel":
                 step["add_prefix_space"] = add_prefix_space
 
+    # Add the tokens that only tokenizer_config.json lists, by their ids:
+    #     "50257": {"content": "[PAD]", "lstrip": false, "special": true, ...}
+    # A token that tokenizer.json also lists keeps the entry of that file.
     added = {token["content"]: token for token in description.get("added_tokens") or []}
     for number, fields in (settings.get("added_tokens_decoder") or {}).items():
         flags = {key: value for key, value in fields.items() if isinstance(value, bool)}
@@ -388,6 +421,8 @@ def drop_tokens_without_embedding(description: dict, vocab_size: int | None):
 
     A [PAD] that was added to the tokenizer only: a text never contains it, so the model works.
     """
+    # Nothing to compare with; or a vocabulary that is too large even without added tokens, which
+    # load_model_tokenizer reports.
     if not isinstance(vocab_size, int) or len(description["model"]["vocab"]) > vocab_size:
         return
     description["added_tokens"] = [
@@ -400,12 +435,16 @@ def drop_tokens_without_embedding(description: dict, vocab_size: int | None):
 def find_end_of_text(library: "Tokenizer", settings: dict, model_settings: dict) -> str | None:
     """The end-of-text token: the eos_token of the settings, else one by convention."""
     special = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
+
+    # config.json has one id or a list of them. Of a list, the first is taken.
     end_ids = model_settings.get("eos_token_id")
     end_id = end_ids[0] if isinstance(end_ids, list) and end_ids else end_ids
     candidates = [content_of(settings.get("eos_token")), END_OF_TEXT]
     # transformers writes GPT-2's 50256 for models of any vocabulary: it must be a special token.
     if isinstance(end_id, int):
         candidates.append(special.get(end_id))
+
+    # The first candidate that the tokenizer really has
     for token in (*candidates, *USUAL_END_OF_TEXT):
         if token and library.token_to_id(token) is not None:
             return token

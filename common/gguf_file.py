@@ -42,6 +42,7 @@ def save_gguf(model: GPT, enc: tiktoken.Encoding, path: str | Path):
         import gguf
     except ImportError as error:
         raise UserError("GGUF files need the package gguf: pip install gguf==0.19.0") from error
+    # What llama.cpp can't compute, or computes differently
     c = model.config
     if c.norm != "pre":
         raise UserError("a Post-LN model can't be exported: llama.cpp's GPT-2 is Pre-LN only")
@@ -50,12 +51,14 @@ def save_gguf(model: GPT, enc: tiktoken.Encoding, path: str | Path):
             "warning: this model has the exact GELU, but llama.cpp computes its tanh "
             "approximation: logits will differ slightly"
         )
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name until it is complete.
+    # Write under another name until the file is complete.
     temporary = path.with_name(path.name + ".tmp")
     writer = gguf.GGUFWriter(temporary, "gpt2")
     try:
+        # Metadata: the shape of the model, and the tokenizer
         writer.add_name(path.stem)
         writer.add_block_count(c.n_layer)
         writer.add_context_length(c.block_size)
@@ -65,23 +68,29 @@ def save_gguf(model: GPT, enc: tiktoken.Encoding, path: str | Path):
         writer.add_layer_norm_eps(LAYER_NORM_EPS)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         add_tokenizer(writer, enc, c.vocab_size)
+
+        # Tensors: without padding rows, with zeros for pruned heads
         for name, tensor in model.state_dict().items():
             if name == "wte.weight":
                 tensor = tensor[: c.vocab_size]
             tensor = pad_heads(name, tensor, c.n_embd)
             # A linear weight is (out, in) here and there.
             writer.add_tensor(llama_cpp_name(name), tensor.float().cpu().contiguous().numpy())
+
+        # The writer has only collected so far. The parts of the file have this order.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         os.replace(temporary, path)
     finally:
+        # After an error, this removes the incomplete file.
         temporary.unlink(missing_ok=True)
 
 
 def llama_cpp_name(name: str) -> str:
     """A parameter's name in llama.cpp: h.0.attn.c_attn.weight is blk.0.attn_qkv.weight."""
+    # kind is weight or bias.
     module, kind = name.rsplit(".", 1)
     prefix = ""
     if module.startswith("h."):
@@ -94,6 +103,7 @@ def add_tokenizer(writer, enc: tiktoken.Encoding, vocab_size: int):
     """Add the tokens, their kinds and the merges to a GGUFWriter."""
     from gguf import TokenType
 
+    # What each id is: a special token, an added token, or an ordinary one
     special = set(enc._special_tokens.values())
     added: dict[int, str] = {}  # tokens that are not spelled byte by byte
     if isinstance(enc, ForeignEncoding):
@@ -103,6 +113,8 @@ def add_tokenizer(writer, enc: tiktoken.Encoding, vocab_size: int):
     if not merges:
         raise UserError("llama.cpp can't read a vocabulary without merges: it has only bytes")
 
+    # llama.cpp numbers tokens by their place in the list: every id needs an entry, also one without
+    # a token. A special token is also spelled or added, so it is tested first.
     spelled = {i: token for token, i in vocab.items()}
     tokens = []
     kinds = []
@@ -117,6 +129,8 @@ def add_tokenizer(writer, enc: tiktoken.Encoding, vocab_size: int):
             kind = TokenType.UNUSED
         kinds.append(kind)
         tokens.append(added.get(i) or spelled.get(i) or f"[UNUSED{i}]")
+
+    # llama.cpp knows splitting patterns by name only: "gpt-2" is one of them.
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre("gpt-2")  # GPT-2's splitting pattern
     writer.add_token_list(tokens)
@@ -129,6 +143,8 @@ def add_tokenizer(writer, enc: tiktoken.Encoding, vocab_size: int):
 
 def check_foreign(enc: ForeignEncoding):
     """Raise UserError if llama.cpp would encode texts in another way than this tokenizer."""
+    # With ignore_merges, a word that is in the vocabulary is one token, even if no merges lead to
+    # it.
     if splits_like_gpt2(enc.description) and not enc.description["model"].get("ignore_merges"):
         return
     raise UserError(

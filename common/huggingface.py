@@ -38,7 +38,8 @@ FIXED = dict(
     scale_attn_by_inverse_layer_idx=False,
     add_cross_attention=False,
 )
-# Ours by Hugging Face's names of the activation function. The first name of each is written.
+# Hugging Face's names of the activation functions, and ours. Where several names mean the same
+# function, the first one is written.
 ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -55,14 +56,19 @@ def load_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
 
     Raises UserError if it is not a GPT-2 or is damaged, OSError if it is not available.
     """
+    # Most models have safetensors. The large older files are downloaded only for those that don't.
     folder = find_folder(name_or_folder, WEIGHTS)
     if not find_weights(folder) and not Path(name_or_folder).is_dir():
         folder = find_folder(name_or_folder, OLD_WEIGHTS)
+
+    # The configuration and the tensors
     hf = read_config(folder)
     tensors = read_weights(folder)
-    # The file must then say that the head is the embedding; make_model compares them.
+    # If tie_word_embeddings is false, the file must store the head, so that make_model can compare
+    # it with the embedding.
     if not hf["tie_word_embeddings"] and "lm_head.weight" not in tensors:
         raise UserError(f"{folder} differs from GPT-2: tie_word_embeddings is false")
+    # GPTConfig raises for impossible sizes, such as a width that the heads don't divide.
     config = make_config(
         f"{folder}/config.json",
         block_size=hf["n_positions"],
@@ -73,6 +79,7 @@ def load_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
         activation=ACTIVATIONS[hf["activation_function"]],
         dropout=dropout,
     )
+    # GPTConfig has no field for the width of the MLP: it is always four times n_embd.
     if hf["n_inner"] not in (None, 4 * config.n_embd):
         raise UserError(
             f"{folder} differs from GPT-2: its n_inner is {hf['n_inner']}, not {4 * config.n_embd}"
@@ -85,6 +92,7 @@ def find_folder(name_or_folder: str | Path, files: list[str]) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
     name = str(name_or_folder)
+    # OpenAI's models have short names, and belong to this organization on the hub.
     return download(f"openai-community/{name}" if name in OPENAI_MODELS else name, files)
 
 
@@ -96,6 +104,7 @@ def load_model_tokenizer(name_or_folder: str | Path, vocab_size: int) -> tiktoke
     tokens than the model.
     """
     enc = load_folder(find_folder(name_or_folder, TOKENIZER))
+    # Without a tokenizer, GPT-2's is assumed only if it fits the number of embeddings.
     if enc is None and vocab_size not in GPT2_VOCAB_SIZES:
         raise UserError(
             f"{name_or_folder} has no tokenizer, and its vocabulary of {vocab_size} tokens is not "
@@ -105,6 +114,7 @@ def load_model_tokenizer(name_or_folder: str | Path, vocab_size: int) -> tiktoke
         if str(name_or_folder) not in OPENAI_MODELS:
             say(f"{name_or_folder} has no tokenizer: using GPT-2's, which has as many tokens")
         return load_gpt2()
+    # More embeddings than tokens are padding. Fewer would leave tokens without one.
     if enc.n_vocab > vocab_size:
         raise UserError(
             f"{name_or_folder} has a vocabulary of {vocab_size} tokens, its tokenizer {enc.n_vocab}"
@@ -117,10 +127,13 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{folder} has no model: its config.json is missing")
+    # Start from GPT-2's defaults, and let the file replace them.
     hf: dict[str, Any] = FIXED | OPENAI_MODELS["gpt2"]
     hf |= dict(n_positions=1024, vocab_size=50257, n_inner=None)
     hf |= dict(activation_function="gelu_new", tie_word_embeddings=True)
     hf |= read_json(file)
+
+    # Reject all that would make the model compute something else.
     for key, value in FIXED.items():
         if hf[key] != value:
             raise UserError(f"{folder} differs from GPT-2: its {key} is {hf[key]}, not {value}")
@@ -140,6 +153,8 @@ def find_weights(folder: Path) -> list[Path]:
 
     Raises UserError if an index names a file that is missing.
     """
+    # A single file, or an index of several:
+    #     {"weight_map": {"wte.weight": "model-00001-of-00002.safetensors", ...}}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
@@ -163,6 +178,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     files = find_weights(folder)
     if not files:
         raise UserError(f"{folder} has no model: model.safetensors or pytorch_model.bin is missing")
+    # A model in several files has each tensor in one of them.
     tensors = {}
     for file in files:
         try:
@@ -186,8 +202,11 @@ def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = No
         end_of_text = c.vocab_size - 1
     if c.norm != "pre":
         raise UserError("a Post-LN model can't be exported: Hugging Face's GPT-2 is Pre-LN only")
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # The weights: without padding rows, with zeros for pruned heads, linear layers as (in, out)
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "wte.weight":
@@ -197,8 +216,13 @@ def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = No
             tensor = tensor.t()
         # safetensors wants contiguous tensors that share no memory.
         tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        # GPT2LMHeadModel keeps all but the head under this prefix. The head is the embedding, so it
+        # is not stored.
         tensors[f"transformer.{name}"] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    # The configuration. `reversed`, because the last of several names stays, and the first is
+    # wanted.
     names = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     hf = FIXED | dict(
         activation_function=names[c.activation],
@@ -222,8 +246,10 @@ def save_pretrained(model: GPT, folder: str | Path, end_of_text: int | None = No
 def pad_heads(name: str, tensor: torch.Tensor, n_embd: int) -> torch.Tensor:
     """An attention parameter with zeros in place of pruned heads; other parameters unchanged."""
     if ".attn.c_attn." in name:  # (3 * width, n_embd) or (3 * width,); width < n_embd if pruned
+        # Each of the three parts gets its zeros at its own end, so they are separated first.
         qkv = tensor.unflatten(0, (3, -1))  # (3, width, ...)
         missing = n_embd - qkv.size(1)
+        # F.pad takes pairs from the last dimension backwards. Only dimension 1 grows.
         last_dimensions = (0, 0) * (qkv.dim() - 2)
         return F.pad(qkv, (*last_dimensions, 0, missing)).flatten(0, 1)
     if name.endswith(".attn.c_proj.weight"):  # (n_embd, width)
@@ -246,6 +272,7 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
         (folder / name).unlink(missing_ok=True)
 
     vocab, merges = vocab_and_merges(enc)
+    # A tokenizer of another project: its own description is written.
     if isinstance(enc, ForeignEncoding):
         end_of_text = enc.end_of_text
         text = json.dumps(enc.description, indent=2, ensure_ascii=False)
@@ -253,6 +280,8 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
         # This class takes every step from tokenizer.json; GPT2Tokenizer replaces some.
         config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast")
     else:
+        # A tokenizer trained by this project, or GPT-2's. The library gives the end-of-text token
+        # the next free id, which is the last one.
         end_of_text = END_OF_TEXT
         mergeable = {token: i for token, i in vocab.items() if i != enc.eot_token}
         library = Tokenizer(models.BPE(vocab=mergeable, merges=merges))
@@ -265,9 +294,12 @@ def save_tokenizer(enc: tiktoken.Encoding, folder: str | Path, max_length: int |
         )
         (folder / "vocab.tiktoken").write_text(tokenizer_to_text(enc))
 
+    # The older pair of files, for programs that don't read tokenizer.json
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
     merge_lines = "".join(f"{left} {right}\n" for left, right in merges)
     (folder / "merges.txt").write_text("#version: 0.2\n" + merge_lines, "utf-8")
+
+    # The settings. The end-of-text token stands before documents, so it also begins texts.
     config |= dict(bos_token=end_of_text, eos_token=end_of_text)
     if max_length:
         config["model_max_length"] = max_length
@@ -281,11 +313,13 @@ def vocab_and_merges(enc: tiktoken.Encoding) -> tuple[dict[str, int], list[tuple
 
         library = Tokenizer.from_str(json.dumps(enc.description))
         return library.get_vocab(), merge_pairs(enc.description)
+
     chars = byte_to_char()
 
     def spell(token: bytes) -> str:
         return "".join(chars[byte] for byte in token)
 
+    # Files need the merges, which tiktoken does not keep: recover them from the ranks.
     ranks = enc._mergeable_ranks
     vocab = {spell(token): rank for token, rank in ranks.items()}
     merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]

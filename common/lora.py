@@ -33,8 +33,8 @@ from model import GPT
 
 ADAPTED = ("c_attn", "c_proj", "c_fc")  # names of the linear layers in attention and MLP
 
-# The factor alpha / rank of the paper, here with alpha = 2 * rank. It is not a flag, because with
-# Adam, changing it is much like changing the learning rate, which finetune.py searches.
+# The factor alpha / rank of the paper, with alpha = 2 * rank. It is not a flag, because with Adam,
+# changing it is much like changing the learning rate, which finetune.py searches.
 SCALE = 2.0
 
 
@@ -43,6 +43,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
+        # The adapter belongs on the layer's device: the model may have been moved already.
         device = base.weight.device
         self.base = base
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
@@ -59,9 +60,11 @@ def add_adapters(model: GPT, rank: int):
     """Freeze the model and add an adapter to each linear layer of its blocks."""
     if rank < 1:
         raise ValueError(f"lora_rank is {rank}, must be at least 1")
+    # Freeze first: the adapters are created afterwards, and stay trainable.
     model.requires_grad_(False)
     for block in model.h:
         for part in (block.attn, block.mlp):
+            # Attention has no c_fc, the MLP no c_attn: skip what a part lacks.
             for name in ADAPTED:
                 layer = getattr(part, name, None)
                 if isinstance(layer, nn.Linear):

@@ -115,12 +115,17 @@ def make_rows(request: Request, first_index: int, block_size: int) -> list[Row]:
     """
     context = request.context
     lengths = [len(continuation) for continuation in request.continuations]
+    # The engine needs a token to predict from, and one to predict.
     if not context or not all(lengths):
         raise UserError("a context and each of its continuations must hold at least one token")
     # The last token of a continuation is predicted but not read, hence the 1.
     num_kept = block_size + 1
+    # The usual case: the whole request fits into one row.
     if len(context) + max(lengths) <= num_kept:
         return [make_row(request, first_index)]
+
+    # Too long: one row per continuation, so that each loses as little context as it has to. At
+    # least one token stays in front of the scored ones; unscored tokens become context.
     rows = []
     for number, (continuation, unscored) in enumerate(request.parts()):
         kept = (context + continuation)[-num_kept:]
@@ -131,6 +136,7 @@ def make_rows(request: Request, first_index: int, block_size: int) -> list[Row]:
 
 def make_row(request: Request, first_index: int) -> Row:
     """Pack a context and its continuations into one row."""
+    # What the continuations share follows the context in branch 0. In the drawing: x and y.
     context = request.context
     continuations = request.continuations
     shared = shared_length(continuations)
@@ -144,6 +150,8 @@ def make_row(request: Request, first_index: int) -> Row:
         score_index=[],
         is_first=[],
     )
+
+    # Each continuation adds a branch of its own, and its predictions.
     for number, (continuation, unscored) in enumerate(request.parts()):
         # The rest of this continuation, less its last token, is appended as a branch.
         branch = continuation[shared:-1]
@@ -180,6 +188,7 @@ def shared_length(continuations: list[list[int]]) -> int:
 
 def make_batches(rows: list[Row], max_tokens: int) -> list[list[Row]]:
     """Group rows, which come longest first: as many as fit into max_tokens, padded to the first."""
+    # All rows of a batch are padded to its first, the longest, so one more row costs that length.
     batches = []
     batch = []
     for row in rows:
@@ -211,11 +220,14 @@ def score(
     computes NaN or infinity, UserError for an empty context or continuation.
     """
     block_size = model.config.block_size
+    # Pack the requests. Continuations are numbered over all requests, in order.
     rows = []
     lengths = []  # scored tokens of each continuation
     for request in requests:
         rows += make_rows(request, len(lengths), block_size)
         lengths += [len(continuation) - unscored for continuation, unscored in request.parts()]
+
+    # Continuations that were cut have other scores than whole ones: say so.
     num_cut = sum(length > block_size for length in lengths)
     if num_cut:
         report_once(
@@ -223,6 +235,7 @@ def score(
             f"{model.source}, and only their last {block_size} tokens count",
             rt,
         )
+
     # The largest batch comes first: if memory runs out, it does so at once.
     rows.sort(key=len, reverse=True)
     batches = make_batches(rows, MAX_TOKENS[rt.device.type])
@@ -236,6 +249,8 @@ def score(
         for batch in batches[rt.rank :: rt.world_size]:
             score_index = np.concatenate([row.score_index for row in batch])  # (P,)
             np.add.at(sums, score_index, score_batch(model, batch, rt, choose))
+            # Only rank 0 shows a bar. All ranks do a similar share, so its batch counts for all of
+            # them.
             bar.update(min(len(batch) * rt.world_size, bar.total - bar.n))
     model.train(was_training)
 
@@ -243,14 +258,19 @@ def score(
     totals = rt.sum(sums).cpu()
     if not totals.isfinite().all():
         raise not_finite_error(model)
+
+    # `greedy` and `chosen` hold if they do for each scored token, which the sums have counted.
     flat = []
     for (logprob, greedy, chosen), length in zip(totals.tolist(), lengths):
         num_tokens = min(length, block_size)
         flat.append(Score(logprob, num_tokens, greedy == num_tokens, chosen == num_tokens))
+
+    # Group the scores by request again.
     in_order = iter(flat)
     return [[next(in_order) for _ in request.continuations] for request in requests]
 
 
+# The messages that this process has printed
 reported: set[str] = set()
 
 
@@ -285,10 +305,12 @@ def score_batch(model: GPT, batch: list[Row], rt: Runtime, choose: Choose | None
     first_flags = np.concatenate([row.is_first for row in batch])[order]
     is_first = torch.from_numpy(first_flags).to(rt.device)  # (P,)
 
+    # A few columns at a time: the logits of a whole batch can take gigabytes.
     parts = []
     step = MAX_LOGITS[rt.device.type]
     for start in range(0, len(x), step):
         logits = model.head(x[start : start + step]).float()  # (step, vocab_size)
+        # The predictions from these columns are the slice low:high, as they are sorted by column.
         low, high = np.searchsorted(column_of, [start, start + step])
         column = torch.from_numpy(column_of[low:high] - start).to(rt.device)  # (high - low,)
         parts.append(score_tokens(logits, column, targets[low:high], is_first[low:high], choose))
@@ -310,6 +332,7 @@ def branch_mask(branches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     """
     if not (branches > 0).any():
         return None
+    # [:, None] is the token that is seen, [:, :, None] the token that looks.
     same_branch = branches[:, None] == branches[:, :, None]  # (R, T, T)
     shared = branches[:, None] == 0  # (R, 1, T)
     earlier = positions[:, None] <= positions[:, :, None]  # (R, T, T)
@@ -328,11 +351,14 @@ def score_tokens(
     `column` (n,) says which of the `logits` (columns, vocab_size) predict each of the `targets`
     (n,). The logits are overwritten.
     """
+    # The most likely token, and the one that `choose` prefers. Indexing copies the logits, so that
+    # `choose` may change them.
     highest, most_likely = logits.max(-1, keepdim=True)  # (columns, 1)
     most_likely = most_likely[column, 0]  # (n,)
     chosen = most_likely
     if choose is not None:
         chosen = choose(logits[column], is_first)
+
     # log softmax of the targets. Its sum is computed in place: the logits are large, and
     # allocations of that size are expensive on CPUs.
     target_logits = logits[column, targets] - highest[column, 0]  # (n,)
@@ -353,14 +379,17 @@ def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> 
     share the windows, and all return the same. Raises NotFinite if the loss is NaN or infinite,
     UserError for fewer than two tokens.
     """
+    # The first token has nothing before it, so it is not predicted.
     if len(tokens) < 2:
         raise UserError("a stream of fewer than two tokens has no loss")
     predicted = len(tokens) - 1
     windows = -(-predicted // T)  # rounded up
+    # The sum of the losses of all predicted tokens of this rank's windows, B windows at a time
     total = 0.0
     was_training = model.training
     model.eval()
     for first in range(rt.rank * B, windows, rt.world_size * B):
+        # One token more than B windows hold: the target of the last one.
         chunk = torch.from_numpy(tokens[first * T : (first + B) * T + 1].astype(np.int64))
         count = len(chunk) - 1
         # The last chunk may be short. It is padded, and the padding does not count: if all forward
@@ -373,8 +402,11 @@ def stream_loss(model: GPT, tokens: np.ndarray, B: int, T: int, rt: Runtime) -> 
             loss = model(x.view(B, T).to(rt.device), y.view(B, T).to(rt.device))
         if rt.device.type != "mps":  # which has no float64
             loss = loss.double()
+        # The model returns a mean over the tokens that count, hence the factor.
         total += loss * count
     model.train(was_training)
+
+    # Divide by the tokens of all ranks. NaN and infinity survive the sum.
     mean = float(rt.sum([float(total)])) / predicted
     if not math.isfinite(mean):
         raise not_finite_error(model)
@@ -387,6 +419,7 @@ def bits_per_byte(loss: float, tokens: np.ndarray, enc: tiktoken.Encoding) -> fl
     It compares models of different vocabularies. The end-of-text token is predicted, but is no
     text. Infinite for a stream without text.
     """
+    # The first token is not predicted, so its bytes don't count.
     num_bytes = int(token_lengths(enc)[tokens[1:]].sum())
     bits = loss * (len(tokens) - 1) / math.log(2)
     return bits / num_bytes if num_bytes else math.inf
@@ -395,6 +428,7 @@ def bits_per_byte(loss: float, tokens: np.ndarray, enc: tiktoken.Encoding) -> fl
 @cache
 def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
     """The length of each token in bytes, int64 (n_vocab,); 0 for special tokens."""
+    # Special tokens stand for no text, and keep a length of 0.
     lengths = np.zeros(enc.n_vocab, np.int64)
     special = {enc.encode_single_token(text) for text in enc.special_tokens_set}
     for token in range(enc.n_vocab):

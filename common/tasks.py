@@ -54,6 +54,7 @@ class Metric:
             return ""
         if self.total is not None:
             return f"{value:.2%}"
+        # Losses need their decimals; large perplexities don't.
         return f"{value:.4f}" if value < 10 else f"{value:.2f}"
 
 
@@ -103,6 +104,7 @@ class Benchmark:
         It covers the benchmark's file and the shared code, without comments and layout.
         """
         digest = hashlib.sha256()
+        # The syntax tree has no comments and no line numbers. Docstrings are part of it.
         for source in (sys.modules[self.load.__module__], sys.modules[__name__], scoring):
             tree = ast.parse(inspect.getsource(source))
             digest.update(ast.dump(tree).encode())
@@ -119,11 +121,15 @@ def run(config, benchmark: Benchmark) -> list[Metric] | None:
     `config` is the Config of the benchmark's file: model, data, limit, device, dtype and
     save_predictions.
     """
+
+    # Read the data before the model: a wrong file is then reported at once.
     check_at_least(config, 1, "limit")
     rt = runtime.start(config.device, config.dtype)
     examples = load_on_all_ranks(lambda: benchmark.load(config.data, config.limit), rt)
     model, enc = load_model(config.model)
     metrics, predictions = benchmark.evaluate(model.to(rt.device), enc, examples, rt)
+
+    # All ranks have the same metrics, and the first one reports them.
     if rt.is_main:
         say(results_table(config.model, model, metrics, benchmark.reference, rt))
         if config.save_predictions:
@@ -145,6 +151,8 @@ def results_table(
     title = reference.title
     if reference.chance is not None:
         title += f" (chance {reference.chance:.0%})"
+
+    # Where nobody published a figure, the cell stays empty.
     closest = closest_openai_model(name, model)
     rows = []
     for metric in metrics:
@@ -158,8 +166,11 @@ def closest_openai_model(name: str, model: GPT) -> str:
 
     The model itself, or the one of the same shape, or else gpt2.
     """
+    # A model by OpenAI's name
     if name in OPENAI_MODELS:
         return name
+
+    # A model of the same shape as one of OpenAI's
     config = model.config
     shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     for openai_name, openai_shape in OPENAI_MODELS.items():
@@ -200,6 +211,7 @@ def fetch(url: str, path: str | Path, sha256: str, flag: str = "--data FILE") ->
     """
     import pooch  # imported here: not needed if the data exists
 
+    # pooch checks the checksum, and moves the file to its name only if it is right.
     path = Path(path)
     pooch.get_logger().setLevel("ERROR")
     # pooch sets the total.
@@ -230,6 +242,7 @@ def read_jsonl(path: str | Path, parse: Callable[[dict], Any], limit: int | None
     parsed = []
     try:
         for number, line in enumerate(lines, 1):
+            # Blank lines are allowed. Lines beyond the limit are not parsed.
             if line.strip() and (limit is None or len(parsed) < limit):
                 parsed.append(parse(json.loads(line)))
     except ValueError as error:  # also for an integer of thousands of digits
@@ -284,6 +297,7 @@ def encode_request(enc: tiktoken.Encoding, context: str, continuations: list[str
 def last_cut(text: str) -> int:
     """Where a text can be split so that its parts have the tokens of the whole: before its last
     blank that follows a character other than a blank; 0 if it has none."""
+    # A run of blanks must stay in one piece: go left to a blank that begins one.
     cut = text.rfind(" ")
     while cut > 0 and text[cut - 1].isspace():
         cut = text.rfind(" ", 0, cut)
