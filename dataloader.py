@@ -4,6 +4,9 @@ Training reads windows of T + 1 tokens with stride T. In each epoch the shards a
 within a shard its windows, by generators seeded with (seed, epoch). The orders of all epochs, one
 after the other, are cut into global batches. So for a given seed, T and batch size, batch k depends
 on k alone: its windows are the same for any number of ranks and any micro-batch size.
+
+The loader knows nothing of documents. In the shards, an end-of-text token stands before each one
+(docs/formats.md), and a window may begin anywhere.
 """
 
 import queue

@@ -59,7 +59,7 @@ class Config:
     model: str = "log/model_final.pt"  # a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl
     # folder with core.yaml, eval_meta_data.csv and eval_data; None = downloaded once
     data: str | None = None
-    # evaluate only this many examples of each task; they are those that nanochat takes, too
+    # evaluate only this many examples of each task; the same ones that nanochat takes
     limit: int | None = None
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
     # dtype of matrix products; auto = the fastest of bfloat16, float16 and float32 on this hardware

@@ -37,16 +37,14 @@ from common.console import (
     write_atomically,
     write_text,
 )
-
-# The names of BENCHMARKS, and the validation loss on shards.
-NAMES = ("hellaswag", "lambada", "cbt", "core", "val")
+from common.published import REFERENCES
 
 
 @dataclass
 class Config:
     # models to evaluate: checkpoints, Hugging Face folders, gpt2 ... gpt2-xl
     models: tuple[str, ...] = ("log/model_final.pt",)
-    benchmarks: tuple[str, ...] = NAMES  # benchmarks to evaluate them on
+    benchmarks: tuple[str, ...] = tuple(REFERENCES)  # benchmarks to evaluate them on
     hellaswag_data: str | None = None  # hellaswag_val.jsonl; None = downloaded once
     lambada_data: str | None = None  # lambada_test.jsonl; None = downloaded once
     # a file, a glob or a folder of cbtest_*_test*.txt; None = from the Hugging Face hub
@@ -64,8 +62,8 @@ class Config:
 
     def __post_init__(self):
         for name in self.benchmarks:
-            if name not in NAMES:
-                raise UserError(f"benchmarks is {name!r}, must be one of {', '.join(NAMES)}")
+            if name not in REFERENCES:
+                raise UserError(f"benchmarks is {name!r}, must be one of {', '.join(REFERENCES)}")
         check_at_least(self, 1, "limit", "val_tokens", "B")
 
 
@@ -82,7 +80,6 @@ import dclm_core
 import hellaswag
 import lambada
 from common import checkpoint, runtime
-from common.published import REFERENCES
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from common.shards import open_shards, read_manifest, shards_fingerprint, shards_tokenizer
@@ -90,8 +87,8 @@ from common.tasks import Benchmark, Metric, closest_openai_model, load_on_all_ra
 from common.tokenizer import tokenizer_to_text
 from model import GPT, OPENAI_MODELS
 
-# A new benchmark is added here and to NAMES. A field NAME_data in Config gives it a flag for its
-# data; without that field, it uses its default data.
+# All of REFERENCES but the validation loss. A field NAME_data in Config gives a benchmark a flag
+# for its data; without that field, it uses its default data.
 BENCHMARKS = (hellaswag.BENCHMARK, lambada.BENCHMARK, cbt.BENCHMARK, dclm_core.BENCHMARK)
 
 

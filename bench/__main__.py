@@ -101,6 +101,11 @@ def main(config: Config):
     rt = runtime.start(config.device)
     if rt.device.type not in ("cpu", "cuda"):
         raise UserError(f"the benchmark does not support {rt.device}: use --device cpu or cuda")
+    if rt.dtype == torch.float16:
+        raise UserError(
+            "the projects are compared in bfloat16, which this GPU lacks: use an Ampere GPU or "
+            "newer, or --device cpu"
+        )
     # Look for the folders first: a wrong one should not end the benchmark after an hour.
     find_scripts(config.nanogpt, config.build_nanogpt)
     find_core_eval(config.nanochat)

@@ -125,17 +125,18 @@ def train_one_step(data_dir: Path, folder: Path, rt: Runtime, compile: str):
     flags += ["--data_dir", data_dir, "--log_dir", log_dir]
     flags += ["--device", rt.device.type, "--compile", compile]
     command: list = [sys.executable, ROOT / "train_gpt2.py", *flags]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    # Errors go to a file. A pipe that nobody reads would stop the process once it is full.
+    with open(log_dir / "errors.txt", "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     try:
         # The first training loss in log.txt means that the first step is done.
         while process.poll() is None and not has_trained(log_dir):
             time.sleep(0.01)
         if process.poll() is not None:
             # Training does not end that early by itself, so it has failed.
-            _, errors = process.communicate()
-            raise UserError(f"train_gpt2.py ended before its first step: {errors}")
+            raise UserError(
+                f"train_gpt2.py ended before its first step: {(log_dir / 'errors.txt').read_text()}"
+            )
     finally:
         # Left alone, it would go on training.
         process.kill()

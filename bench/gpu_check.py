@@ -262,10 +262,12 @@ def tests(config: Config) -> list[str]:
     print(result.stdout, result.stderr)
     # pytest's last line holds the counts.
     last = result.stdout.strip().splitlines()[-1:] or ["no output; is pytest installed?"]
+    if result.returncode == 0:
+        return last
 
     # With -q, a line of the summary is "FAILED tests/test_gpu.py::test_name - reason".
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return [*last, *failed]
+    return [f"failed: {last[0]}", *failed]
 
 
 def memory(config: Config) -> list[str]:
@@ -421,7 +423,7 @@ def main(config: Config):
         section_began = time.perf_counter()
         lines = run_section(section, config, min(limit, left)) if left > 5 else ["no time left"]
 
-        # The words are those that run_section begins its lines with.
+        # The words are those that run_section and `tests` begin their lines with.
         num_failed += lines[0].startswith(("failed", "no result"))
         seconds = time.perf_counter() - section_began
         text = [f"## {section.__doc__} ({seconds:.0f} s)", "", *as_list(lines)]
@@ -445,8 +447,9 @@ def run_section(section: Callable, config: Config, limit: float) -> list[str]:
     """The lines that a section returns, in a new process that ends with it."""
     out = Path(config.out) / f"{section.__name__}.txt"
     result = Path(config.out) / f"{section.__name__}.json"
-    # A result of an earlier run must not pass for that of this one.
+    # What an earlier run left must not pass for that of this one.
     result.unlink(missing_ok=True)
+    write_text(out, "")
 
     # A process of its own: its GPU memory is free afterwards, and a crash in it ends nothing else.
     # Spawned, because CUDA may fail in a forked process.

@@ -29,6 +29,9 @@ from common.runtime import Runtime
 from common.scoring import Request
 from model import GPT, OPENAI_MODELS
 
+# Parts of a syntax tree that may begin with a docstring
+HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
 
 @dataclass
 class Metric:
@@ -79,7 +82,8 @@ Evaluate = Callable[[GPT, tiktoken.Encoding, Any, Runtime], tuple[list[Metric], 
 class Benchmark:
     """All that evaluate.py and training need to know of a benchmark.
 
-    Each benchmark's file defines one, called BENCHMARK, and evaluate.py lists them.
+    Each benchmark's file defines one, called BENCHMARK. evaluate.py lists all of them, and
+    train_gpt2.py those that can be evaluated during training.
     """
 
     name: str  # in flags and file names: hellaswag
@@ -101,12 +105,15 @@ class Benchmark:
     def code_fingerprint(self) -> str:
         """Changes whenever the code that renders the examples and computes the metrics changes.
 
-        It covers the benchmark's file and the shared code, without comments and layout.
+        It covers the benchmark's file and the shared code, without comments, docstrings and layout.
         """
         digest = hashlib.sha256()
-        # The syntax tree has no comments and no line numbers. Docstrings are part of it.
         for source in (sys.modules[self.load.__module__], sys.modules[__name__], scoring):
+            # The syntax tree has no comments and no line numbers, but docstrings.
             tree = ast.parse(inspect.getsource(source))
+            for node in ast.walk(tree):
+                if isinstance(node, HAVE_DOCSTRINGS) and ast.get_docstring(node) is not None:
+                    del node.body[0]
             digest.update(ast.dump(tree).encode())
         return digest.hexdigest()
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_benchmark_has_a_name():
-    assert [*[benchmark.name for benchmark in evaluate.BENCHMARKS], "val"] == list(evaluate.NAMES)
+    assert [*[benchmark.name for benchmark in evaluate.BENCHMARKS], "val"] == list(REFERENCES)
 
 
 @pytest.mark.slow
@@ -122,14 +122,14 @@ def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys, mon
         evaluate.main(config)
     assert read == [f"{tmp_path}/broken.pt"], "once, not once for each benchmark"
     reason = f"{tmp_path}/broken.pt is broken: its tensor h.1.attn.c_proj.weight is not finite"
-    assert capsys.readouterr().out.count(reason) == len(evaluate.NAMES)
+    assert capsys.readouterr().out.count(reason) == len(REFERENCES)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == []
-    assert (tmp_path / "evaluation.md").read_text().count("not available") == len(evaluate.NAMES)
+    assert (tmp_path / "evaluation.md").read_text().count("not available") == len(REFERENCES)
 
 
 def test_every_benchmark_has_a_flag_for_its_data():
     config = evaluate.Config()
-    for name in evaluate.NAMES:
+    for name in REFERENCES:
         assert hasattr(config, f"{name}_data")
 
 

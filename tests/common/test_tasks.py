@@ -38,6 +38,7 @@ def test_code_fingerprint_changes_with_the_code_but_not_with_comments(tmp_path, 
     codes = {
         "original": 'PREFIX = "a"\n\ndef load():\n    return PREFIX + " "\n',
         "commented": '# A comment\nPREFIX = "a"\ndef load():\n    return (PREFIX + " ")  # here\n',
+        "documented": '"""A."""\nPREFIX = "a"\ndef load():\n    "B."\n    return PREFIX + " "\n',
         "changed": 'PREFIX = "b"\n\ndef load():\n    return PREFIX + " "\n',
     }
     fingerprints = {}
@@ -48,6 +49,7 @@ def test_code_fingerprint_changes_with_the_code_but_not_with_comments(tmp_path, 
         benchmark = Benchmark("name", REFERENCES["val"], module.load, None, None, None)
         fingerprints[name] = benchmark.code_fingerprint()
     assert fingerprints["original"] == fingerprints["commented"]
+    assert fingerprints["original"] == fingerprints["documented"]
     assert fingerprints["original"] != fingerprints["changed"]
 
 
