@@ -92,6 +92,7 @@ class Config(SweepConfig):
         check_different(self, "step_fractions")
         check_at_least(self, 2, "val_every")
         check_at_least(self, 0, "warmup_steps")
+        # The targets are final losses of whole runs, and the grid consists of them.
         fractions = (*self.step_fractions, *self.fast_fractions)
         if 1.0 not in self.step_fractions or not all(0 < part <= 1 for part in fractions):
             raise UserError(
@@ -100,6 +101,7 @@ class Config(SweepConfig):
             )
         if min(fractions) * self.max_steps < 2:
             raise UserError(f"max_steps is {self.max_steps}: the shortest run needs two steps")
+        # nanoGPT and build-nanogpt know no padding, so every window must be full.
         for name in ("total_batch_size", "val_tokens"):
             if getattr(self, name) % (self.B * self.T):
                 raise UserError(
@@ -166,6 +168,7 @@ def main(config: Config):
     enc = shards_tokenizer(config.data_dir)  # fail here, rather than in the first run
     shape = config.gpt_config(block_size=config.T, vocab_size=enc.n_vocab)
     check_data(config)
+    # Results depend on all settings but these, and on the other projects' code.
     settings = settings_of(
         config,
         rt,
@@ -264,7 +267,7 @@ def search_rates(
     The learning rates are those of the config and, where the best one is at an end, more.
     """
     losses: dict[float, float] = {}
-    rates = list(config.learning_rates)
+    rates = list(config.learning_rates)  # to try in this round
     while rates:
         points = [Point(candidate, lr, 1.0, config.seeds[0]) for lr in rates]
         run_points(config, study, rt, shape, points, f"grid of {candidate}")
@@ -272,6 +275,7 @@ def search_rates(
             loss = study.results[point.name]["val"]
             losses[point.lr] = math.inf if loss is None else loss
 
+        # Another round if the best rate has no worse one on one side
         best = best_rate(losses)
         if losses[best] == math.inf:
             raise UserError(f"{TITLES[candidate]} diverged at all learning_rates: lower them")
@@ -303,6 +307,7 @@ def run_points(
 
 def make_run(config: Config, rt: Runtime, shape: GPTConfig, point: Point) -> Run:
     """A run of bench/timed_run.py in OUT_DIR/runs/NAME."""
+    # The run reads its settings from a file: build-nanogpt has no flags to put them into.
     folder = Path(config.out_dir).resolve() / "runs" / point.name
     folder.mkdir(parents=True, exist_ok=True)
     job = make_job(config, rt, shape, point, folder)
@@ -478,6 +483,7 @@ def needed(
     config: Config, study: StudyFolder, candidate: str, lr: float, target: float
 ) -> tuple[float | None, float | None]:
     """Steps and seconds that a candidate needs to the target, each at the length that is best."""
+    # The best length may differ for the two: seconds per step vary from run to run.
     steps, seconds = [], []
     for fraction in fractions_of(config, candidate):
         results = results_of(config, study, candidate, lr, fraction)
@@ -581,6 +587,7 @@ def share(value: float | None, whole: float | None) -> str:
 
 
 def draw(config: Config, study: StudyFolder, best: dict[str, float], targets: list[Target]):
+    # The same losses twice: over the tokens, and over the seconds that these took.
     figure = Figure((13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     tokens = config.total_batch_size / 1e6  # millions per step

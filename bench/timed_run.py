@@ -77,6 +77,8 @@ def main(job: Job):
         (work / name).symlink_to(target)
     if job.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # build-nanogpt takes a GPU if it sees one
+
+    # The hooks are in place before the script makes its model.
     meter = Meter(job)
     sys.argv = [job.script, *job.flags]
     os.chdir(job.cwd)
@@ -85,6 +87,7 @@ def main(job: Job):
     else:
         run_peer(job)
     meter.finish()
+    # Leave the folder before it is removed.
     os.chdir(work.parent)
     shutil.rmtree(work)
 
@@ -139,14 +142,18 @@ class Meter:
 
     def evaluate(self):
         self.evaluated = self.step  # first, because evaluating is a forward pass, too
-        seconds = self.updated - self.began - self.paused  # for all updates but the first
+        # From the end of the first update to the end of this one, without evaluations: the time of
+        # step - 1 updates.
+        seconds = self.updated - self.began - self.paused
         model = LossOnly(self.model, self.job.script)
         rt = Runtime(self.device, torch.float32)
         loss = stream_loss(model, self.val_tokens, self.job.B, self.job.T, rt)
+        # The first update, which warms up, counts as the mean of the others.
         self.points.append(
             dict(step=self.step, loss=loss, seconds=seconds * self.step / (self.step - 1))
         )
         write_text(self.job.curve, json.dumps(self.points) + "\n")
+        # What has passed since the last update is no training.
         self.paused += time.perf_counter() - self.updated
 
     def finish(self):
@@ -155,6 +162,7 @@ class Meter:
                 f"{self.job.script} made {self.step} updates instead of {self.job.steps}: "
                 "it is another version than this benchmark knows"
             )
+        # No forward pass follows the last update.
         if self.is_due():
             self.evaluate()
 
@@ -189,6 +197,7 @@ def run_peer(job: Job):
     # nanoGPT's script imports its own model.py, where this process already has ours.
     sys.modules.pop("model", None)
     sys.path.insert(0, str(Path(job.script).parent))
+    # As the main program: nanoGPT's configurator changes the globals of the script that runs it.
     tree = adapt(Path(job.script), job.seed, job.constants, job.autocast)
     exec(compile(tree, job.script, "exec"), dict(__name__="__main__", __file__=job.script))
 
@@ -218,6 +227,7 @@ class Adapter(ast.NodeTransformer):
         self.autocast = autocast
         self.found: set[str] = set()
 
+    # Not visiting the children of a node leaves them unchanged.
     def visit_FunctionDef(self, node: ast.FunctionDef):
         return node
 

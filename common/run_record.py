@@ -41,6 +41,7 @@ def write_run_record(folder: Path, constants: dict, start_step: int, fingerprint
     device = platform.processor() or "cpu"
     if rt.device.type == "cuda":
         device = torch.cuda.get_device_name()
+
     record: dict = dict(
         constants=constants,
         start_step=start_step,
@@ -56,6 +57,9 @@ def write_run_record(folder: Path, constants: dict, start_step: int, fingerprint
             fingerprint=fingerprint,
         ),
     )
+
+    # Compare with the first record, not with the newest: a setting that was changed and changed
+    # back is as it was.
     path = folder / "config.json"
     earlier = read_earlier_record(path) if start_step else None
     if earlier:

@@ -148,6 +148,7 @@ def main(config: Config):
     study = StudyFolder(config.out_dir, settings)
     recipes = {"base": BASE} | {row: replace(BASE, **ROWS[row]) for row in config.rows}
 
+    # Seed by seed, so that a study that is stopped early has compared all rows.
     jobs = [
         (f"{row}, seed {seed}", (config, recipe, seed))
         for seed in config.seeds
@@ -199,19 +200,23 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
     rt = start_runtime(config.device, "float32")
     enc = shards_tokenizer(config.data_dir)
     shards = open_shards(config.data_dir, "train")
+
+    # The model and its optimizers. Rows that don't change the weights start from the same ones.
     torch.manual_seed(seed)
     model = GPT(config.gpt_config(block_size=config.T, vocab_size=enc.n_vocab)).to(rt.device)
     change_weights(model, recipe)
     if recipe.unigram:
         model.start_from_frequencies(count_tokens(shards, model.config.padded_vocab_size))
     optimizers = make_optimizers(model, recipe)
+    averages = [p.detach().clone() for p in model.parameters()] if recipe.average else []
+
     # A window is a "batch" here: the recipes cut the same order of windows into other batches.
     loader = PretrainLoader(shards, 1, config.T, config.T, seed)
     num_windows = config.max_steps * config.total_batch_size // config.T
-    averages = [p.detach().clone() for p in model.parameters()] if recipe.average else []
 
-    done = 0
+    done = 0  # windows
     for batch in batch_sizes(config, recipe, num_windows):
+        # Forward and backward pass. Short windows: the same tokens, in more rows.
         windows = [loader.micro_batch(done + n, 0) for n in range(batch)]
         x, y = (torch.cat(parts).to(rt.device) for parts in zip(*windows))  # (batch, T)
         if done < num_windows / 3:
@@ -222,16 +227,21 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
         loss.backward()
         if recipe.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+
+        # Update. The learning rate is that of the middle of the batch, so that recipes with other
+        # batches follow the same schedule.
         factor = learning_rate_factor(recipe, (done + batch / 2) / num_windows)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = config.max_lr * recipe.lr * factor * group.get("lr_scale", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
         for average, parameter in zip(averages, model.parameters()):
             average.lerp_(parameter.detach(), 1 - recipe.average)
         done += batch
 
+    # Evaluate the averaged weights, if there are any.
     for average, parameter in zip(averages, model.parameters()):
         parameter.data.copy_(average)
     val_tokens = open_shards(config.data_dir, "val").read_first(config.val_tokens + 1)
@@ -261,6 +271,7 @@ def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
     )
     assert isinstance(both, Optimizers)
     muon, adamw = both.optimizers
+    # make_optimizer's Muon always takes five rounds: replace it by one with the recipe's settings.
     kind = NormalizedMuon if recipe.normalized else Muon
     muon = kind(
         muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, recipe.rounds
@@ -303,9 +314,11 @@ def summarize(config: Config, study: StudyFolder, rows: list[str]):
     lines = []
     for row in rows:
         losses = [study.results[f"{row}, seed {seed}"] for seed in config.seeds]
+        # A recipe that diverges with one seed is no recipe.
         if None in losses:
             lines.append((row, "diverged", "", "loses"))
             continue
+        # Differences seed by seed: what a seed makes easy or hard is the same for both.
         base = [study.results[f"base, seed {seed}"] for seed in config.seeds]
         differences = [loss - reference for loss, reference in zip(losses, base)]
         lines.append((row, mean_and_deviation(losses, 4), *verdict(differences)))
