@@ -596,10 +596,9 @@ def draw(config: Config, study: StudyFolder, best: dict[str, float], targets: li
     for ax in (left, right):
         for target in targets:
             ax.axhline(target.loss, color=COLORS[target.candidate], ls=":", lw=0.8)
-    lowest = min(target.loss for target in targets)
     # Cut off the first steps, whose high loss would flatten the differences at the end.
     left.set(xlabel="million tokens", ylabel="validation loss (nats)")
-    left.set_ylim(lowest - 0.3, max(target.loss for target in targets) + 1.5)
+    left.set_ylim(top=max(target.loss for target in targets) + 1)
     right.set(xlabel="seconds of training")
     finish_axes(left, right)
     study.save_plot("time_to_loss.png", figure)
@@ -608,15 +607,20 @@ def draw(config: Config, study: StudyFolder, best: dict[str, float], targets: li
 def draw_curves(
     ax: Axes, config: Config, study: StudyFolder, best: dict[str, float], key: str, scale: float
 ):
-    """The mean curve of each candidate and length. All lengths share one entry in the legend."""
+    """The mean curve of each candidate and length; shorter lengths are drawn thin."""
     for candidate, color in COLORS.items():
-        label: str | None = TITLES[candidate]
         for fraction in fractions_of(config, candidate):
             results = results_of(config, study, candidate, best[candidate], fraction)
-            if results:
-                x = mean_curve(results, key) * scale
-                ax.plot(x, mean_curve(results, "vals"), color=color, lw=1.0, label=label)
-                label = None
+            if not results:
+                continue
+            is_longest = fraction == 1
+            ax.plot(
+                mean_curve(results, key) * scale,
+                mean_curve(results, "vals"),
+                color=color,
+                lw=1.8 if is_longest else 0.7,
+                label=TITLES[candidate] if is_longest else None,
+            )
 
 
 if __name__ == "__main__":

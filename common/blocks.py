@@ -22,9 +22,10 @@ from common.tokenizer import END_OF_TEXT
 
 BLOCK_BYTES = 2**20  # bytes read from a text file at a time
 PART_CHARS = 2**22  # a longer document of a text file is handled in parts
-# <|endoftext|> at the end of a line.
+
+# <|endoftext|> at the end of a line
 SEPARATOR = re.compile(re.escape(END_OF_TEXT) + r"[ \t]*(?:\n|\Z)")
-# A text up to its last character before a space or line break.
+# A text up to the last character that a space or line break follows: "one two" of "one two three"
 LAST_SPACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 NOT_SPACE = re.compile(r"\S")
 
@@ -47,6 +48,8 @@ def members(name: str) -> list[str]:
     """The paths by which `datasets` opens a file decompressed; several for a zip archive."""
     manager = import_datasets().StreamingDownloadManager()
     try:
+        # Nothing is downloaded or extracted yet: the path of a .gz file becomes
+        # gzip://a.txt::b/a.txt.gz, and is decompressed while it is read.
         path = manager.download_and_extract(name)
     except NotImplementedError as error:
         raise UserError(f"{name} is an archive that can't be read: unpack it") from error
@@ -75,14 +78,17 @@ def uncompressed_size(name: str) -> int | None:
     if not path.startswith("gzip://"):
         return None
     # A .gz file stores its size modulo 4 GiB, or that of its last part. The ratio of the beginning
-    # is an estimate for all of them, and exact for files below 1 MiB.
+    # is an estimate for all of them, and exact for the usual file below 1 MiB.
     with open(name, "rb") as file:
         head = file.read(2**20)
+    # 31: the largest window (15), and a header of gzip (16). The limit of 16 MiB keeps a file that
+    # decompresses to gigabytes from filling the memory.
     decompressor = zlib.decompressobj(wbits=31)
     try:
         text = decompressor.decompress(head, 2**24)
     except zlib.error as error:
         raise UserError(f"{name} is damaged or not a .gz file: {error}") from error
+    # Bytes behind the limit, or behind the first part of the file, have not become text.
     rest = len(decompressor.unconsumed_tail) + len(decompressor.unused_data)
     return int(size * len(text) / max(1, len(head) - rest))
 
@@ -96,6 +102,8 @@ def read_blocks(path: str) -> Iterator[str]:
     num_lines = 0  # complete lines before the current block of bytes
     rest = ""  # the beginning of the next line
     with open_binary(path) as file:
+        # The first block tells the encoding. The decoder keeps what a block cuts: a character, or
+        # one of the line breaks \r\n.
         data = file.read(BLOCK_BYTES)
         encoding = encoding_of_text(data)
         decoder = io.IncrementalNewlineDecoder(
@@ -103,14 +111,17 @@ def read_blocks(path: str) -> Iterator[str]:
         )
         while True:
             try:
+                # An empty block is the end of the file: then nothing may be left in the decoder.
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
+                # The error holds the block and the position in it. Count the lines before that.
                 before = error.object[: error.start].decode(encoding, "ignore")
                 line = num_lines + before.count("\n") + 1
                 kind = "UTF-8" if encoding == "utf-8-sig" else "UTF-16"
                 place = f"{plain_name(path)}, line {line}"
                 raise UserError(f"{place}, is not {kind}: convert the file") from error
             num_lines += text.count("\n")
+            # Yield up to the last line break and keep the rest.
             text = rest + text
             end = text.rfind("\n") + 1
             # Of a very long line, every block is passed on, so that memory does not grow with it.
@@ -129,6 +140,8 @@ def split_at_separators(block: str, at_line_start: bool) -> list[str]:
     texts = []
     start = 0
     for match in SEPARATOR.finditer(block):
+        # Only white space may stand before it on its line. The line can have begun in an earlier
+        # block.
         line = block.rfind("\n", 0, match.start()) + 1
         begins_line = line > 0 or at_line_start
         if begins_line and not block[line : match.start()].strip(" \t"):
@@ -153,6 +166,7 @@ def place_to_cut(text: str) -> int:
 
 def json_lines(name: str, start: str, blocks: Iterator[str]) -> Iterator[tuple[str, object]]:
     """The values on the lines of a file. `start` is the beginning of it, `blocks` the rest."""
+    # Each line is parsed by itself, so that an error names it.
     number = 0
     for lines in complete_lines(start, blocks):
         for line in lines:
@@ -172,6 +186,8 @@ def complete_lines(start: str, blocks: Iterator[str]) -> Iterator[list[str]]:
     for block in itertools.chain([start], blocks):
         unfinished.append(block)
         if block.endswith("\n"):
+            # A block ends at a line break unless its line is longer than a block. Joined once,
+            # because adding to a string of many blocks would copy it each time.
             *lines, _ = "".join(unfinished).split("\n")
             yield lines
             unfinished = []
@@ -188,6 +204,7 @@ def json_array(name: str, start: str, blocks: Iterator[str]) -> Iterator[tuple[s
     is_closed = False
     while not is_closed:
         try:
+            # One element, and the comma or bracket behind it
             first = skip_space(text, end)
             if is_empty and text[first : first + 1] == "]":
                 end = first + 1
@@ -199,6 +216,8 @@ def json_array(name: str, start: str, blocks: Iterator[str]) -> Iterator[tuple[s
         except (json.JSONDecodeError, RecursionError) as error:
             # The end of the text may be in the middle of an element.
             position = getattr(error, "pos", 0)
+            # Its error is then near the end: 20 characters cover the longest word or escape of
+            # JSON. Only the error of an unfinished string has the position of the string's start.
             is_cut = position > len(text) - 20 or "Unterminated string" in str(error)
             # The text grows to twice its size: a long element is then parsed only a few times.
             more = read_chars(blocks, len(text) - end) if is_cut else ""
@@ -208,12 +227,16 @@ def json_array(name: str, start: str, blocks: Iterator[str]) -> Iterator[tuple[s
             text = text[end:] + more
             end = 0
             continue
+
+        # The line of an element is the one on which it begins.
         line += text.count("\n", end, first)
         yield f"{name}, line {line}", value
         line += text.count("\n", first, behind)
         end = behind + 1
         is_empty = False
         is_closed = text[behind] == "]"
+
+    # Only white space may follow the array.
     if text[end:].strip() or any(block.strip() for block in blocks):
         raise UserError(f"{name}, line {line}, can't be read as json: text after the array")
 

@@ -65,6 +65,7 @@ def parse_flags(config_class: type, doc: str | None) -> Any:
     import tyro
     from tyro import _errors
 
+    # tyro calls this with the error that it has found.
     def report(event: _errors.ParseErrorEvent):
         if isinstance(event, _errors.UnrecognizedArgs):
             wrong = f"unrecognized options: {' '.join(event.tokens)}"
@@ -83,8 +84,10 @@ def parse_flags(config_class: type, doc: str | None) -> Any:
                 wrong = f"{event.argument.display_name()}: {wrong}"
         else:
             return  # tyro prints it, in a box of several lines
+        # Exit code 2 is the convention for wrong flags, as in argparse.
         fail(f"{wrong}; see --help", 2)
 
+    # One flag per boolean: --name, or --no_name if the default is True.
     markers = (tyro.conf.FlagCreatePairsOff,)
     with errors_in_one_line(), _errors.on_parse_error(report):
         return tyro.cli(config_class, description=doc, use_underscores=True, config=markers)
@@ -109,6 +112,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        # The shells' exit code for a program that a signal has ended.
         fail("interrupted", 128 + signal.SIGINT)
     except UserError as error:
         fail(str(error), error.exit_code)
@@ -118,11 +122,17 @@ def errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
+        # torch's errors are recognized by their names and texts, because this module does not
+        # import torch.
         kind = type(error).__name__
         if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
             fail("out of memory: lower B (the result does not change), then T, n_layer or n_embd")
+        # NCCL and the store raise DistBackendError, DistNetworkError and so on. Gloo raises plain
+        # RuntimeErrors that name its source files.
         if kind.startswith("Dist") or "gloo" in str(error):
             fail("lost the connection to another process; see that process's own error message")
+        # Anything else is a bug. A single process keeps its traceback. One of several ranks must
+        # end through `fail`, because Python's own exit could wait for the other ranks.
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         traceback.print_exc()
@@ -133,6 +143,7 @@ def check_at_least(config: Any, least: float, *names: str):
     """Raise UserError if a flag, or one of its values, is too small. None is allowed."""
     for name in names:
         value = getattr(config, name)
+        # Some flags take several values: check each of them.
         for single in value if isinstance(value, tuple) else (value,):
             if single is not None and not single >= least:  # NaN is not
                 raise UserError(f"{name} is {value}, must be at least {least}")
@@ -143,8 +154,10 @@ def fail(message: str, code: int = 1):
 
     Under torchrun it ends at once: a clean exit would wait for the other ranks.
     """
+    # The traceback exists only if the caller is handling an exception.
     if os.environ.get("TRACEBACK") and sys.exc_info()[0]:
         traceback.print_exc()
+    # torchrun sets WORLD_SIZE and RANK.
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = ""
     if distributed:
@@ -152,8 +165,11 @@ def fail(message: str, code: int = 1):
         if os.environ["RANK"] != "0":
             # Rank 0 usually fails with the same message, and torchrun then ends this process.
             time.sleep(2)
+
+    # Messages of libraries can have several lines: join them.
     print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if distributed:
+        # _exit skips all cleanup, so the output must be flushed first.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -169,7 +185,10 @@ class Progress(tqdm):
     def __init__(self, *args, **kwargs):
         tty = sys.stderr.isatty()
         kwargs.setdefault("disable", int(os.environ.get("RANK", 0)) != 0)
+        # A finished bar stays on a terminal, but adds no last line to a file.
         kwargs.setdefault("leave", tty)
+        # In a file, each update is a line of its own: one per 15 seconds is enough, and a bar that
+        # takes less than a second prints none.
         pace = dict(mininterval=0.2) if tty else dict(mininterval=15, maxinterval=60, delay=1)
         super().__init__(*args, dynamic_ncols=tty, **pace, **kwargs)
 
@@ -186,6 +205,7 @@ class Progress(tqdm):
         if file.isatty():
             return tqdm.status_printer(file)
 
+        # tqdm redraws its line with carriage returns, which clutter a file.
         def print_line(text: str):
             if text.strip():
                 print(text, file=file, flush=True)
@@ -198,6 +218,7 @@ def say(*words):
 
     Nothing that is only displayed may end a run: a closed pipe is ignored.
     """
+    # On a terminal, tqdm.write clears the bar, prints, and draws the bar again.
     text = " ".join(map(str, words))
     with unless_pipe_is_closed():
         if sys.stderr.isatty():
@@ -217,6 +238,7 @@ def unless_pipe_is_closed() -> Iterator[None]:
 
 def discard_broken_output():
     """Connect stdout and stderr to /dev/null if they are pipes that nobody reads any more."""
+    # Otherwise Python would fail again when it flushes these streams at exit.
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -246,8 +268,11 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
     file is then untouched.
     """
     path = Path(path)
+    # In the same folder, because a rename is atomic only within one file system.
     temporary = path.with_name(path.name + ".tmp")
     try:
+        # The data must be on the disk before the rename: the new name could otherwise survive a
+        # power cut that the data did not survive.
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -259,6 +284,7 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
         reason = error.strerror or error
         raise OSError(f"{path} can't be written ({reason}): make room, then run again") from error
     except BaseException:
+        # Any other end of the block, Ctrl-C for example, also leaves no unfinished file.
         temporary.unlink(missing_ok=True)
         raise
 
@@ -289,6 +315,7 @@ def read_text(path: str | Path) -> str:
     file is not text, FileNotFoundError if it does not exist.
     """
     if str(path) == "-":
+        # The path only appears in error messages.
         path = Path("/dev/stdin")
         data = sys.stdin.buffer.read()
     elif not Path(path).exists():
@@ -334,6 +361,7 @@ def lock_folder(folder: str | Path, wait: float = 0) -> Iterator[None]:
     The system releases it when this process dies, also on network file systems with locks. Raises
     UserError, which names the holder, if the lock is not free within `wait` seconds.
     """
+    # The lock itself says nothing about its holder. A second file does, for the error message only.
     lock = FileLock(Path(folder) / "lock")
     holder = Path(folder) / "lock_holder.json"
     try:

@@ -18,7 +18,9 @@ import torch.nn as nn
 from model import GPT
 
 EXPECTED_ROWS = 8  # batch size for which oneDNN chooses the memory order
-M_TRIM_THRESHOLD = -1  # option numbers of mallopt, from glibc's malloc.h
+
+# Option numbers of mallopt, from glibc's malloc.h
+M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
@@ -31,12 +33,15 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
+        # Plain tensors, not parameters: their memory order is one that only oneDNN can read.
         weight = weight.detach().to(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
+        # "none": no activation function after the product. The last two arguments are its
+        # parameters.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
@@ -55,13 +60,16 @@ def pack_weights(model: GPT, dtype: torch.dtype) -> GPT:
     Its matrix products run in `dtype`, float32 or bfloat16. Embeddings and LayerNorms are shared
     with the model.
     """
-    # deepcopy takes what `memo` holds for an object instead of copying it.
+    # deepcopy takes what `memo` holds for an object instead of copying it. A parameter stands for
+    # itself, so it is shared, and a linear layer is replaced by its packed form.
     memo: dict[int, nn.Module | nn.Parameter] = {id(p): p for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             memo[id(module)] = PackedLinear(module.weight, module.bias, dtype)
     packed = copy.deepcopy(model, memo)
-    # Replace the method `head`, which would multiply by the unpacked embedding.
+
+    # Replace the method `head`, which would multiply by the unpacked embedding. The rows that only
+    # pad the vocabulary are left out.
     head = PackedLinear(model.wte.weight[: model.config.vocab_size], None, dtype)
     packed.head = head.forward  # type: ignore[method-assign]
     return packed
@@ -75,7 +83,11 @@ def keep_freed_memory(device: torch.device):
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
+    # The C library that this process has loaded already
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
+        # Large blocks come from the heap too, not from mappings of their own, which `free` would
+        # unmap.
         libc.mallopt(M_MMAP_MAX, 0)
+        # The top of the heap is never returned: the threshold is the largest int, in bytes.
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

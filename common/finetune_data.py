@@ -104,8 +104,10 @@ def fingerprint(path: str | Path) -> str:
     """Identifies the content of a file, or the names and contents of the files in a folder."""
     path = Path(path)
     files = find_files(path, warn=lambda message: None)
+    # A file has the same fingerprint under any name.
     if files == [path]:
         return checksum(path)
+    # Of a folder, the names count too: they decide the order of the texts.
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(path)} {checksum(file)}\n".encode())
@@ -122,7 +124,9 @@ def is_tagged(texts: list[str]) -> bool:
 
 
 def read_text_file(path: Path, separator: str) -> list[str]:
+    """The texts of a .txt file: its blocks, if it has tags, or its documents."""
     text = read_text(path).replace("\r\n", "\n")
+    # One tag is enough, in any case of letters: read_blocks then reports what is wrong with it.
     if not separator and re.search(f"{OPEN}|{CLOSE}", text, re.IGNORECASE):
         return read_blocks(text, path)
     return split_documents(text, separator or END_OF_TEXT)
@@ -163,6 +167,7 @@ def read_blocks(text: str, path: Path) -> list[str]:
         if start is None:
             check_outside(outside, tag.start())
         expected = OPEN if start is None else CLOSE
+        # Tags in another case of letters are found, but equal neither.
         if tag[0] == expected == OPEN:
             start = tag.start()
         elif tag[0] == expected:
@@ -171,9 +176,13 @@ def read_blocks(text: str, path: Path) -> list[str]:
         elif start is not None or tag[0] != END_OF_TEXT:  # which may lie between blocks
             raise UserError(f"{place(tag.start())}: {tag[0]} where {expected} was expected")
         outside = tag.end()
+
+    # The end of the file: no block may be open, and nothing may follow the last one.
     if start is not None:
         raise UserError(f"{place(start)}: the last {OPEN} is not closed")
     check_outside(outside, len(text))
+
+    # One text for training and one for validation
     if len(blocks) < 2:
         raise UserError(
             f"{path} holds {len(blocks)} texts between {OPEN} and {CLOSE}; at least two are needed"
@@ -188,6 +197,7 @@ def read_blocks(text: str, path: Path) -> list[str]:
 def read_record_file(
     path: Path, columns: tuple[str, ...], warn: Callable[[str], None]
 ) -> list[str]:
+    """The texts of a file of records. Those without text are reported by one call of `warn`."""
     texts = []
     empty = []  # places of the records without text
     for place, record in RECORDS[path.suffix.lower()](path, columns):
@@ -215,6 +225,7 @@ def record_text(record: dict, columns: tuple[str, ...], place: str) -> str:
         if not isinstance(value, str):
             kind = type(value).__name__
             raise UserError(f"{place}: {column!r} contains {kind}, must be text")
+        # A prompt and its completion would otherwise be one word at the seam.
         if text and value and not text[-1].isspace() and not value[0].isspace():
             text += "\n"
         text += value
@@ -225,6 +236,7 @@ def record_text(record: dict, columns: tuple[str, ...], place: str) -> str:
 def choose_columns(present, columns: tuple[str, ...], place: str | Path) -> tuple[str, ...]:
     """`columns`, or those of the default columns that are present. Raises UserError."""
     candidates = (columns,) if columns else DEFAULT_COLUMNS
+    # The first candidate whose columns are all there
     for candidate in candidates:
         if all(column in present for column in candidate):
             return candidate
@@ -241,6 +253,7 @@ def json_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, di
     # No line of a file with one object per line starts with a bracket.
     if text.lstrip().startswith("["):
         for number, record in enumerate(parse_json(text, str(path)), 1):
+            # An array is parsed as a whole, so its elements have numbers but no lines.
             yield check_object(record, f"{path}, object {number}")
         return
     for number, line in enumerate(read_lines(path), 1):
@@ -250,6 +263,7 @@ def json_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, di
 
 
 def parse_json(text: str, place: str) -> dict | list:
+    """json.loads, with a UserError that says where the text is."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -257,6 +271,7 @@ def parse_json(text: str, place: str) -> dict | list:
 
 
 def check_object(record, place: str) -> tuple[str, dict]:
+    """`place` and the record, which must be an object."""
     if not isinstance(record, dict):
         raise UserError(f"{place}: not an object with fields, but {type(record).__name__}")
     return place, record
@@ -265,16 +280,21 @@ def check_object(record, place: str) -> tuple[str, dict]:
 def csv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
     """The rows below the header, with their places. Commas, semicolons and tabs are recognized."""
     text = read_text(path)
+    # The delimiter is the character that the header contains most often.
     header = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters in a field
     # strict, because a quote that is never closed would swallow the rest of the file.
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+    # The first row that is not empty names the columns. The fields of the others must match them.
     names = None
     line = 1  # of the row's first line; a quoted field may contain line breaks
     try:
         for row in rows:
             place = f"{path}, line {line}"
+            # line_num counts the lines that the reader has read, so the next row begins one line
+            # later.
             line = rows.line_num + 1
             if not row:  # an empty line
                 continue
@@ -294,6 +314,7 @@ def csv_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dic
 
 
 def parquet_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+    """The rows of a Parquet file, with their places."""
     import pyarrow.parquet as pq  # takes half a second, and few users have such files
 
     number = 0
@@ -309,6 +330,8 @@ def parquet_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str,
         raise UserError(f"{path} is damaged or not a parquet file: {error}") from error
 
 
+# The reader of each kind of file. It takes a path and the columns, and yields each record with its
+# place for error messages.
 RECORDS = {
     ".json": json_records,
     ".jsonl": json_records,

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from common.console import Progress, UserError, say
 
+# Globs for `download`. A large model has several files of weights, and an index that lists them.
 WEIGHTS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-# Of repositories without safetensors.
+# Weights in repositories without safetensors
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # Beside byte-level BPE, the vocabularies of other kinds, so that they are recognized and rejected.
 TOKENIZER = [
@@ -34,6 +35,7 @@ def download(repo: str, files: list[str]) -> Path:
 
     Raises OSError if the repository is not available.
     """
+    # Imported late, because it is slow and most runs do not need it.
     from huggingface_hub import snapshot_download
 
     try:
@@ -71,6 +73,8 @@ def list_dataset(repo: str, revision: str | None = None) -> tuple[str, list[HubF
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
         files = []
         for file in info.siblings or ():
+            # The hub knows the sha256 of large files only, which are stored apart from the Git
+            # repository.
             sha256 = file.lfs.sha256 if file.lfs else None
             files.append(HubFile(file.rfilename, file.size or 0, sha256))
         return str(info.sha), files
@@ -83,6 +87,7 @@ def download_file(repo: str, revision: str, name: str, folder: Path, bar: Progre
     """
     from huggingface_hub import hf_hub_download
 
+    # Where the bar stood before this file
     start = bar.n
     num_failures = 0
     while True:
@@ -114,6 +119,7 @@ def file_bar(bar: Progress) -> type:
     that came over the network, which can be fewer.
     """
 
+    # The methods that the client calls on its bars
     class FileBar:
         def __init__(self, **_):
             pass
@@ -165,6 +171,7 @@ def library_of(error: BaseException) -> str:
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether an error was caused by the network."""
+    # Look at the causes too: the libraries wrap each other's errors.
     return any(
         isinstance(cause, OSError) or library_of(cause) in HTTP_LIBRARIES for cause in causes(error)
     )
@@ -173,6 +180,7 @@ def is_connection_error(error: BaseException) -> bool:
 def http_status(error: BaseException) -> int | None:
     """The status with which the hub refused a request; None if the error has another cause."""
     for cause in causes(error):
+        # The HTTP libraries' errors carry the response, if there was one.
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
             return status
@@ -182,6 +190,7 @@ def http_status(error: BaseException) -> int | None:
 def is_temporary(error: BaseException) -> bool:
     """Whether an attempt to download might succeed later: a lost connection, or a failing hub."""
     status = http_status(error)
+    # From 500 on, the server is at fault. A refusal, below 500, would only be repeated.
     if status is not None:
         return status >= 500
     # hf_xet, which downloads large files, raises these three.
@@ -201,9 +210,11 @@ def explained_errors(what: str) -> Iterator[None]:
 
 
 def explain(error: Exception, what: str) -> Exception:
+    """The error that tells the user the cause of `error` and a remedy; `error` if it is unknown."""
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, HFValidationError
 
+    # The hub has answered, but refuses.
     hub = constants.ENDPOINT
     status = http_status(error)
     if status == 404:
@@ -219,6 +230,9 @@ def explain(error: Exception, what: str) -> Exception:
             f"{hub} refuses {what} after too many requests (429): wait a few minutes, then run the "
             "same command again to resume; the limit is higher with HF_TOKEN"
         )
+
+    # The name, or what answered, is wrong. These errors are subclasses of ValueError or OSError, so
+    # they are looked for first.
     if isinstance(error, HFValidationError):
         return UserError(f"{what}: a repository is named owner/name ({error})")
     is_no_hub = any(isinstance(cause, FileMetadataError) for cause in causes(error))
@@ -227,6 +241,8 @@ def explain(error: Exception, what: str) -> Exception:
             f"{hub} sent something other than the hub's answer for {what}: check HF_ENDPOINT, and "
             "whether the network requires a login in a browser"
         )
+
+    # The disk, or the network. Errors of the disk come from the system, and have an errno.
     if isinstance(error, OSError) and error.errno:
         return OSError(f"{what} can't be written ({error.strerror}): make room, then run again")
     if constants.is_offline_mode():

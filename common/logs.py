@@ -49,7 +49,10 @@ NAMES = {
 MAX_VALUE = 1e100
 MAX_STEP = 10**15
 
+
+# A number and its percent sign: "4.1234", "6.0e-04", "1,234,567", "45.2%"
 NUMBER = r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d+)?)(%?)"
+# The beginning of a line: "s:10 ", "step   11/20 |", "step    10 |", "iter 10:"
 STEP = re.compile(r"\s*(?:s:(\d+)\s|(?:step|iter)\s+(\d+)(/\d+)?\s*[:|])")
 # "loss 4.1", "loss: 4.1", "trl:4.1"; and "300 tok/s"
 NAME_AND_NUMBER = re.compile(
@@ -103,6 +106,7 @@ def parse(text: str) -> Iterator[tuple[int, str, Any]]:
 
     # A crash may have cut off the last digits of a line without an end.
     *lines, cut_off = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    # A line without a step waits for the next line that has one.
     next_step = 0
     waiting = []  # (name, value) of lines without a step
     for line in lines:
@@ -112,6 +116,7 @@ def parse(text: str) -> Iterator[tuple[int, str, Any]]:
             waiting.append((name, parse_number(digits, percent)))
             continue
         points = read_line(line)
+        # All points of a line have the same step: look at the first, if there is one.
         for step, _, _ in points[:1]:
             yield from ((step, name, value) for name, value in waiting)
             waiting = []
@@ -125,6 +130,7 @@ def parse(text: str) -> Iterator[tuple[int, str, Any]]:
 
 def read_history(text: str) -> list | None:
     """The records in transformers' trainer_state.json; None if it is another file."""
+    # A cheap test first: metrics.jsonl begins with a brace, too.
     if not text.lstrip().startswith("{") or '"log_history"' not in text:
         return None
     try:
@@ -137,6 +143,8 @@ def read_history(text: str) -> list | None:
 def read_line(line: str) -> list[tuple[int, str, Any]]:
     """The points on a line, all of the same step; none if the line has another format."""
     try:
+        # The formats are told apart by the beginning of the line: an object, a step, or three words
+        # of log.txt. Any other line raises ValueError.
         if line.startswith("{"):
             return read_record(json.loads(line))
         found = STEP.match(line)
@@ -163,6 +171,7 @@ def read_fields(found: re.Match, line: str) -> list[tuple[int, str, float]]:
     step = int(of_main_log or of_terminal)
     if of_total:  # "step 1/20": llm.c counts from 1 on the terminal, from 0 in main.log
         step -= 1
+    # The name stands before the number, or behind it.
     rest = line[found.end() :]
     points = []
     for name, digits, percent in NAME_AND_NUMBER.findall(rest):
@@ -173,5 +182,6 @@ def read_fields(found: re.Match, line: str) -> list[tuple[int, str, float]]:
 
 
 def parse_number(digits: str, percent: str) -> float:
+    """The value of a number that NUMBER has matched; 0.452 for 45.2%."""
     number = float(digits.replace(",", ""))
     return number / 100 if percent else number

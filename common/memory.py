@@ -90,6 +90,7 @@ class TrainingMemory:
 
     def num_params(self, trained: bool) -> int:
         params = self.model.parameters()
+        # A frozen parameter has no gradient and no optimizer states.
         return sum(p.numel() for p in params if p.requires_grad or not trained)
 
     def num_block_matrices(self) -> int:
@@ -97,6 +98,7 @@ class TrainingMemory:
         return sum(p.numel() for p in self.model.h.parameters() if p.dim() == 2)
 
     def weights(self) -> int:
+        """All weights, in float32."""
         return FLOAT * self.num_params(trained=False)
 
     def moments(self) -> int:
@@ -157,6 +159,7 @@ class TrainingMemory:
         C = self.config.n_embd
         V = self.config.padded_vocab_size
         half = self.half
+        # LinearCrossEntropy takes an eighth of the tokens at a time, but at least 256.
         part = max(256, N // 8)
         # In float32, everything happens in the buffer of a part's logits. Otherwise the loop also
         # holds the softmax in float32 and its gradient in 16 bits.
@@ -190,8 +193,12 @@ class TrainingMemory:
         need = []
         for shapes in ((3, C, C), (1, 4 * C, C)):  # c_attn, and the larger ones of the others
             parameter = math.prod(shapes)
+            # Numbers in a batch of Muon: the matrices of as many layers as fit into BATCH_ELEMENTS
             n = parameter * min(L, max(1, BATCH_ELEMENTS // parameter))
+            # Each matrix times its own transpose: a square as long as its shorter side, which is C
             gram = n * C // max(shapes)
+            # The directions in float32; in the dtype of the rounds, three of the matrices
+            # themselves (input, current, next) and two of the squares
             need.append(n * (FLOAT + 3 * size) + 2 * gram * size)
         return max(need)
 
@@ -215,6 +222,7 @@ def free_memory(rt: Runtime) -> int:
         free += torch.cuda.memory_reserved(rt.device) - torch.cuda.memory_allocated(rt.device)
     else:
         free = min(psutil.virtual_memory().available, container_memory())
+        # torchrun sets LOCAL_WORLD_SIZE, the number of its processes on this machine.
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(rt.min(free))
 
@@ -232,6 +240,8 @@ def container_memory(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> fl
     smallest = float("inf")
     for line in lines:
         _, controllers, path = line.split(":", 2)  # 4:memory:/docker/7f3a, or 0::/user.slice
+        # Version 2 has one tree for everything. In version 1, memory has a tree of its own, and
+        # `total_` marks the figures that include the groups below.
         if controllers == "":
             root = sys / "fs/cgroup"
             names = ("memory.max", "memory.current", "")
@@ -242,6 +252,7 @@ def container_memory(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> fl
             continue
         # In a container, the path can be that outside of it. Its own group is then the root.
         group = root / path.lstrip("/")
+        # The tightest limit on the way up to the root counts.
         for folder in (group, *group.parents):
             if folder.is_relative_to(root):
                 smallest = min(smallest, group_memory(folder, *names))
@@ -256,6 +267,7 @@ def group_memory(folder: Path, limit_name: str, usage_name: str, prefix: str) ->
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return float("inf")
+    # Version 1 has no such word: without a limit, it gives a number larger than any memory.
     if limit == "max":
         return float("inf")
     # The kernel gives up cached files, the shards for example, before it runs out of memory.
@@ -277,10 +289,14 @@ def choose_B(B: int, free: int, estimate: TrainingMemory) -> int:
     sequences = estimate.sequences
     candidates = [n for n in range(1, sequences + 1) if sequences % n == 0]
     fitting = [n for n in candidates if estimate.need(n) <= free]
+
+    # Either choose the largest, or accept the one that was given.
     if B == 0 and fitting:
         return max(fitting)
     if B > 0 and estimate.need(B) <= free:
         return B
+
+    # B does not fit. The message says which B does, or what else to lower.
     where = "GPU memory" if estimate.rt.device.type == "cuda" else "memory"
     problem = f"B {max(B, 1)} needs about {gb(estimate.need(max(B, 1)))} of {where} per process"
     if fitting:
@@ -293,4 +309,5 @@ def choose_B(B: int, free: int, estimate: TrainingMemory) -> int:
 
 
 def gb(size: float) -> str:
+    """A number of bytes in GB, for messages."""
     return f"{size / 1e9:.1f} GB"

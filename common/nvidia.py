@@ -22,6 +22,7 @@ import torch
 OLDEST_DRIVER = {13: 580, 12: 525}
 WHEELS = {13: "cu130", 12: "cu126"}
 
+# The version of the kernel's driver. Containers see this file even if they have no GPUs.
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
@@ -45,8 +46,10 @@ def find_gpu() -> tuple[str, int | None] | None:
     nvidia-smi knows both. Without it, the kernel's driver shows that there is one.
     """
     if shutil.which("nvidia-smi"):
+        # A line per GPU: NVIDIA H100 80GB HBM3, 550.54.15
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         try:
+            # With a faulty driver or GPU, nvidia-smi can hang.
             result = subprocess.run(query, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return "an NVIDIA driver", None
@@ -65,11 +68,14 @@ def find_gpu() -> tuple[str, int | None] | None:
 
 
 def device_files() -> list[Path]:
+    """The device files of the GPUs, like /dev/nvidia0."""
     return list(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def explain(driver: int | None) -> str:
     """Cause and remedy, for a driver of this major version."""
+    # The causes that can be recognized come first: the wheel, the driver's age, the container. For
+    # all others, CUDA itself says what is wrong.
     cuda = torch.version.cuda
     if cuda is None:
         return f"torch {torch.__version__} is a build without CUDA; {install_for(driver)}"
@@ -90,7 +96,9 @@ def explain(driver: int | None) -> str:
 
 def install_for(driver: int | None) -> str:
     """The command that installs this version of torch for a driver."""
+    # 2.13.0+cpu -> 2.13.0
     version = torch.__version__.split("+")[0]
+    # The newest CUDA comes first. An unknown driver is taken to be new.
     for cuda, oldest in OLDEST_DRIVER.items():
         if driver is None or driver >= oldest:
             index = f"https://download.pytorch.org/whl/{WHEELS[cuda]}"
@@ -104,6 +112,8 @@ def too_old_for_torch(device: torch.device) -> str | None:
     architectures = [re.fullmatch(r"sm_(\d+)a?", name) for name in torch.cuda.get_arch_list()]
     supported = [int(found[1]) for found in architectures if found]
     major, minor = torch.cuda.get_device_capability(device)
+    # sm_75 is compute capability 7.5. Newer GPUs can run the kernels of older ones, so only the
+    # lower bound is checked.
     if not supported or 10 * major + minor >= min(supported):
         return None
     return (

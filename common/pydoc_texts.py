@@ -5,6 +5,7 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
+# Folders below the library that hold packages installed later, tests, and old or generated code
 SKIPPED_FOLDERS = set(
     "site-packages dist-packages test tests idle_test lib2to3 pydoc_data __pycache__".split()
 )
@@ -18,6 +19,7 @@ def pydoc_texts() -> list[str]:
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = help_topics(library)
+    # Path below the library -> file, for example "json/decoder.py"
     modules = {}
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)
@@ -36,6 +38,7 @@ def pydoc_texts() -> list[str]:
 def help_topics(library: Path) -> dict[str, str]:
     """The topics of Python's `help()`: name -> text."""
     path = library / "pydoc_data" / "topics.py"
+    # Minimal installations of Python can lack the topics.
     if not path.exists():
         return {}
     # The file is one assignment of a dict.
@@ -48,6 +51,7 @@ def docstrings(path: Path) -> str:
     """The docstrings of a module, its classes and its functions."""
     # Not every file there is valid Python for this version.
     try:
+        # Bytes, because a file can declare its own encoding in its first lines.
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return ""

@@ -45,6 +45,7 @@ class RunLog:
         if tracker != "none":
             self.tracker = start_tracker(tracker, folder, name, start_step, settings or {})
 
+        # Remove the steps that will be taken again. The tracker reads metrics.jsonl before that.
         def is_earlier(line: str) -> bool:
             # hellaswag.py adds results without a step to its file: they stay.
             return json.loads(line).get("step", -1) < start_step
@@ -65,10 +66,12 @@ class RunLog:
         """Add values to the record of a step. The training loss, which comes last, completes it."""
         if not self.rt.is_main:
             return
+        # The values of a step come in several calls. A new step completes the last one.
         if step != self.record.get("step"):
             self.flush()
             self.record = dict(step=step)
         self.record |= finite_or_none(values)
+        # log.txt has only the loss and the benchmarks, one value per line.
         for key, stream in STREAMS.items():
             if key in values:
                 append(self.text, f"{step} {stream} {values[key]:.6f}\n")
@@ -79,14 +82,17 @@ class RunLog:
     def write_result(self, step: int, benchmark: str, result: dict):
         """Add all metrics of a benchmark to its own file, for example hellaswag_results.jsonl."""
         if self.rt.is_main:
+            # Opened for each result: benchmarks are rare, and their names are not known before.
             with open(self.folder / f"{benchmark}_results.jsonl", "a") as file:
                 append(file, json.dumps(dict(step=step) | result) + "\n")
 
     def flush(self):
         """Write the current record to metrics.jsonl."""
         if self.record:
+            # A record is complete before it is written, because lines are never changed.
             append(self.metrics, json.dumps(self.record) + "\n")
             if self.tracker:
+                # The tracker draws curves: texts, and values that were not finite, are not sent.
                 numbers = {
                     name: value
                     for name, value in self.record.items()
@@ -113,10 +119,12 @@ class RunLog:
                 f"scale lowered to {values['loss_scale']:,.0f}"
             )
             return
+        # Steps of a small model take milliseconds. All of them are in the files anyway.
         interval = 1 if sys.stderr.isatty() else 10
         if time.monotonic() - self.last_shown < interval:
             return
         self.last_shown = time.monotonic()
+
         parts = [
             f"step {self.record['step']}",
             f"loss {values['loss']:.4f}",
@@ -125,6 +133,7 @@ class RunLog:
             f"{values['ms']:.0f} ms",
             f"{values['tokens_per_sec']:,.0f} tok/s",
         ]
+        # None on a device whose peak is unknown
         if values["mfu"]:
             parts.append(f"mfu {values['mfu']:.1%}")
         parts.append(f"{values['memory'] / 1e9:.2f} GB")
@@ -135,6 +144,7 @@ class RunLog:
         if not self.rt.is_main:
             return []
         self.flush()
+        # The file also has the values from before a resume, which this object has never seen.
         lines = (line.split() for line in (self.folder / "log.txt").read_text().splitlines())
         return [float(value) for _, name, value in lines if name == stream]
 
@@ -157,12 +167,15 @@ def keep_lines(path: Path, is_kept: Callable[[str], bool]):
         try:
             if is_kept(line):
                 kept.append(line + "\n")
+        # A cut line raises ValueError; JSON that is no object, or has no proper step, the others.
         except (ValueError, AttributeError, TypeError):
             continue
+    # Atomically: a crash at this point must not lose the log.
     write_text(path, "".join(kept))
 
 
 def append(file: TextIO, line: str):
+    """Add a line to an open file. Raises OSError that says what to do if the disk is full."""
     try:
         file.write(line)
     except OSError as error:

@@ -24,8 +24,7 @@ from common import nvidia
 from common.console import Dtype, UserError, say
 
 # Dense bf16 FLOP/s (float16 before Ampere) from the vendors' datasheets, by a part of the device's
-# name.
-# More specific names come first.
+# name. The first match counts, so more specific names come first.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -47,6 +46,8 @@ PEAK_FLOPS = {
 
 @dataclass
 class Runtime:
+    """The device, the dtype and the place of one process among the ranks."""
+
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer states are float32
     rank: int = 0
@@ -60,6 +61,7 @@ class Runtime:
     @property
     def dtype_name(self) -> str:
         """The name of the dtype as in Dtype, without "auto"."""
+        # TF32 is no dtype of torch: `start` turns it on by this precision.
         is_tf32 = torch.get_float32_matmul_precision() == "high"
         if self.dtype == torch.float32 and self.device.type == "cuda" and is_tf32:
             return "tf32"
@@ -83,6 +85,7 @@ class Runtime:
 
     def sum(self, values: list[float] | torch.Tensor) -> torch.Tensor:
         """Sum a few numbers over the ranks, in float64 where the device has it."""
+        # A float32 represents whole numbers exactly only up to 2**24, too few for counts of tokens.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         total = torch.as_tensor(values, dtype=wide, device=self.device)
         if self.world_size > 1:
@@ -98,7 +101,10 @@ class Runtime:
         return float(smallest)
 
     def barrier(self):
+        """Wait until all ranks have come to this point."""
         if self.world_size > 1:
+            # On a GPU, a collective only joins the queue. Copying its result to the CPU waits for
+            # it.
             self.sum([0.0]).cpu()
 
     def seed(self, *numbers: int):
@@ -133,6 +139,7 @@ def mixed_seed(*numbers: int) -> int:
     """
     text = " ".join(str(int(number)) for number in numbers)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # 63 bits fit into a signed int64.
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -146,28 +153,37 @@ def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> 
     `device` is "auto" or what torch.device accepts (cuda, cuda:1, mps, cpu). A rank that waits for
     another one longer than `timeout` seconds gives up.
     """
+    # torchrun sets these variables. Without them, the process is alone.
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+
+    # Running on the CPU next to a GPU is slow, and rarely what the user wants.
     chosen = choose_device(device, local_rank)
     if device == "auto" and chosen.type == "cpu" and rank == 0:
         reason = nvidia.why_unusable()
         if reason:
             say(f"warning: running on the CPU: {reason} (--device cpu silences this warning)")
+
+    # NCCL uses the current device, and it must be this rank's before the ranks are joined.
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+    # A process that calls `start` twice joins the others only once.
     if world_size > 1 and not dist.is_initialized():
         check_launcher()
         end_with_launcher()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
     return Runtime(chosen, choose_dtype(chosen, dtype), rank, local_rank, world_size)
 
 
 def leave():
     """End a run, all ranks together."""
     if dist.is_initialized():
+        # A rank that ends early would break the connections that slower ranks still use.
         dist.barrier()
         dist.destroy_process_group()
 
@@ -196,10 +212,12 @@ def end_with_launcher():
     """
     launcher = os.getppid()
 
+    # A process whose parent has ended gets another parent.
     def watch():
         while os.getppid() == launcher:
             time.sleep(1)
         print("error: torchrun is gone", file=sys.stderr, flush=True)
+        # sys.exit would only end this thread.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -215,6 +233,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         has_cuda = torch.cuda.is_available()
+
     if name == "auto":
         if has_cuda:
             name = "cuda"
@@ -222,17 +241,21 @@ def choose_device(name: str, local_rank: int) -> torch.device:
             name = "mps"
         else:
             name = "cpu"
+
+    # torch knows the syntax of device names, for example cuda:1.
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device {name!r} is unknown: use auto, cuda, mps or cpu") from error
 
+    # Check that the device exists, and that this build of torch has kernels for it.
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not available on this machine")
     if device.type == "cuda":
         if not has_cuda:
             reason = nvidia.why_unusable() or "this machine has no NVIDIA GPU, or no driver for it"
             raise UserError(f"device cuda is not available: {reason}")
+        # Each rank of a machine has a GPU of its own.
         if device.index is None:
             device = torch.device("cuda", local_rank)
         num_gpus = torch.cuda.device_count()
@@ -250,6 +273,7 @@ def choose_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
     if dtype == "auto":
         if has_fast_bf16(device):
             return torch.bfloat16
+        # float16 is the only fast type of these GPUs. It needs loss scaling.
         return torch.float16 if device.type == "cuda" else torch.float32
     return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
 
@@ -290,8 +314,13 @@ class StopSignal:
     def __enter__(self):
         self.number = 0
         reader, self.writer = socket.socketpair()
+        # Python demands a non-blocking socket: a signal handler must never wait.
         self.writer.setblocking(False)
         signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+
+        # The C handler writes only for signals that have a handler in Python, hence one that does
+        # nothing. It also replaces the default reactions: KeyboardInterrupt, or the end of the
+        # process.
         self.old_handlers = {}
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows lacks the last two
@@ -303,10 +332,12 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
+        # A closed writer ends the thread: its `recv` then returns no bytes.
         signal.set_wakeup_fd(-1)
         self.writer.close()
 
     def _watch(self, reader: socket.socket):
+        # Each byte is the number of a signal.
         first_time = 0.0
         while numbers := reader.recv(16):
             for number in numbers:
@@ -314,5 +345,6 @@ class StopSignal:
                     first_time = time.monotonic()
                     self.number = number
                 elif time.monotonic() - first_time > 5:
+                    # The shells' exit code for a program that a signal has ended.
                     os._exit(128 + number)
         reader.close()

@@ -26,13 +26,16 @@ import tiktoken
 from common.console import Progress, UserError, checksum, say, write_atomically, write_text
 from common.tokenizer import load_tokenizer
 
+# File in the folder of the shards that describes them
 MANIFEST = "manifest.json"
 GPT2_VOCAB_SIZE = 50257
+
 # A .bin file begins with 256 int32: magic number, version, number of tokens, zeros.
 BIN_HEADER_INTS = 256
 BIN_HEADER_BYTES = 4 * BIN_HEADER_INTS
 BIN_MAGIC = 20240520
 BIN_VERSION = 1
+
 # what nanoGPT writes next to train.bin and val.bin if their tokens are not GPT-2's
 NANOGPT_VOCABULARY = "meta.pkl"
 SAMPLE_BYTES = 4096  # of each end of a shard that has no checksum in a manifest, for a fingerprint
@@ -86,6 +89,7 @@ class Shards:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens in all shards of the split."""
         return sum(self.lengths)
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
@@ -94,6 +98,8 @@ class Shards:
         if self._mapped_shard != shard:
             self._mapped_shard = shard
             self._mapped_tokens = map_shard(self.paths[shard])
+        # A slice of the map: the tokens come from the disk when they are used, first by `max`
+        # below.
         tokens = self._mapped_tokens[start:stop]
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UserError(
@@ -120,6 +126,7 @@ class Shards:
                 f"{self.paths[0]} has too few tokens ({num_read}): at least 2 are needed, "
                 "shard more text"
             )
+        # In the usual case, one shard is enough and nothing is copied.
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -163,6 +170,8 @@ def split_of(path: Path) -> str | None:
     Only complete words count: pretrain_val_000.npy is for validation, retrieval_train_000.npy for
     training.
     """
+
+    # The words of edufineweb_val_000000: {"edufineweb", "val"}
     words = set(re.findall("[a-z]+", path.stem.lower()))
     splits = [split for split, synonyms in SPLIT_WORDS.items() if words & synonyms]
     if len(splits) > 1:
@@ -185,6 +194,7 @@ def map_shard(path: Path) -> np.ndarray:
 
 
 def map_npy(path: Path) -> np.ndarray:
+    """A .npy file, as this project and build-nanogpt write it."""
     # np.load fails if the file is shorter than its header says, without reading the tokens.
     try:
         tokens = np.load(path, mmap_mode="r")
@@ -206,6 +216,8 @@ def map_bin(path: Path) -> np.ndarray:
     # As uint16, the magic number begins with 55,432, which is no token of GPT-2: a file without
     # a header can't be mistaken for one with a header.
     has_header = len(header) > 0 and header[0] == BIN_MAGIC
+
+    # Files without a header are recognized by their names only.
     if path.stem in ("train", "val") and not has_header:
         return map_nanogpt(path)
     if not has_header:
@@ -214,6 +226,8 @@ def map_bin(path: Path) -> np.ndarray:
             "format: it is damaged, or of another format (only train.bin and val.bin, as nanoGPT "
             "names them, are read without a header)"
         )
+
+    # The file must have exactly the tokens that its header announces.
     size = path.stat().st_size
     if size < BIN_HEADER_BYTES:
         raise UserError(f"{path} is truncated in its header: download or make it again")
@@ -232,9 +246,11 @@ def map_bin(path: Path) -> np.ndarray:
 def map_nanogpt(path: Path) -> np.ndarray:
     """nanoGPT's train.bin or val.bin: nothing but uint16."""
     size = path.stat().st_size
+    # Without a header, this is the only sign of a truncated file.
     if size == 0 or size % 2:
         raise UserError(f"{path} has {size:,} bytes, not 2 per token: make it again")
     vocabulary = path.with_name(NANOGPT_VOCABULARY)
+    # A pickle is never opened: loading it can run code from its author.
     if vocabulary.exists():
         raise UserError(
             f"{path} does not hold GPT-2's tokens but those of {vocabulary}, a pickle, which could "
@@ -253,6 +269,7 @@ def read_manifest(folder: str | Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text())
+        # Look up all fields that readers need, so that a missing one is noticed at once.
         for key in ("vocab_size", "tokenizer", "dtype"):
             manifest[key]
         for shard in manifest["shards"]:
@@ -293,6 +310,7 @@ def check_against_manifest(path: Path, tokens: np.ndarray, manifest: dict):
 def shards_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     """The tokenizer that the shards of a folder were made with; without a manifest, GPT-2's."""
     manifest = read_manifest(folder)
+    # Any name but gpt2 is that of a vocabulary file next to the shards.
     name = manifest["tokenizer"] if manifest else "gpt2"
     return load_tokenizer(name if name == "gpt2" else Path(folder) / name)
 
@@ -306,6 +324,7 @@ def shards_fingerprint(folder: str | Path) -> str:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    # With a manifest, the tokenizer and the shards count, not how they were made.
     identity = hashlib.sha256()
     if manifest:
         identity.update(json.dumps(manifest.get("tokenizer_sha256")).encode())
@@ -313,6 +332,8 @@ def shards_fingerprint(folder: str | Path) -> str:
             description = [shard["name"], shard["tokens"], shard.get("sha256")]
             identity.update(json.dumps(description).encode())
         return identity.hexdigest()
+
+    # Without one, a sample of each file must do, because reading all of it would take minutes.
     for path in filter(split_of, find_shards(folder)):
         with open(path, "rb") as file:
             size = path.stat().st_size
@@ -403,6 +424,7 @@ class ShardWriter:
                 break
             verified.append(shard)
 
+        # Take over what is good. What happens next depends on how the earlier run ended.
         is_verified = earlier["complete"] and len(verified) == len(earlier["shards"])
         # At the end of the source there is no next position.
         has_ended = is_verified and verified[-1]["next"] is None
@@ -443,6 +465,7 @@ class ShardWriter:
         """The position in the source at which the first unfinished shard begins."""
         if not self.manifest["shards"]:
             return SOURCE_START
+        # The last finished shard says where it stopped.
         return self.manifest["shards"][-1]["next"]["position"]
 
     def add(
@@ -465,6 +488,7 @@ class ShardWriter:
         # num_taken counts the tokens of the batch that are in the buffer or in a shard.
         num_taken = position["token"]
         while num_taken < len(tokens) and not self.is_full:
+            # Copy what fits into the shard, below the limit of max_tokens.
             room = self.shard_size - self.num_buffered
             if self.max_tokens is not None:
                 room = min(room, self.max_tokens - self.num_tokens)
@@ -472,8 +496,10 @@ class ShardWriter:
             self.buffer[self.num_buffered : self.num_buffered + len(part)] = part
             self.num_buffered += len(part)
             num_taken += len(part)
+            # One batch can fill several shards, if they are small.
             if self.num_buffered == self.shard_size or self.is_full:
                 self._finish_shard(position, lengths, num_taken, is_continuation)
+
         documents, empty = count_documents(lengths, is_continuation)
         self.manifest["documents"] += documents
         self.manifest["empty_documents"] += empty
@@ -483,10 +509,14 @@ class ShardWriter:
     ):
         """Write the buffer. `num_taken` tokens of the batch are in this or earlier shards."""
         # The next shard begins in the first document that does not end by here. Empty documents
-        # (length 0) at this place belong to the finished shard, hence side="right".
+        # (length 0) at this place belong to the finished shard, hence side="right". For example:
+        #
+        #     lengths 3, 0, 5    ends 3, 3, 8    num_taken 3 gives num_done 2
         ends = np.cumsum(lengths)
         num_done = int(np.searchsorted(ends, num_taken, side="right"))
         done_tokens = int(ends[num_done - 1]) if num_done else 0
+
+        # The state is that before the batch, because the stream can only be entered there.
         next_position = Position(
             document=position["document"] + num_done,
             token=num_taken - done_tokens,
@@ -500,6 +530,8 @@ class ShardWriter:
             documents=self.manifest["documents"] + documents,
             empty_documents=self.manifest["empty_documents"] + empty,
         )
+
+        # The first shard is for validation, as in build-nanogpt.
         split = "train" if self.manifest["shards"] else "val"
         shard = self._write_shard(split, self.num_shards, self.buffer[: self.num_buffered], after)
         self.num_buffered = 0
@@ -514,10 +546,13 @@ class ShardWriter:
                 f"the source holds only {self.num_tokens} tokens of text, too few to set a tenth "
                 f"aside for validation: at least {MIN_TOKENS} are needed, give more text"
             )
+
         shards = list(self.manifest["shards"])
         rest = self.buffer[: self.num_buffered]
         # All branches leave at least one token for training.
         if self.is_full:
+            # The documents of the batch that crossed the limit were counted to its end: take the
+            # count at the limit instead.
             self._take(shards)
         elif len(shards) < 2:
             shards = self._split_small_corpus(shards, rest)
@@ -533,6 +568,7 @@ class ShardWriter:
     def _remove_leftovers(self):
         """Remove shards of earlier, interrupted runs that the manifest does not list."""
         names = {shard["name"] for shard in self.manifest["shards"]}
+        # For example edufineweb_train_000012.npy
         for path in self.folder.glob(f"{self.prefix}_*_??????.npy"):
             if path.name not in names:
                 path.unlink()
@@ -542,6 +578,7 @@ class ShardWriter:
 
         A whole shard for validation would leave less than that for training.
         """
+        # Read back the full shard, if there is one. It was written for validation.
         tokens = rest
         if shards:
             tokens = np.concatenate([map_shard(self.folder / shards[0]["name"]), rest])
@@ -563,6 +600,7 @@ class ShardWriter:
         return dict(name=path.name, tokens=len(tokens), sha256=checksum(path), next=after)
 
     def _write_manifest(self, shards: list[dict], complete: bool = False):
+        """Write the manifest with these shards. `tokens` always agrees with them."""
         self.manifest |= dict(
             shards=shards, complete=complete, tokens=sum(shard["tokens"] for shard in shards)
         )

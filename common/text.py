@@ -42,6 +42,7 @@ from common.shards import Position
 BATCH_DOCUMENTS = 64  # documents in a batch; a worker process tokenizes one batch at a time
 BATCH_CHARS = 2**20  # a batch of texts from files ends when it has more characters
 
+# Half of a surrogate pair, which is no character: "\ud83d" in a JSON file whose text was cut.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -51,10 +52,12 @@ class HubDataset(NamedTuple):
     prefix: str  # of the shards' file names
 
 
+# The datasets of the hub that fineweb.py knows, by the name of the source
 HUB = {
     "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "edu_fineweb", "edufineweb"),
     "fineweb": HubDataset("HuggingFaceFW/fineweb", "fineweb", "fineweb"),
 }
+# Nominal number of GPT-2 tokens in a subset
 HUB_TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
 
 
@@ -74,6 +77,7 @@ def open_source(
     is missing or the kind has no use for it or for text_column.
     """
     files = [name for pattern in data_files for name in expand(pattern)]
+    # A flag that changes nothing is probably a mistake.
     if bool(files) != (kind in FILE_SOURCES):
         raise UserError(
             "--data_files GLOB is needed for the sources parquet, json and text, and only for these"
@@ -138,6 +142,7 @@ class Source:
                 for batch, next_position in self._read(position):
                     yield batch
                     position = next_position
+                    # Only failures in a row count.
                     num_failures = 0
                     has_read = True
                 return
@@ -167,8 +172,10 @@ class Source:
         is_about_data = isinstance(error, (ValueError, OSError, EOFError, ImportError, zlib.error))
         is_about_data |= isinstance(error, TypeError) and "cast" in str(error)
         if is_about_data or type(error).__module__.startswith(("datasets", "pyarrow")):
+            # The `datasets` library wraps the error that names the reason.
             reason = error.__cause__ or error
             return UserError(f"{self.damaged_place()} can't be read as {self.kind}: {reason}")
+        # Any other error is a bug, and keeps its traceback.
         return error
 
 
@@ -180,6 +187,8 @@ class StreamSource(Source):
         raise NotImplementedError
 
     def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        # Arrow tables, because Python strings would cost time and memory in this process: only the
+        # workers that tokenize need them.
         dataset = self.open().with_format("arrow")
         if position["state"] is not None:
             dataset.load_state_dict(position["state"])
@@ -187,8 +196,10 @@ class StreamSource(Source):
             check_column_type(table[self.text_column].type, self.text_column, "the source")
             # Only the first batch after a resume has documents to skip.
             column = table[self.text_column].combine_chunks()[position["skip"] :]
+            # One type for all sources: a column can also be large_string or null.
             texts = column.cast(pa.string())
             texts.validate(full=True)  # raises if a text is not UTF-8
+            # After iter has yielded a batch, the state is that behind it.
             next_position = Position(
                 document=position["document"] + len(texts),
                 token=0,
@@ -227,6 +238,8 @@ class ParquetSource(StreamSource):
         self.is_remote = has_url(files)
 
     def open(self):
+        # The loader needs the type of the column, so look into the files first: into the first one
+        # only if they are remote, otherwise into all.
         datasets = import_datasets()
         options = {}
         if self.is_remote:
@@ -267,6 +280,8 @@ class ParquetSource(StreamSource):
         """The footers of the files (local ones) that have rows; the others are reported."""
         found = {}
         for name in self.files:
+            # A footer holds the schema and the number of rows. Reading it is fast for files of any
+            # size.
             try:
                 metadata = pq.read_metadata(name)
             except (OSError, ValueError) as error:
@@ -297,6 +312,7 @@ class ParquetSource(StreamSource):
         """The first damaged file. The libraries' errors do not name it."""
         # URLs do not exist as paths, and are not downloaded again for this.
         for name in filter(os.path.exists, self.files):
+            # Read the texts of each file again, until one fails.
             try:
                 for batch in pq.ParquetFile(name).iter_batches(columns=[self.text_column]):
                     batch.validate(full=True)
@@ -338,12 +354,18 @@ class FileSource(Source):
         return total
 
     def _read(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        # Position of the first batch: number of its file, and texts of that file in earlier batches
         state = position["state"] or {"file": 0, "text": 0}
+        # The `datasets` library read these files in earlier versions, and its state has other
+        # fields.
         if state.keys() != {"file", "text"}:
             raise UserError(
                 "the shards were begun by an earlier version, which read text differently: "
                 "choose another out_dir"
             )
+
+        # Cut the files into batches as in the run that stored the position, and drop those before
+        # it.
         for number in range(state["file"], len(self.files)):
             num_texts = 0
             self._current_file = self.files[number]
@@ -360,6 +382,8 @@ class FileSource(Source):
                     state={"file": number, "text": num_texts},
                     skip=0,
                 )
+                # Only the first text of a batch can be the next part of a document. If it was
+                # skipped, the batch begins with a new one.
                 yield Batch(position, array, is_continuation and skip == 0), next_position
                 position = next_position
 
@@ -378,8 +402,11 @@ class FileSource(Source):
         texts = []
         num_chars = 0
         begins_with_part = False
+        # A zip archive has several members, which follow each other like the parts of one file.
         paths = members(name)
         for text, is_part in itertools.chain.from_iterable(map(self.read_texts, paths)):
+            # A part of a document must be the first text of its batch: is_continuation is about
+            # that one only.
             is_full = len(texts) == BATCH_DOCUMENTS or num_chars >= BATCH_CHARS
             if texts and (is_full or is_part):
                 yield texts, begins_with_part
@@ -410,6 +437,8 @@ class JsonSource(FileSource):
             yield self.text_of(value, place), False
 
     def text_of(self, value: object, place: str) -> str | None:
+        """The text of an object, None if it is null. Raises UserError if there is no such field."""
+        # The field must hold a string, or null for an empty document.
         match value:
             case {self.text_column: str() | None as text}:
                 return text
@@ -437,23 +466,29 @@ class TextSource(FileSource):
         is_separated = False  # is there a separator before the document?
         at_line_start = True
         for block in read_blocks(path):
+            # The block continues the document. Texts behind its separators begin new ones.
             first, *others = split_at_separators(block, at_line_start)
             at_line_start = block.endswith("\n")
             document += first
             if is_separated and not is_part:
+                # The line breaks behind a separator can go on in the next block.
                 document = document.lstrip("\n")
             for text in others:
+                # A separator ends the document.
                 document = document.rstrip("\n")
                 if document:
                     yield document, is_part
                 document = text.lstrip("\n")
                 is_part = False
                 is_separated = True
+            # Pass on the beginning of a long document, so that memory does not grow with it.
             while len(document) > blocks.PART_CHARS:
                 place = place_to_cut(document)
                 yield document[:place], is_part
                 document = document[place:]
                 is_part = True
+
+        # The end of a file is like a separator, but a file without separators is taken as it is.
         if is_separated:
             document = document.rstrip("\n")
         # An empty file counts as an empty document.
@@ -490,6 +525,7 @@ def open_stream(path: str, **options):
 
 def expand(pattern: str) -> list[str]:
     """The files that match a glob, sorted; a URL is returned as it is."""
+    # A URL is no pattern: servers do not list their files.
     if "://" in pattern:
         return [pattern]
     if os.path.isfile(pattern):  # a name with a * or [ in it
@@ -503,11 +539,13 @@ def expand(pattern: str) -> list[str]:
 
 
 def has_url(files: list[str]) -> bool:
+    """Whether some of the files are read over the network."""
     return any("://" in name for name in files)
 
 
 def check_column_type(column_type: pa.DataType, column: str, place: str):
     """Raise UserError if a column does not contain strings, or nulls only."""
+    # A dictionary column stores each distinct value once, and refers to it.
     if pa.types.is_dictionary(column_type):
         column_type = column_type.value_type
     if str(column_type) not in ("string", "large_string", "string_view", "null"):

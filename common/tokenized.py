@@ -32,6 +32,7 @@ from common.shards import (
     split_of,
 )
 
+# <|endoftext|> has the last of GPT-2's ids.
 END_OF_TEXT_ID = GPT2_VOCAB_SIZE - 1
 UNFINISHED = ".download"  # subfolder of files that are not complete or not verified
 COUNT_TOKENS = 2**24  # tokens that are verified at a time, to keep memory small
@@ -44,6 +45,7 @@ def download_shards(repo: str, folder: Path, max_tokens: int | None) -> dict:
     of an earlier run are verified and stay. Raises UserError if the folder holds other shards, or
     max_tokens leaves none for training; OSError if the hub can't be reached or the disk is full.
     """
+    # Of an earlier run, keep the shards that are still what the manifest says.
     manifest = read_manifest(folder)
     if manifest and (manifest.get("source"), manifest.get("repo")) != ("tokenized", repo):
         raise UserError(
@@ -67,6 +69,8 @@ def download_shards(repo: str, folder: Path, max_tokens: int | None) -> dict:
     # A lower max_tokens than before removes nothing.
     if manifest:
         wanted = shards[: max(len(wanted), len(manifest["shards"]))]
+
+    # The same fields as in fineweb.py's other manifests, as far as they apply
     header = dict(
         source="tokenized",
         repo=repo,
@@ -91,6 +95,8 @@ def fetch(repo: str, folder: Path, header: dict, wanted: list[HubFile], verified
     shutil.rmtree(unfinished / ".cache", ignore_errors=True)
     check_disk(folder, sum(file.size for file in wanted if file.name not in verified))
 
+    # Each file ends up in the folder and in the manifest before the next one begins, so a run that
+    # is killed loses at most one.
     entries = []
     total = sum(file.size for file in wanted)
     with Progress(total=total, unit="B", unit_scale=True, desc="downloading") as bar:
@@ -100,6 +106,8 @@ def fetch(repo: str, folder: Path, header: dict, wanted: list[HubFile], verified
             entry = verified.get(file.name)
             if entry is None:
                 path = folder / file.name
+                # The file can be there already: a run that was killed between moving and the
+                # manifest, or another program, has left it.
                 if not is_same(path, file):
                     path = download_file(repo, header["revision"], file.name, unfinished, bar)
                 entry = describe(path, file)
@@ -117,6 +125,7 @@ def fetch(repo: str, folder: Path, header: dict, wanted: list[HubFile], verified
 
 
 def tokens_in(file: HubFile) -> int:
+    """Number of tokens in a shard, by its size: 2 bytes each, after the header."""
     return (file.size - BIN_HEADER_BYTES) // 2
 
 
@@ -128,6 +137,7 @@ def sort_shards(repo: str, files: list[HubFile]) -> list[HubFile]:
         # Files in folders belong to something else.
         if split and file.name.endswith(".bin") and "/" not in file.name:
             splits[split].append(file)
+    # Training needs both splits.
     for split, found in splits.items():
         if not found:
             raise UserError(
@@ -141,6 +151,7 @@ def choose(shards: list[HubFile], max_tokens: int | None) -> list[HubFile]:
     """The first shards that hold max_tokens together; all of them if they hold fewer."""
     if max_tokens is None:
         return shards
+    # At least one training shard must be among them, and those for validation come first.
     num_val = sum(tokens_in(file) for file in shards if split_of(Path(file.name)) == "val")
     if max_tokens <= num_val:
         raise UserError(
@@ -191,11 +202,13 @@ def describe(path: Path, file: HubFile) -> dict:
     Raises UserError if it is not what the hub announced, or has an id outside GPT-2's vocabulary.
     """
     digest = checksum(path)
+    # Small files have no checksum to compare with.
     if file.sha256 not in (None, digest):
         path.unlink()
         raise UserError(
             f"{file.name} arrived damaged, its checksum is wrong: run the same command again"
         )
+    # Look at every token: training would only notice a wrong one when it comes to it.
     tokens = map_shard(path)
     num_documents = 0
     for start in range(0, len(tokens), COUNT_TOKENS):
@@ -219,6 +232,7 @@ def move(path: Path, target: Path):
 
 
 def write_manifest(folder: Path, header: dict, entries: list[dict], complete: bool):
+    """Write the manifest of the folder, with the counts of these shards."""
     counts = dict(
         complete=complete,
         documents=sum(entry["documents"] for entry in entries),

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # sha256 of GPT-2's vocabulary, in the format of vocab.tiktoken, and merges; see simplify
 GPT2_CHECKSUM = "83568348561f72762689c638ebb30a596c915ce12ad0d300a48642b92c91fea2"
+
 MIN_VOCAB_SIZE = 257  # all bytes, and <|endoftext|>
 CUT = "\0cut\0"  # special token at which encode_texts cuts a text
 WHITESPACE = r"\s\v\x{85}\pZ"  # the characters of \s in GPT-2's pattern, as Arrow spells them
@@ -59,6 +60,7 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
     Files are vocab.tiktoken, tokenizer.json, or vocab.json with merges.txt next to it. Raises
     OSError if the tokenizer is not available, UserError if it is not a byte-level BPE.
     """
+    # A local file or folder comes first, then the hub. The name gpt2 is taken.
     if str(name_or_path) == "gpt2":
         return load_gpt2()
     path = Path(name_or_path)
@@ -83,6 +85,7 @@ def load_tokenizer(name_or_path: str | Path) -> tiktoken.Encoding:
 
 
 def load_gpt2() -> tiktoken.Encoding:
+    """GPT-2's tokenizer, which tiktoken downloads once and keeps in a cache."""
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
@@ -105,6 +108,8 @@ def load_file(path: Path) -> tiktoken.Encoding:
     """The tokenizer of a file, whose content tells its format."""
     # merges.txt is the only one that does not.
     text = "" if path.name == "merges.txt" else read_text(path)
+    # The three formats: merges.txt; Hugging Face's JSON; the text that checkpoints store, which is
+    # vocab.tiktoken or the JSON of a ForeignEncoding, whose first field is end_of_text.
     is_checkpoint_text = text.startswith('{"end_of_text"')
     if path.name == "merges.txt" or text.lstrip().startswith("{") and not is_checkpoint_text:
         foreign = read_tokenizer(path)
@@ -113,6 +118,7 @@ def load_file(path: Path) -> tiktoken.Encoding:
     try:
         return tokenizer_from_text(text)
     except UserError as error:
+        # The message begins with "not a ...".
         raise UserError(f"{path} is {error}") from error
 
 
@@ -131,6 +137,7 @@ def simplify(foreign: ForeignEncoding) -> tiktoken.Encoding:
     """
     description = foreign.description
     added = description["added_tokens"]
+    # Tokenizers of this form split by GPT-2's pattern, and have one special token.
     if (
         not splits_like_gpt2(description)
         or [token["content"] for token in added] != [END_OF_TEXT]
@@ -149,6 +156,8 @@ def simplify(foreign: ForeignEncoding) -> tiktoken.Encoding:
     if not all(bytes([byte]) in ranks for byte in range(256)):
         return foreign
 
+    # GPT-2's tokenizer, recognized by its checksum, gets its name back. In all others, the merges
+    # must be those that follow from the ids.
     enc = encoding_of(ranks)
     pairs = merge_pairs(description)
     merges = [(spelled_bytes(left), spelled_bytes(right)) for left, right in pairs]
@@ -257,6 +266,7 @@ def encode_texts(
 
     has_null_character = any("\0" in text for text in texts.to_pylist() if text)
     if has_null_character or isinstance(enc, ForeignEncoding):
+        # Without cuts: the text itself could contain CUT, or the tokenizer has another pattern.
         splitter = enc
         special_tokens = set()
     else:
@@ -280,6 +290,7 @@ def encode_texts(
         )  # (tokens and cuts,) uint32
         parts += [end_of_text, ids]
         lengths.append(1 + np.count_nonzero(ids != enc.n_vocab))
+    # Remove the cuts. The remaining ids fit into 16 bits if the vocabulary does.
     ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
     dtype = np.uint16 if enc.n_vocab <= 65536 else np.uint32
     return ids[ids != enc.n_vocab].astype(dtype), lengths
@@ -321,11 +332,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "tuple[tiktoken.En
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,  # <|endoftext|> is added last
+        # All 256 bytes, also those that the texts do not contain
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     library.train_from_iterator(texts, trainer)
     library.add_special_tokens([END_OF_TEXT])
+    # Training ends early if no pair is left to merge.
     if library.get_vocab_size() < vocab_size:
         raise UserError(
             f"the texts give only {library.get_vocab_size()} tokens, not {vocab_size}: "
@@ -351,6 +364,8 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     merges = []
     by_rank = sorted(ranks.items(), key=lambda item: item[1])
     for token, rank in tqdm(by_rank, "merges", leave=False, delay=2):
+        # Encode the token with the tokens of lower rank, from its bytes on. In GPT-2's, "the" is
+        # "t", "h", "e", then "t", "he".
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             # Merge the pair with the lowest rank, as BPE does when it encodes.

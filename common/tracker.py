@@ -55,6 +55,7 @@ class Dashboard:
     """A run in wandb, or in Trackio, whose functions have the same names."""
 
     def __init__(self, name: TrackerName, folder: Path, run_name: str, settings: dict):
+        # A new run gets a new identity, also in the folder of an earlier one whose logs are gone.
         metrics = folder / "metrics.jsonl"
         identity = folder / "tracker_id.txt"
         if not (identity.exists() and metrics.exists()):
@@ -62,9 +63,12 @@ class Dashboard:
         run_id = identity.read_text().strip()
         self.last_step = last_step(metrics)
 
+        # Both packages have `init`, but find an earlier run in different ways.
         self.package = import_module(name)
+        # "allow" continues the run if it exists, and begins it otherwise.
         options: dict[str, Any] = dict(project=PROJECT, config=settings, resume="allow")
         if name == "wandb":
+            # A resumed run may have other settings, which wandb refuses by default.
             options |= dict(id=run_id, name=run_name, dir=folder, allow_val_change=True)
         else:
             # Trackio finds a run by its name, so that has to be unique.
@@ -72,6 +76,7 @@ class Dashboard:
         self.run = self.package.init(**options)
 
     def log(self, step: int, values: dict[str, float]):
+        # A run that was killed has sent these steps before.
         if step > self.last_step:
             self.run.log(values, step=step)
 
@@ -91,6 +96,7 @@ class TensorBoard:
 
         # Of earlier event files, the steps from purge_step on are not shown.
         self.writer = SummaryWriter(folder, purge_step=start_step)
+        # TensorBoard renders text as Markdown.
         rows = [(name, str(value)) for name, value in settings.items()]
         self.writer.add_text("settings", table(("setting", "value"), rows), start_step)
         say(f"TensorBoard: tensorboard --logdir {folder}")
@@ -101,6 +107,7 @@ class TensorBoard:
         self.writer.flush()  # a killed process loses nothing
 
     def log_pictures(self, step: int, paths: list[Path]):
+        # Imported late, because matplotlib is slow to import and only the last step needs it.
         from matplotlib.image import imread
 
         for path in paths:
@@ -114,6 +121,7 @@ class TensorBoard:
 def last_step(metrics: Path) -> int:
     """The last step in metrics.jsonl; -1 without one."""
     steps = [-1]
+    # Not simply the last line: that can be cut off.
     for line in metrics.read_text().splitlines() if metrics.exists() else []:
         try:
             steps.append(json.loads(line)["step"])
