@@ -27,8 +27,10 @@ class Windows:
 
     Consecutive windows share a token, which is the last target of one and the first input of the
     next. Only this class decides which windows exist; the rest of the file orders and reads them.
-    (Windows that begin at documents would be another such class. If they contained padding, the
-    micro-batches would need weights as in FinetuneLoader.)
+
+    (Windows that begin at documents would be another such class. It would have to search the shards
+    for the end-of-text token, and the choice would be one of train_gpt2.py's resume_keys. If they
+    contained padding, the micro-batches would need weights as in FinetuneLoader.)
     """
 
     def __init__(self, shards: Shards, T: int):

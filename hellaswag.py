@@ -119,15 +119,15 @@ class Rendering:
     lengths: list[int] | None
 
 
-# The ending is tokenized by itself, and its length is its number of tokens.
 def completion(enc: tiktoken.Encoding, example: dict) -> Rendering:
+    """build-nanogpt's way: the ending is tokenized by itself, its length is counted in tokens."""
     context = enc.encode_ordinary(example["ctx"])
     endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
     return Rendering(Request(context or [enc.eot_token], endings), lengths=None)
 
 
-# The whole text is tokenized, and the length of an ending is its number of characters.
 def harness(enc: tiktoken.Encoding, example: dict) -> Rendering:
+    """lm-evaluation-harness's way: the whole text is tokenized, lengths are in characters."""
     # ctx_b is the beginning of the sentence that the endings continue; it is often empty.
     context = f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}"
     endings = [clean(ending) for ending in example["endings"]]

@@ -352,8 +352,8 @@ class GPT(nn.Module):
 
         A text may be longer than the context: the model then sees a window at its end. Positions
         are absolute and learned, so the tokens of a window that has moved have to be read again.
-        It therefore moves rarely, by half of its size, and one token in block_size / 2 costs a
-        pass over half a window. With a block_size of 8, tokens a to m:
+        It therefore moves rarely, but then by half of its size (window_step): a pass over half a
+        window for every block_size / 2 tokens. With a block_size of 8, tokens a to m:
 
             text       a b c d e f g h i j k l m
             window 1   a b c d e f g h
@@ -399,7 +399,8 @@ class GPT(nn.Module):
                 cache.replace(full, moved)
                 last[full] = positions
 
-            # Rows that moved have already read this token; it is not worth a special case.
+            # Rows that moved compute this token a second time; skipping them would complicate the
+            # code.
             x = self.hidden(tokens[:, None], last[:, None], cache=cache)[:, 0]
 
     @property

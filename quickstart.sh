@@ -41,5 +41,6 @@ echo
 loss=$(awk '$2 == "val" {loss = $3} END {print loss}' $LOG/log.txt)
 echo "Final validation loss: $loss nats per token"
 echo "A sample:"
+# Up to the first line of 80 hyphens, which sample.py writes behind each sample
 sed '/^-\{80\}$/,$d; s/^/    /' $LOG/samples.txt
 echo "Plots: $LOG/log_plot.png, $LOG/validation_loss.png and others in the same folder"

@@ -53,7 +53,7 @@ class Config:
     # ---- Length of the run, in steps or in epochs
 
     # optimizer steps; None = 19073 (10B tokens), unless num_epochs is given. A finished run that is
-    # resumed with more steps continues: the learning rate returns to the schedule of the new number
+    # resumed with more steps continues, at the learning rate that the longer schedule has there
     max_steps: int | None = None
     num_epochs: int | None = None  # passes over the training shards, instead of max_steps
 
@@ -407,8 +407,8 @@ def save(run: Run, step: int):
     if not run.rt.is_main:
         return
 
-    # Everything an exact resume needs. The data order and the dropout are functions of the seed and
-    # the step, so no state of a random generator is among it.
+    # `set_up` reads these fields. The data order and the dropout are functions of the seed and the
+    # step, so no state of a random generator is among them.
     state = checkpoint.build(
         run.model,
         run.enc,

@@ -42,18 +42,18 @@ FINAL = "model_final.pt"
 FILE_NAME = re.compile(r"model_(\d{5,}|final)\.pt")
 
 
-def build(model: GPT, enc: tiktoken.Encoding, step: int, **resume) -> dict:
+def build(model: GPT, enc: tiktoken.Encoding, step: int, **more) -> dict:
     """The checkpoint of a model after `step` optimizer steps, for `save`.
 
-    `resume` holds what an exact resume needs in addition, for example the optimizer's state dict.
-    The tensors are not copied.
+    `more` are the fields that a stage adds, such as the optimizer's state dict, which it needs to
+    resume. The tensors are not copied.
     """
     return dict(
         model=model.state_dict(),
         config=asdict(model.config),
         tokenizer=tokenizer_to_text(enc),
         step=step,
-        **resume,
+        **more,
     )
 
 

@@ -242,8 +242,9 @@ def explain(error: Exception, what: str) -> Exception:
             "whether the network requires a login in a browser"
         )
 
-    # The disk, or the network. Errors of the disk come from the system, and have an errno.
-    if isinstance(error, OSError) and error.errno:
+    # The disk, or the network. Both have errors from the system, with an errno.
+    is_network = isinstance(error, (ConnectionError, TimeoutError))
+    if isinstance(error, OSError) and error.errno and not is_network:
         return OSError(f"{what} can't be written ({error.strerror}): make room, then run again")
     if constants.is_offline_mode():
         return OSError(f"{what} can't be downloaded: HF_HUB_OFFLINE is set")

@@ -160,7 +160,7 @@ class TrainingMemory:
         V = self.config.padded_vocab_size
         half = self.half
         # LinearCrossEntropy takes an eighth of the tokens at a time, but at least 256.
-        part = max(256, N // 8)
+        part = max(256, math.ceil(N / 8))
         # In float32, everything happens in the buffer of a part's logits. Otherwise the loop also
         # holds the softmax in float32 and its gradient in 16 bits.
         logits = part * V * FLOAT

@@ -214,7 +214,7 @@ class LossScaler(GradScaler):
 def learning_rate(
     step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float
 ) -> float:
-    """The learning rate of update `step` (0, 1, ...).
+    """The learning rate of update `step` (0, 1, ...). experiments/recipe_study.py tries others.
 
     max_lr |     __
            |   /    `.            linear warmup from max_lr / warmup_steps,
@@ -292,9 +292,8 @@ class StepResult:
     def skipped(self) -> bool:
         """Whether float16 overflowed, so that there was no update, and training can go on.
 
-        A run that keeps overflowing falls below MIN_SCALE, after 17 steps in a row if the scale was
-        INIT_SCALE, 2^16. It has diverged: the result is then False, although grad_norm is not
-        finite.
+        False at a scale below MIN_SCALE: such a run has diverged, and its step does not count as
+        skipped. From INIT_SCALE, that takes log2(INIT_SCALE) + 1 overflows in a row.
         """
         if self.loss_scale is None or math.isfinite(self.grad_norm):
             return False

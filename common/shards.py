@@ -187,7 +187,8 @@ def find_shards(folder: Path) -> list[Path]:
 def map_shard(path: Path) -> np.ndarray:
     """Memory-map a shard file: its tokens, (number of tokens,) uint16 or uint32.
 
-    The only place that opens shards. To read another format, add it here and to `find_shards`.
+    The only place that reads tokens. Another ending is added here and in `find_shards`, another
+    kind of .bin file in `map_bin`.
     Raises UserError if the file is not a complete, one-dimensional array of token ids.
     """
     return map_bin(path) if path.suffix == ".bin" else map_npy(path)
@@ -214,7 +215,7 @@ def map_bin(path: Path) -> np.ndarray:
     """A .bin file: with a header, or without one if it is called train.bin or val.bin."""
     header = np.fromfile(path, dtype="<i4", count=BIN_HEADER_INTS)
     # As uint16, the magic number begins with 55,432, which is no token of GPT-2: a file without
-    # a header can't be mistaken for one with a header.
+    # a header can't be mistaken for one with a header. Another magic number must be like that, too.
     has_header = len(header) > 0 and header[0] == BIN_MAGIC
 
     # Files without a header are recognized by their names only.

@@ -89,7 +89,8 @@ class Benchmark:
     name: str  # in flags and file names: hellaswag
     reference: Reference  # title, headline metric and published figures
     # load(data, limit): the examples of a file, the first `limit` of them; of the default data if
-    # `data` is None. Raises OSError or UserError.
+    # `data` is None. Raises OSError or UserError. A function of the benchmark's own file, because
+    # code_fingerprint finds the file by it.
     load: Callable[..., Any]
     evaluate: Evaluate
     # data_fingerprint(data): what distinguishes the data from other data, for example a checksum

@@ -125,6 +125,6 @@ def last_step(metrics: Path) -> int:
     for line in metrics.read_text().splitlines() if metrics.exists() else []:
         try:
             steps.append(json.loads(line)["step"])
-        except ValueError:  # a crash cut the line off
+        except (ValueError, KeyError, TypeError):  # a crash cut the line off
             continue
     return max(steps)

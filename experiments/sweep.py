@@ -375,16 +375,16 @@ def read_windows(shards: Shards, count: int, T: int) -> tuple[torch.Tensor, torc
             f"lower T"
         )
     # Positions at which a window can start, those of all shards one after the other.
-    ends = np.cumsum([shards.lengths[n] - T for n in usable])
+    counts = np.array([shards.lengths[n] - T for n in usable])
+    ends = np.cumsum(counts)
+    begins = ends - counts
     windows = np.empty((count, T + 1), dtype=np.int64)
     # The windows overlap if the shards are short.
     for row, position in enumerate(np.linspace(0, ends[-1] - 1, count).astype(int)):
         # The first shard whose positions end behind this one, as in dataloader.py.
         place = int(np.searchsorted(ends, position, side="right"))
-        shard = usable[place]
-        # A shard's positions begin at ends - (lengths - T) and count its tokens from there.
-        start = int(position - ends[place]) + shards.lengths[shard] - T
-        windows[row] = shards.read(shard, start, start + T + 1)
+        start = int(position - begins[place])  # in the shard
+        windows[row] = shards.read(usable[place], start, start + T + 1)
     tokens = torch.from_numpy(windows)  # (count, T + 1)
     return tokens[:, :-1], tokens[:, 1:]
 
