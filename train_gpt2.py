@@ -603,17 +603,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         max_steps = config.max_steps or 19073
 
     # Optimizer. It is made after the model has moved: its states live where the weights are.
-    optimizer = make_optimizer(
-        model,
-        config.max_lr,
-        config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        sharded=config.shard_optimizer and rt.world_size > 1,
-        muon=config.optimizer == "muon",
-        muon_momentum=config.muon_momentum,
-        embedding_lr_scale=config.embedding_lr_scale,
-    )
+    optimizer = set_up_optimizer(config, model, rt)
     scaler = LossScaler(rt)
     start_step = 0
     if loaded:
@@ -641,6 +631,20 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         start_step=start_step,
         max_steps=max_steps,
         last_saved=loaded_from,
+    )
+
+
+def set_up_optimizer(config: Config, model: GPT, rt: Runtime) -> Optimizer:
+    return make_optimizer(
+        model,
+        config.max_lr,
+        config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        sharded=config.shard_optimizer and rt.world_size > 1,
+        muon=config.optimizer == "muon",
+        muon_momentum=config.muon_momentum,
+        embedding_lr_scale=config.embedding_lr_scale,
     )
 
 
