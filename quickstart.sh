@@ -24,7 +24,7 @@ run python fineweb.py --source pydoc --train_tokenizer 4096 --out_dir $DATA
 run python train_gpt2.py --data_dir $DATA --log_dir $LOG --resume \
     --n_layer 4 --n_head 4 --n_embd 128 --block_size 256 \
     --B 16 --T 256 --total_batch_size 4096 \
-    --max_steps "${STEPS:-600}" --warmup_steps 12 --max_lr 8e-3 \
+    --max_steps "${STEPS:-450}" --warmup_steps 9 --max_lr 8e-3 \
     "${FAST[@]}" \
     --val_every 50 --val_tokens 60000 --hellaswag_every 0 \
     --sample_every 200 --sample_prompt "The function returns" --rolling_every 100

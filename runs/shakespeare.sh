@@ -32,7 +32,8 @@ run python fineweb.py --source text --data_files "$TEXT" --train_tokenizer 1024 
 run python train_gpt2.py --data_dir $DATA --log_dir $LOG --resume \
     --n_layer 4 --n_head 4 --n_embd 128 --block_size 256 --dropout 0.1 \
     --B 16 --T 256 --total_batch_size 4096 \
-    --max_steps 500 --warmup_steps 50 --max_lr 3e-3 --min_lr 3e-4 \
+    --max_steps 250 --warmup_steps 5 --max_lr 8e-3 \
+    "${FAST[@]}" \
     --val_every 50 --sample_every 0 --hellaswag_every 0 --rolling_every 100
 
 run python sample.py --model $LOG/model_final.pt --prompt "ROMEO:" --num_samples 1
