@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From raw text to a tiny GPT-2, its samples and plots, in about 8 minutes on 2 CPU cores without
+# From raw text to a tiny GPT-2, its samples and plots, in about 7 minutes on 2 CPU cores without
 # AVX-512. It needs Python 3.11+ and no GPU. The text is Python's own documentation, so only the
 # requirements are downloaded.
 #

@@ -8,8 +8,9 @@ import os
 
 # libgomp, which runs torch's loops on CPUs, lets a thread that has finished its part wait in a busy
 # loop: 300,000 rounds, some milliseconds, before it sleeps. On a busy machine that takes the core
-# from the very thread it waits for. 1,000 rounds cost nothing on an idle machine, and next to other
-# programs they make a step up to several times faster (docs/log.md, 2026-11-25). The processes that
-# a script starts inherit the setting. OMP_WAIT_POLICY means the same; whoever sets it knows why.
+# from the very thread it waits for. 1,000 rounds make a step next to other programs up to 2.4 times
+# faster; on an idle machine they cost 1 to 4%, with --compile up to 10% (docs/log.md, 2026-11-25
+# and 26). The processes that a script starts inherit the setting. OMP_WAIT_POLICY means the same;
+# whoever sets it knows why.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
