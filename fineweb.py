@@ -194,7 +194,7 @@ def main(config: Config):
     num_expected = estimate_tokens(source, writer)
     check_disk_for(num_expected, writer)
 
-    # Continue where the last finished shard ends: at the start of the source if there is none.
+    # Continue where the last finished shard ends. Without one, that is the start of the source.
     start = writer.next_position()
     if writer.num_shards:
         say(f"resuming at document {start['document']:,} after {writer.num_shards} finished shards")

@@ -96,7 +96,7 @@ class Config:
 
     # ---- Run
 
-    # continue from the newest valid checkpoint in log_dir, or start from scratch if there is none
+    # continue from the newest valid checkpoint in log_dir; without one, start from scratch
     resume: bool = False
     seed: int = 1337  # seed of weights, data order, dropout and samples
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
@@ -368,7 +368,7 @@ def finish_update(run: Run, update: Update, bar: Progress) -> bool:
     seconds = time.perf_counter() - update.began
     log_step(run, update, result, seconds)
 
-    # The bar is drawn anew by update(), not twice.
+    # refresh=False: update() draws the bar.
     rate = run.config.total_batch_size / seconds
     bar.set_postfix_str(f"loss {result.loss:.3f}, {rate:,.0f} tok/s", refresh=False)
     bar.update()
@@ -382,7 +382,6 @@ def is_pause(run: Run, step: int) -> bool:
     intervals += [getattr(config, f"{benchmark.name}_every") for benchmark, _ in run.benchmarks]
     if step == run.max_steps or is_save_due(config, step):
         return True
-    # The last step, for which is_due may be true more often, has been dealt with.
     return any(is_due(every, step, last_step=False) for every in intervals)
 
 
@@ -480,7 +479,7 @@ def check_finite(run: Run, step: int, result: StepResult):
     remedy = "lower max_lr or lengthen the warmup"
     if run.scaler.is_enabled():
         remedy += ", or try --dtype float32: float16 overflowed at every loss scale"
-    last_good = "there is no checkpoint yet"
+    last_good = "no checkpoint has been saved yet"
     if run.last_saved:
         last_good = f"the last good checkpoint is {run.last_saved}"
     raise Diverged(
@@ -582,7 +581,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     val_tokens = read_val_tokens(config)
     benchmarks = load_benchmarks(config, rt)
 
-    # Model.
+    # Model
     folder = Path(config.log_dir)
     loaded, loaded_from = None, None
     if resume:

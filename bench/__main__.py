@@ -180,8 +180,7 @@ def format_value(value: float, unit: str) -> str:
 
 
 def format_optional(value: float | None, spec: str) -> str:
-    """The value in the format `spec`, or an empty text if there is none."""
-    # A figure without a ratio or a roofline has an empty cell.
+    """The value in the format `spec`. A figure without a ratio or roofline has an empty cell."""
     return "" if value is None else format(value, spec)
 
 

@@ -290,7 +290,7 @@ class NotFinite(UserError):
 
 def not_finite_error(model: GPT) -> NotFinite:
     """The error to raise when a model computes NaN or infinity; names the broken weight, if any."""
-    # Look for a damaged weight first. If there is none, the computation overflowed.
+    # Look for a damaged weight first. If all weights are finite, the computation overflowed.
     for name, tensor in model.state_dict().items():
         name = name.removeprefix("_orig_mod.")  # torch.compile adds it
         if not tensor.isfinite().all():

@@ -185,7 +185,9 @@ def read_nanogpt(content: Any, path: str | Path, dropout: float = 0.0) -> GPT:
         hint = ""
         if is_mapping and any(isinstance(value, torch.Tensor) for value in content.values()):
             hint = "; for Hugging Face's files, name the folder that also holds config.json"
-        raise UserError(f"{path} is not a checkpoint of ours, nanoGPT or build-nanogpt{hint}")
+        raise UserError(
+            f"{path} is not a checkpoint of this project, nanoGPT or build-nanogpt{hint}"
+        )
 
     # Reject unknown settings: they could change what the model computes.
     sizes = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}

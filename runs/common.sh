@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Shared by quickstart.sh and the scripts in this folder, which source it. It changes to the root of
-# the repository, installs the requirements into .venv, puts .venv first in PATH, and defines `run`
-# and FAST.
+# the repository, installs the requirements into .venv, puts .venv first in PATH, and defines FAST,
+# `run` and `count_gpus`.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -23,4 +23,13 @@ run() {
     done
     echo
     "$@"
+}
+
+# Set GPUS to their number, and end the script if there are none.
+count_gpus() {
+    GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+    [ "$GPUS" -gt 0 ] || {
+        echo "error: no CUDA GPU found; on a CPU this run takes months: try quickstart.sh" >&2
+        exit 1
+    }
 }

@@ -20,11 +20,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 LOG=log/fast
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-[ "$GPUS" -gt 0 ] || {
-    echo "error: no CUDA GPU found; on a CPU this run takes months: try quickstart.sh" >&2
-    exit 1
-}
+count_gpus
 
 run python fineweb.py --max_tokens 2.6B
 

@@ -22,11 +22,7 @@ set -euo pipefail
 # shellcheck source=runs/common.sh
 source "$(dirname "$0")/common.sh"
 
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-[ "$GPUS" -gt 0 ] || {
-    echo "error: no CUDA GPU found; on a CPU this run takes months: try quickstart.sh" >&2
-    exit 1
-}
+count_gpus
 
 run python fineweb.py
 

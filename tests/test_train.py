@@ -480,7 +480,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     line = one_line(result)
     assert "step " in line
     saved = sorted((tmp_path / "log").glob("model_*.pt"))
-    expected = "there is no checkpoint yet"
+    expected = "no checkpoint has been saved yet"
     if saved:
         expected = f"the last good checkpoint is {saved[-1]}"
     assert expected in line
@@ -650,7 +650,10 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         return ["--init_from", tmp_path / "other.pt"], "another tokenizer"
     if name == "foreign checkpoint":
         torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-        return ["--init_from", tmp_path / "foreign.pt"], "not a checkpoint of ours, nanoGPT or"
+        return [
+            "--init_from",
+            tmp_path / "foreign.pt",
+        ], "not a checkpoint of this project, nanoGPT or"
     if name == "no checkpoint":
         (tmp_path / "text.pt").write_text("not a checkpoint")
         return ["--init_from", tmp_path / "text.pt"], "corrupt or not a checkpoint"
