@@ -519,7 +519,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a linear layer without ever holding all of its logits.
 
     The logits (N, V) are the largest tensor of a training step. They are computed for an eighth of
-    the tokens at a time, and each part's gradients are computed at once in the forward pass:
+    the tokens at a time, or for 1,024 if that is more, and each part's gradients are computed at
+    once in the forward pass:
 
         grad of logits = (softmax(logits) - onehot(target)) * share,   share = 1 / counted tokens
         grad of x      = grad of logits @ weight
@@ -544,7 +545,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, vocab_size: int, dtype: torch.dtype, needs_grad: bool):
         valid = targets != IGNORE
         share = (valid / valid.sum().clamp(min=1))[:, None]  # (N, 1) weight of a token in the mean
-        part = max(256, math.ceil(len(x) / 8))  # shorter parts would make slow products
+        # Shorter parts would make slow products.
+        part = min(len(x), max(1024, math.ceil(len(x) / 8)))
         is_float16 = dtype == torch.float16
         # x_share is the factor of x in the gradient of weight.
         x_share = valid[:, None] / part if is_float16 else share

@@ -22,12 +22,13 @@ dtype that this project chooses for the hardware. --compile counts for all but b
 does not compile. bench/timed_run.py says how each run is timed and evaluated: on one clock, by
 one function, on the same tokens.
 
-    grid     every candidate for max_steps at every learning rate, with the first seed. Where the
-             best rate is the lowest or the highest so far, half or twice of it is tried as well,
-             until the best one has a worse one on both sides
+    grid     every candidate at every learning rate, with the first seed, for its most steps. Where
+             the best rate is the lowest or the highest so far, half or twice of it is tried as
+             well, until the best one has a worse one on both sides
     lengths  every candidate at its best rate, with every seed, for fractions of max_steps. Each run
              has a complete schedule: one that is cut off while its learning rate is still high
-             would look worse than it is
+             would look worse than it is. The fast recipe, which needs less, has fractions of its
+             own
 
 The target losses are nanoGPT's mean final losses for the fractions, and AdamW's for all steps. A
 candidate needs what its best length needs: where the mean curve of its seeds first crosses the
@@ -79,17 +80,21 @@ class Config(SweepConfig):
     warmup_steps: int = 200  # steps of linear warmup; proportionally fewer in shorter runs
     # peak learning rates to begin with; each decays to a tenth
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    # training lengths of all candidates, as fractions of max_steps; 1 is always among them
-    step_fractions: tuple[float, ...] = (0.25, 0.5, 1.0)
-    # further lengths of the fast recipe; "--fast_fractions" alone for none
-    fast_fractions: tuple[float, ...] = (0.2, 0.3)
+    candidates: tuple[str, ...] = tuple(TITLES)  # what to compare
+    # training lengths as fractions of max_steps; 1 is always among them
+    step_fractions: tuple[float, ...] = (0.5, 1.0)
+    # training lengths of the fast recipe
+    fast_fractions: tuple[float, ...] = (0.2, 0.25, 0.5, 1.0)
     val_every: int = 100  # steps between validation losses
     val_tokens: int = 65536  # tokens of the validation shard used for the validation loss
     num_parallel: int = 1  # runs at the same time; more than 1 disturbs the measured seconds
 
     def __post_init__(self):
         super().__post_init__()
-        check_different(self, "step_fractions")
+        check_different(self, "candidates", "step_fractions", "fast_fractions")
+        for name in self.candidates:
+            if name not in TITLES:
+                raise UserError(f"there is no candidate {name!r}: choose from {', '.join(TITLES)}")
         check_at_least(self, 2, "val_every")
         check_at_least(self, 0, "warmup_steps")
         # The targets are final losses of whole runs, and the grid consists of them.
@@ -173,7 +178,7 @@ def main(config: Config):
         config,
         rt,
         may_change=[
-            *("learning_rates", "seeds", "step_fractions", "fast_fractions"),
+            *("candidates", "learning_rates", "seeds", "step_fractions", "fast_fractions"),
             *("nanogpt", "build_nanogpt"),
         ],
         data=shards_fingerprint(config.data_dir),
@@ -184,14 +189,14 @@ def main(config: Config):
     write_tokens(config, shape)
 
     # Find the best learning rate of each candidate.
-    grids = {name: search_rates(config, study, rt, shape, name) for name in TITLES}
-    best = {name: best_rate(grids[name]) for name in TITLES}
+    grids = {name: search_rates(config, study, rt, shape, name) for name in config.candidates}
+    best = {name: best_rate(losses) for name, losses in grids.items()}
     # The candidates take turns, so that a machine that gets slower does not favour one of them.
     points = [
         Point(candidate, best[candidate], fraction, seed)
         for seed in config.seeds
-        for fraction in fractions_of(config, "fast")
-        for candidate in TITLES
+        for fraction in sorted({*config.step_fractions, *config.fast_fractions})
+        for candidate in best
         if fraction in fractions_of(config, candidate)
     ]
     run_points(config, study, rt, shape, points, "lengths")
@@ -204,18 +209,18 @@ def is_ours(candidate: str) -> bool:
 
 def fractions_of(config: Config, candidate: str) -> list[float]:
     """The lengths of a candidate's runs, in increasing order."""
-    more = config.fast_fractions if candidate == "fast" else ()
-    return sorted({*config.step_fractions, *more})
+    return sorted(config.fast_fractions if candidate == "fast" else config.step_fractions)
 
 
 def find_scripts(config: Config) -> dict[str, Path]:
     """The training script of each candidate. Raises UserError if one does not exist."""
-    scripts = {
+    paths = {
         "adamw": ROOT / "train_gpt2.py",
         "fast": ROOT / "train_gpt2.py",
         "nanogpt": Path(config.nanogpt).resolve() / "train.py",
         "build-nanogpt": Path(config.build_nanogpt).resolve() / "train_gpt2.py",
     }
+    scripts = {name: paths[name] for name in config.candidates}
     for path in scripts.values():
         if not path.is_file():
             raise UserError(f"no file {path}: give the folder that contains it")
@@ -266,10 +271,11 @@ def search_rates(
 
     The learning rates are those of the config and, where the best one is at an end, more.
     """
+    longest = fractions_of(config, candidate)[-1]
     losses: dict[float, float] = {}
     rates = list(config.learning_rates)  # to try in this round
     while rates:
-        points = [Point(candidate, lr, 1.0, config.seeds[0]) for lr in rates]
+        points = [Point(candidate, lr, longest, config.seeds[0]) for lr in rates]
         run_points(config, study, rt, shape, points, f"grid of {candidate}")
         for point in points:
             loss = study.results[point.name]["val"]
@@ -501,6 +507,8 @@ def find_targets(config: Config, study: StudyFolder, best: dict[str, float]) -> 
     wanted = [("nanogpt", fraction) for fraction in sorted(config.step_fractions)]
     targets = []
     for candidate, fraction in [*wanted, ("adamw", 1.0)]:
+        if candidate not in best:
+            continue
         results = results_of(config, study, candidate, best[candidate], fraction)
         if results:
             loss = float(mean_curve(results, "vals")[-1])
@@ -537,22 +545,22 @@ def summarize(
 def grid_table(grids: dict[str, dict[float, float]]) -> str:
     rows = []
     for lr in sorted({lr for losses in grids.values() for lr in losses}):
-        losses = [grids[candidate].get(lr) for candidate in TITLES]
+        losses = [losses.get(lr) for losses in grids.values()]
         cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
         rows.append((f"{lr:g}", *cells))
-    return table(("learning rate", *TITLES.values()), rows)
+    return table(("learning rate", *(TITLES[candidate] for candidate in grids)), rows)
 
 
 def lengths_table(config: Config, study: StudyFolder, best: dict[str, float]) -> str:
     rows = []
-    for candidate, title in TITLES.items():
+    for candidate, lr in best.items():
         for fraction in fractions_of(config, candidate):
-            results = results_of(config, study, candidate, best[candidate], fraction)
+            results = results_of(config, study, candidate, lr, fraction)
             loss, seconds = "diverged", ""
             if results:
                 loss = mean_and_deviation([result["val"] for result in results], 4)
                 seconds = mean_and_deviation([result["seconds"][-1] for result in results], 1)
-            rows.append((title, f"{best[candidate]:g}", f"{fraction:g}", loss, seconds))
+            rows.append((TITLES[candidate], f"{lr:g}", f"{fraction:g}", loss, seconds))
     head = ("candidate", "learning rate", "fraction of the steps", "final loss", "seconds")
     return table(head, rows)
 
@@ -564,13 +572,13 @@ def targets_table(
     for target in targets:
         owner = needed(config, study, target.candidate, best[target.candidate], target.loss)
         name = f"{target.loss:.4f} ({TITLES[target.candidate]}, {target.fraction:g} of the steps)"
-        for candidate, title in TITLES.items():
-            steps, seconds = needed(config, study, candidate, best[candidate], target.loss)
+        for candidate, lr in best.items():
+            steps, seconds = needed(config, study, candidate, lr, target.loss)
             tokens = None if steps is None else steps * config.total_batch_size / 1e6
             rows.append(
                 (
                     name,
-                    title,
+                    TITLES[candidate],
                     *(number(tokens), share(steps, owner[0])),
                     *(number(seconds), share(seconds, owner[1])),
                 )
@@ -608,16 +616,17 @@ def draw_curves(
     ax: Axes, config: Config, study: StudyFolder, best: dict[str, float], key: str, scale: float
 ):
     """The mean curve of each candidate and length; shorter lengths are drawn thin."""
-    for candidate, color in COLORS.items():
-        for fraction in fractions_of(config, candidate):
-            results = results_of(config, study, candidate, best[candidate], fraction)
+    for candidate, lr in best.items():
+        fractions = fractions_of(config, candidate)
+        for fraction in fractions:
+            results = results_of(config, study, candidate, lr, fraction)
             if not results:
                 continue
-            is_longest = fraction == 1
+            is_longest = fraction == fractions[-1]
             ax.plot(
                 mean_curve(results, key) * scale,
                 mean_curve(results, "vals"),
-                color=color,
+                color=COLORS[candidate],
                 lw=1.8 if is_longest else 0.7,
                 label=TITLES[candidate] if is_longest else None,
             )

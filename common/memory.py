@@ -159,8 +159,8 @@ class TrainingMemory:
         C = self.config.n_embd
         V = self.config.padded_vocab_size
         half = self.half
-        # LinearCrossEntropy takes an eighth of the tokens at a time, but at least 256.
-        part = max(256, math.ceil(N / 8))
+        # LinearCrossEntropy takes an eighth of the tokens at a time, but at least 1,024.
+        part = min(N, max(1024, math.ceil(N / 8)))
         # In float32, everything happens in the buffer of a part's logits. Otherwise the loop also
         # holds the softmax in float32 and its gradient in 16 bits.
         logits = part * V * FLOAT

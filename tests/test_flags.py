@@ -60,7 +60,8 @@ FLAGS = {
         data_files device out
     """,
     "bench.time_to_loss": """
-        data_dir out_dir nanogpt build_nanogpt learning_rates seeds step_fractions fast_fractions
+        candidates data_dir out_dir nanogpt build_nanogpt learning_rates seeds step_fractions
+        fast_fractions
         n_layer n_head n_embd B T total_batch_size max_steps warmup_steps val_every val_tokens
         device dtype compile num_parallel
     """,

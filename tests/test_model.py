@@ -373,7 +373,7 @@ def float64_reference(x, weight, targets):
 
 
 # One token, less than one part, one token more than a part, eight parts, a shorter last part.
-@pytest.mark.parametrize("N", [1, 100, 257, 2048, 2125])
+@pytest.mark.parametrize("N", [1, 100, 1025, 8192, 8500])
 def test_linear_cross_entropy_against_float64(N):
     x, weight, targets = loss_problem(N)
     loss, d_x, d_weight = float64_reference(x, weight, targets)
@@ -428,17 +428,17 @@ def peak_bytes(step, tmp_path) -> int:
 
 
 def test_linear_cross_entropy_needs_little_memory(tmp_path):
-    x = torch.randn(2048, 48, requires_grad=True)
-    weight = torch.randn(50304, 48, requires_grad=True)
-    targets = random_tokens(2048, vocab_size=50257)
+    x = torch.randn(4096, 16, requires_grad=True)
+    weight = torch.randn(50304, 16, requires_grad=True)
+    targets = random_tokens(4096, vocab_size=50257)
     whole = peak_bytes(
         lambda: F.cross_entropy(F.linear(x, weight)[:, :50257], targets).backward(), tmp_path
     )
     assert (
-        whole > 2 * 2048 * 50257 * 4
+        whole > 2 * 4096 * 50257 * 4
     )  # logits and their gradient: the measurement sees what it should
     ours = peak_bytes(lambda: linear_cross_entropy(x, weight, targets, 50257).backward(), tmp_path)
-    assert 256 * 50304 * 4 < ours < whole / 2
+    assert 1024 * 50304 * 4 < ours < whole / 2
 
 
 # Post-LN, dropout, compilation

@@ -165,7 +165,7 @@ def test_a_timed_run_of_another_project(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_timed_run_of_this_project(data_dir, tmp_path):
-    flags = dict(max_steps=6, val_every=4, step_fractions=(1.0,), fast_fractions=())
+    flags = dict(max_steps=6, val_every=4, step_fractions=(1.0,), fast_fractions=(1.0,))
     config = small_config(data_dir, tmp_path, **flags)
     shape = config.gpt_config(block_size=8, vocab_size=shards_tokenizer(data_dir).n_vocab)
     # The other projects' folders are not needed.
