@@ -4,7 +4,6 @@ import copy
 import functools
 import runpy
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -306,25 +305,14 @@ def fastest_read(weights: torch.Tensor) -> Callable[[], object]:
     vector = torch.ones(weights.shape[1], dtype=weights.dtype, device=weights.device)
     flat = weights.flatten()
     as_ints = weights.view(torch.int32)
-    operations = (
+    operations = [
         lambda: weights @ vector,
         lambda: torch.dot(flat, flat),
         lambda: flat.sum(),
         lambda: as_ints.sum(dtype=torch.int32),
         lambda: as_ints.max(),
-    )
-
-    # The shortest of three times: disturbances only make a read slower.
-    def shortest(operation: Callable) -> float:
-        times = []
-        for _ in range(4):  # the first one warms up
-            start = time.perf_counter()
-            operation()
-            measure.synchronize(weights.device)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    return min(operations, key=shortest)
+    ]
+    return measure.fastest(operations, weights.device)
 
 
 def read_repeatedly(read: Callable[[], object]):

@@ -63,6 +63,23 @@ def synchronize(device: torch.device):
         torch.cuda.synchronize(device)
 
 
+def fastest(operations: list[Callable], device: torch.device) -> Callable:
+    """The operation that takes the shortest time, of several that do the same."""
+
+    # The shortest of three times: disturbances only make an operation slower.
+    def shortest(operation: Callable) -> float:
+        times = []
+        for _ in range(4):  # the first one warms up
+            synchronize(device)
+            start = time.perf_counter()
+            operation()
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return min(operations, key=shortest)
+
+
 def dtypes_of(device: torch.device) -> list[torch.dtype]:
     """The dtypes in which every implementation is measured."""
     if device.type == "cuda":

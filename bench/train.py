@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from bench import measure, peers
-from bench.measure import DTYPE_NAMES, CandidateProcess, Figure
+from bench.measure import DTYPE_NAMES, CandidateProcess, Figure, fastest
 from common import runtime
 from common.console import Progress
+from common.cpu import PackedLinear, can_pack
 from common.runtime import Runtime
 from model import GPTConfig
 
@@ -132,23 +133,37 @@ def linear_layers(config: GPTConfig) -> list[tuple[int, int, int]]:
 class MatrixProduct:
     """A linear layer on N tokens: the product of the forward pass and the two of the backward pass.
 
-    All results have buffers, because allocations are no part of the roofline.
+    Each is computed by the fastest of several methods. All results have buffers where PyTorch
+    accepts them, because allocations are no part of the roofline.
     """
 
     def __init__(self, N: int, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device):
         # The values do not influence the time.
         options = dict(dtype=dtype, device=device)
-        self.x = torch.randn(N, n_in, **options)  # (N, n_in)
-        self.weight = torch.randn(n_out, n_in, **options)  # (n_out, n_in)
-        self.y = torch.empty(N, n_out, **options)  # (N, n_out)
-        self.x_grad = torch.empty_like(self.x)
-        self.weight_grad = torch.empty_like(self.weight)
+        x = torch.randn(N, n_in, **options)
+        weight = torch.randn(n_out, n_in, **options)
+        y = torch.empty(N, n_out, **options)
+        x_grad = torch.empty_like(x)
+        weight_grad = torch.empty_like(weight)
+
+        # In the backward pass, y stands for its own gradient.
+        forward = [lambda: torch.mm(x, weight.t(), out=y)]
+        backward_x = [lambda: torch.mm(y, weight, out=x_grad)]
+        backward_weight = [
+            lambda: torch.mm(y.t(), x, out=weight_grad),
+            lambda: torch.mm(x.t(), y, out=weight_grad.view(n_in, n_out)),  # the transposed one
+        ]
+        # oneDNN is faster than PyTorch's own choice for some shapes on some processors. Its packed
+        # weights change with each step, so packing counts.
+        if can_pack(device, dtype):
+            forward.append(lambda: PackedLinear(weight, None, dtype, N)(x))
+            backward_x.append(lambda: PackedLinear(weight.t().contiguous(), None, dtype, N)(y))
+        products = (forward, backward_x, backward_weight)
+        self.products = [fastest(methods, device) for methods in products]
 
     def run(self):
-        torch.mm(self.x, self.weight.t(), out=self.y)
-        # The backward pass, in which y stands for its own gradient.
-        torch.mm(self.y, self.weight, out=self.x_grad)
-        torch.mm(self.y.t(), self.x, out=self.weight_grad)
+        for product in self.products:
+            product()
 
 
 def run_products(products: list[tuple[MatrixProduct, int]]):

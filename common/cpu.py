@@ -17,7 +17,8 @@ import torch.nn as nn
 
 from model import GPT
 
-EXPECTED_ROWS = 8  # batch size for which oneDNN chooses the memory order
+# Rows of the products in generation: the texts at a time. oneDNN chooses the memory order for them.
+EXPECTED_ROWS = 8
 
 # Option numbers of mallopt, from glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -30,12 +31,18 @@ class PackedLinear(nn.Module):
     It calls the operators that torch.compile uses for frozen weights.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        rows: int = EXPECTED_ROWS,
+    ):
         super().__init__()
         self.dtype = dtype
         # Plain tensors, not parameters: their memory order is one that only oneDNN can read.
         weight = weight.detach().to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

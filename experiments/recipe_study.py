@@ -7,7 +7,7 @@
 The architecture stays GPT-2's. Each row of ROWS is one change of BASE, the best recipe so far. All
 rows see the same number of tokens, in the same order; with the same seed they start from the same
 weights. A row wins if its final validation loss, seed by seed, is below the base's by more than two
-standard errors.
+standard errors. The last rows are AdamW with four times the tokens, for comparison.
 
 The study has a training loop of its own, so that train_gpt2.py need not contain what lost: only
 what won is a flag there. Runs are in float32 and not compiled, whatever --dtype and --compile say.
@@ -42,8 +42,10 @@ from experiments.flags import TrainingConfig, check_different
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train with Muon. Factors refer to the flags of the study."""
+    """How to train. Factors refer to the flags of the study."""
 
+    optimizer: Literal["muon", "adamw"] = "muon"
+    length: float = 1.0  # tokens of the run, as a multiple of max_steps * total_batch_size
     lr: float = 1.0  # peak learning rate, as a multiple of max_lr
     embedding_lr: float = 1.0  # of the token and position embeddings, as a multiple of that
     momentum: float = 0.95  # Muon's
@@ -67,6 +69,11 @@ class Recipe:
 
 # The best recipe so far
 BASE = Recipe(embedding_lr=4.0, momentum=0.9, beta1=0.6, beta2=0.99, warmup=0.02, unigram=True)
+
+# What train_gpt2.py does without flags, for four times as long
+ADAMW = dict(optimizer="adamw", length=4.0) | dict(
+    embedding_lr=1.0, beta1=0.9, beta2=0.95, warmup=0.1, unigram=False
+)
 
 # Name of a row -> what it changes in the base. The first ones take back what won, one by one.
 ROWS: dict[str, dict] = {
@@ -98,6 +105,13 @@ ROWS: dict[str, dict] = {
     "embedding std 0.1": dict(embedding_std=0.1),
     "zero projections": dict(zero_projections=True),
     "average 0.95": dict(average=0.95),
+    # The reference: does the base reach the same loss with a quarter of the tokens?
+    "AdamW, 4x tokens, cosine, lr x0.25": ADAMW | dict(lr=0.25),
+    "AdamW, 4x tokens, cosine, lr x0.5": ADAMW | dict(lr=0.5),
+    "AdamW, 4x tokens, linear to 0, lr x0.25": ADAMW | dict(lr=0.25, decay="linear", final_lr=0.0),
+    "AdamW, 4x tokens, linear to 0, lr x0.5": ADAMW | dict(lr=0.5, decay="linear", final_lr=0.0),
+    "AdamW, 4x tokens, late decay, lr x0.25": ADAMW | dict(lr=0.25, decay="late", final_lr=0.0),
+    "AdamW, 4x tokens, late decay, lr x0.5": ADAMW | dict(lr=0.5, decay="late", final_lr=0.0),
 }
 
 
@@ -212,7 +226,7 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
 
     # A window is a "batch" here: the recipes cut the same order of windows into other batches.
     loader = PretrainLoader(shards, 1, config.T, config.T, seed)
-    num_windows = config.max_steps * config.total_batch_size // config.T
+    num_windows = round(recipe.length * config.max_steps * config.total_batch_size / config.T)
 
     done = 0  # windows
     for batch in batch_sizes(config, recipe, num_windows):
@@ -259,18 +273,19 @@ def change_weights(model: GPT, recipe: Recipe):
 
 
 def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon with the settings of the recipe, and AdamW for what is not a matrix of a block."""
-    both = make_optimizer(
+    """AdamW alone, or Muon for the matrices of the blocks and AdamW for the rest."""
+    optimizer = make_optimizer(
         model,
         1.0,
         recipe.weight_decay,
         (recipe.beta1, recipe.beta2),
         1e-8,
-        muon=True,
+        muon=recipe.optimizer == "muon",
         embedding_lr_scale=recipe.embedding_lr,
     )
-    assert isinstance(both, Optimizers)
-    muon, adamw = both.optimizers
+    if not isinstance(optimizer, Optimizers):
+        return [optimizer]
+    muon, adamw = optimizer.optimizers
     # make_optimizer's Muon always takes five rounds: replace it by one with the recipe's settings.
     kind = NormalizedMuon if recipe.normalized else Muon
     muon = kind(

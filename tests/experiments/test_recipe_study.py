@@ -70,6 +70,7 @@ def test_rows_are_trained_and_compared(data_dir, tmp_path, monkeypatch, capsys):
     settings = dict(**TINY, data_dir=str(data_dir), out_dir=str(tmp_path), device="cpu")
     settings |= dict(seeds=(1, 2), val_tokens=500)
     rows = ("none of these", "normalized", "average 0.95", "short windows first")
+    rows += ("AdamW, 4x tokens, linear to 0, lr x0.5",)
     recipe_study.main(Config(rows=rows, **settings))
     report = (tmp_path / "report.md").read_text()
     assert "| base" in report
