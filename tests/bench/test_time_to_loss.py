@@ -83,10 +83,42 @@ def test_the_grid_grows_until_the_best_learning_rate_is_inside(data_dir, tmp_pat
         time_to_loss.search_rates(config, study, CPU, None, "nanogpt")
 
 
+def test_the_report_of_two_candidates_by_hand(data_dir, tmp_path, monkeypatch):
+    """AdamW falls to 5.0 in 100 steps and 100 s; the fast recipe in 20 steps, of 2 s each."""
+
+    def run_points(config, study, rt, shape, points, desc):
+        for point in points:
+            if point.lr != 2e-3:
+                study.results[point.name] = dict(val=9.0)
+            elif point.candidate == "adamw":
+                study.results[point.name] = dict(
+                    val=5.0, steps=[50, 100], vals=[5.5, 5.0], seconds=[50, 100]
+                )
+            else:
+                study.results[point.name] = dict(
+                    val=4.75, steps=[15, 25], vals=[5.25, 4.75], seconds=[30, 50]
+                )
+
+    monkeypatch.setattr(time_to_loss, "run_points", run_points)
+    flags = dict(max_steps=100, step_fractions=(1.0,), fast_fractions=(0.25,), seeds=(1, 2))
+    flags |= dict(candidates=("adamw", "fast"), learning_rates=(1e-3, 2e-3))
+    config = small_config(data_dir, tmp_path, **flags)
+    time_to_loss.main(config)
+    report = [line.split("|")[1:-1] for line in (tmp_path / "report.md").read_text().splitlines()]
+    cells = [[cell.strip() for cell in line] for line in report if line]
+    target = "5.0000 (this project, AdamW, 1 of the steps)"
+    # 64 tokens per step
+    assert [target, "this project, AdamW", "0.0064", "1.00", "100", "1.00"] in cells
+    assert [target, "this project, fast", "0.00128", "0.20", "40", "0.40"] in cells
+    assert "nanoGPT" not in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "time_to_loss.png").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (dict(val_tokens=100), "val_tokens is 100, must be a multiple of B"),
+        (dict(candidates=("adam",)), "there is no candidate 'adam': choose from adamw, fast"),
         (dict(step_fractions=(0.5,)), "and 1 among the step_fractions"),
         (dict(max_steps=4), "the shortest run needs two steps"),
     ],
