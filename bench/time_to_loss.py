@@ -95,6 +95,8 @@ class Config(SweepConfig):
         for name in self.candidates:
             if name not in TITLES:
                 raise UserError(f"there is no candidate {name!r}: choose from {', '.join(TITLES)}")
+        if not {"adamw", "nanogpt"} & set(self.candidates):
+            raise UserError("candidates: name adamw or nanogpt, whose final losses are the targets")
         check_at_least(self, 2, "val_every")
         check_at_least(self, 0, "warmup_steps")
         # The targets are final losses of whole runs, and the grid consists of them.

@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from model import GPT
 
-# Rows of the products in generation: the texts at a time. oneDNN chooses the memory order for them.
+# Rows of an input in generation: the texts at a time
 EXPECTED_ROWS = 8
 
 # Option numbers of mallopt, from glibc's malloc.h
@@ -28,7 +28,8 @@ M_MMAP_MAX = -4
 class PackedLinear(nn.Module):
     """nn.Linear for inference, with its weight (out, in) in oneDNN's order.
 
-    It calls the operators that torch.compile uses for frozen weights.
+    It calls the operators that torch.compile uses for frozen weights. `rows` is the number of rows
+    of an input, for which oneDNN chooses the order.
     """
 
     def __init__(
