@@ -37,6 +37,7 @@ import common.before_torch
 from common.console import (
     UserError,
     check_at_least,
+    check_known,
     parse_flags,
     run_script,
     say,
@@ -65,9 +66,7 @@ class Config:
     out: str = "log/bench/bench.json"  # file for the figures
 
     def __post_init__(self):
-        for row in self.rows:
-            if row not in ROW_NAMES:
-                raise UserError(f"there is no row {row!r}: choose from {', '.join(ROW_NAMES)}")
+        check_known("row", self.rows, ROW_NAMES)
         check_at_least(self, 1, "rounds", "hellaswag_limit", "core_limit")
 
 

@@ -49,7 +49,7 @@ from typing import NamedTuple
 
 import common.before_torch
 
-from common.console import UserError, check_at_least, parse_flags, run_script, table
+from common.console import UserError, check_at_least, check_known, parse_flags, run_script, table
 from experiments.flags import SweepConfig, check_different
 
 # The recipe that needs the fewest tokens at small scale (experiments/recipe_study.py), as flags of
@@ -80,7 +80,7 @@ class Config(SweepConfig):
     warmup_steps: int = 200  # steps of linear warmup; proportionally fewer in shorter runs
     # peak learning rates to begin with; each decays to a tenth
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    candidates: tuple[str, ...] = tuple(TITLES)  # what to compare
+    candidates: tuple[str, ...] = tuple(TITLES)  # what to compare; adamw or nanogpt among them
     # training lengths as fractions of max_steps; 1 is always among them
     step_fractions: tuple[float, ...] = (0.5, 1.0)
     # training lengths of the fast recipe
@@ -92,9 +92,7 @@ class Config(SweepConfig):
     def __post_init__(self):
         super().__post_init__()
         check_different(self, "candidates", "step_fractions", "fast_fractions")
-        for name in self.candidates:
-            if name not in TITLES:
-                raise UserError(f"there is no candidate {name!r}: choose from {', '.join(TITLES)}")
+        check_known("candidate", self.candidates, TITLES)
         if not {"adamw", "nanogpt"} & set(self.candidates):
             raise UserError("candidates: name adamw or nanogpt, whose final losses are the targets")
         check_at_least(self, 2, "val_every")

@@ -32,7 +32,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -147,6 +147,13 @@ def check_at_least(config: Any, least: float, *names: str):
         for single in value if isinstance(value, tuple) else (value,):
             if single is not None and not single >= least:  # NaN is not
                 raise UserError(f"{name} is {value}, must be at least {least}")
+
+
+def check_known(kind: str, names: Collection[str], known: Collection[str]):
+    """Raise UserError if one of the names of this kind, given by the user, does not exist."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no {kind} {name!r}: choose from {', '.join(known)}")
 
 
 def fail(message: str, code: int = 1):

@@ -32,6 +32,7 @@ from common.console import (
     Progress,
     UserError,
     check_at_least,
+    check_known,
     parse_flags,
     run_script,
     say,
@@ -129,9 +130,7 @@ class Config(TrainingConfig):
         super().__post_init__()
         check_different(self, "rows")
         check_at_least(self, 1, "T", "total_batch_size", "val_tokens")
-        for row in self.rows:
-            if row not in ROWS:
-                raise UserError(f"there is no row {row!r}: choose from {', '.join(ROWS)}")
+        check_known("row", self.rows, ROWS)
         # The rows divide both by up to four.
         if self.T % 4 or self.total_batch_size % (4 * self.T):
             raise UserError("T must be a multiple of 4, and total_batch_size one of 4 * T")
