@@ -96,7 +96,7 @@ import tiktoken
 
 from common import runtime
 from common.checkpoint import load_model, not_finite_error
-from common.cpu import can_pack, pack_weights
+from common.cpu import can_pack, for_generation
 from common.tokenizer import END_OF_TEXT
 from model import GPT
 
@@ -113,19 +113,21 @@ def main(config: Config):
     model, enc = load_model(config.model)
     model.to(rt.device).eval()
 
-    # On CPUs, packed weights are faster, and they need no autocast.
-    packed = model
+    # On CPUs, a copy with faster products. It needs no autocast.
+    replica = model
     autocast = rt.autocast()
     if can_pack(rt.device, rt.dtype):
-        packed = pack_weights(model, rt.dtype)
+        one_by_one = config.interactive or config.stream
+        num_texts = 1 if one_by_one else min(config.batch_size, len(prompts) * config.num_samples)
+        replica = for_generation(model, rt.dtype, num_texts)
         autocast = nullcontext()
 
     try:
         with autocast:
             if config.interactive:
-                interact(packed, enc, config)
+                interact(replica, enc, config)
                 return
-            samples = draw_all(packed, enc, prompts, config)
+            samples = draw_all(replica, enc, prompts, config)
     except FloatingPointError as error:
         raise not_finite_error(model) from error
 

@@ -16,7 +16,7 @@ import hellaswag as hellaswag_task
 from bench import measure, peers
 from bench.measure import DTYPE_NAMES, Figure, Stopwatch
 from common.console import UserError, say
-from common.cpu import can_pack, pack_weights
+from common.cpu import can_pack, for_generation
 from common.huggingface import save_pretrained
 from common.runtime import Runtime
 from common.tokenizer import load_tokenizer
@@ -276,10 +276,10 @@ def generate(config, rt: Runtime) -> list[Figure]:
 
 
 def generate_ours(model: GPT, prompts: torch.Tensor, rt: Runtime) -> list[list[int]]:
-    """As sample.py does it once the model is loaded: on a CPU, packing the weights counts."""
+    """As sample.py does it once the model is loaded: on a CPU, preparing the weights counts."""
     if can_pack(rt.device, rt.dtype):
-        packed = pack_weights(model, rt.dtype)
-        return packed.generate(prompts.tolist(), NUM_TOKENS, temperature=0)
+        replica = for_generation(model, rt.dtype, len(prompts))
+        return replica.generate(prompts.tolist(), NUM_TOKENS, temperature=0)
     with rt.autocast():
         return model.generate(prompts.tolist(), NUM_TOKENS, temperature=0)
 

@@ -1,9 +1,9 @@
-"""Weights in another order in memory: the same model."""
+"""Faster products for generation: the same model."""
 
 import pytest
 import torch
 
-from common.cpu import can_pack, pack_weights
+from common.cpu import can_pack, for_generation
 from model import GPT, GPTConfig
 
 DEVICE = torch.device("cpu")
@@ -19,11 +19,12 @@ def make_model(**more) -> GPT:
     ).eval()
 
 
+@pytest.mark.parametrize("num_texts", [1, 3])
 @pytest.mark.parametrize("more", [{}, dict(norm="post"), dict(heads_kept=(4, 1, 3))])
-def test_it_writes_the_same_texts(more):
+def test_it_writes_the_same_texts(more, num_texts):
     model = make_model(**more)
-    prompts = [[1, 2, 3], [4] * 20, [5]]
-    replica = pack_weights(model, torch.float32)
+    prompts = [[1, 2, 3], [4] * 20, [5]][:num_texts]
+    replica = for_generation(model, torch.float32, num_texts)
     assert replica.generate(prompts, 40, temperature=0) == model.generate(
         prompts, 40, temperature=0
     )
@@ -33,10 +34,11 @@ def test_it_writes_the_same_texts(more):
         assert replica(idx).shape == (2, 50, 300)
 
 
-def test_the_model_itself_stays_as_it_was():
+@pytest.mark.parametrize("num_texts", [1, 3])
+def test_the_model_itself_stays_as_it_was(num_texts):
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    replica = pack_weights(model, torch.float32)
+    replica = for_generation(model, torch.float32, num_texts)
     assert replica.wte.weight is model.wte.weight
     assert replica.ln_f.weight is model.ln_f.weight
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -53,4 +55,4 @@ def test_bfloat16_is_as_near_as_autocast():
         exact = model(idx)
         with torch.autocast("cpu", torch.bfloat16):
             autocast = (model(idx) - exact).abs().max()
-        assert (pack_weights(model, torch.bfloat16)(idx) - exact).abs().max() < 2 * autocast
+        assert (for_generation(model, torch.bfloat16, 8)(idx) - exact).abs().max() < 2 * autocast
