@@ -56,6 +56,9 @@ class Config:
     build_nanogpt: str | None = None  # folder that contains build-nanogpt's train_gpt2.py
     nanochat: str | None = None  # folder that contains nanochat's nanochat/core_eval.py
     rounds: int = 5  # times that each candidate is measured
+    # leave out training steps whose name contains one of these texts, such as bf16 on a processor
+    # that emulates it: a step of nanoGPT, as shipped, then takes minutes
+    skip: tuple[str, ...] = ()
     # hellaswag_val.jsonl; None = download it once to datasets/hellaswag
     hellaswag_data: str | None = None
     hellaswag_limit: int = 100  # number of HellaSwag examples

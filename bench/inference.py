@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import dclm_core
 import hellaswag as hellaswag_task
 from bench import measure, peers
-from bench.measure import DTYPE_NAMES, Figure, Stopwatch
+from bench.measure import DTYPE_NAMES, ROOFLINE, Figure, Stopwatch
 from common.console import UserError, say
 from common.cpu import can_pack, for_generation
 from common.huggingface import save_pretrained
@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 NUM_TOKENS = 256  # tokens generated per text
 # Tokens of each prompt: few, so that generation is what is measured
 PROMPT_TOKENS = 16
-READS = "roofline: all weights read from memory once per token"
+READS = f"{ROOFLINE}all weights read from memory once per token"
 
 
 def with_same_weights(rt: Runtime) -> tuple[GPT, torch.nn.Module]:

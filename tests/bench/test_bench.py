@@ -61,10 +61,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def measure_rows(folder, *rows) -> dict[str, dict]:
+def measure_rows(folder, *rows, **flags) -> dict[str, dict]:
     """Run the benchmark, and return the figures that it wrote by the names of the candidates."""
     out = folder / "new" / "bench.json"
-    bench.main(bench.Config(rows=rows, nanogpt=str(folder), rounds=1, device="cpu", out=str(out)))
+    config = bench.Config(
+        rows=rows, nanogpt=str(folder), rounds=1, device="cpu", out=str(out), **flags
+    )
+    bench.main(config)
     result = json.loads(out.read_text())
     assert result["torch"] == torch.__version__
     return {figure["name"]: figure for figure in result["figures"]}
@@ -80,7 +83,7 @@ def check_training_figures(figures: dict[str, dict]):
     ours = next(iter(figures.values()))
     assert ours["name"].startswith(f"{ThisProject.name}, as shipped")
     assert ours["ratio"] == 1
-    rooflines = [label for label in figures if label.startswith(train.ROOFLINE)]
+    rooflines = [label for label in figures if label.startswith(measure.ROOFLINE)]
     assert len(rooflines) == dtypes
     highest = max(figures[label]["value"] for label in rooflines)
     for figure in figures.values():
@@ -98,6 +101,10 @@ def test_training_measures_every_implementation_in_every_dtype(folder, monkeypat
     output = capsys.readouterr().out
     assert "1 x 8, B=2, T=8" in output
     assert "share of the roofline" in output
+
+    fewer = measure_rows(folder, "train", skip=("as shipped", "bf16"))
+    assert fewer
+    assert not any("as shipped" in name or "bf16" in name for name in fewer)
 
 
 @pytest.mark.slow
@@ -147,6 +154,12 @@ def test_medians_leave_out_warmup_and_candidates_without_memory(capsys):
     candidates = {"too large": too_large, "good": lambda: next(taken)}
     assert measure.medians(candidates, rounds=3, title="row") == {"good": 2.0}
     assert "row: too large: out of memory" in capsys.readouterr().out
+
+
+def test_a_roofline_is_the_fastest_round():
+    seconds = {name: iter([9.0, 1.0, 2.0, 6.0]) for name in ("step", "roofline: products")}
+    candidates = {name: values.__next__ for name, values in seconds.items()}
+    assert measure.medians(candidates, 3, "title") == {"step": 2.0, "roofline: products": 1.0}
 
 
 def test_rates_without_a_baseline_have_no_ratio():
