@@ -11,7 +11,7 @@ import torch
 from bench import measure, peers
 from bench.measure import DTYPE_NAMES, ROOFLINE, CandidateProcess, Figure, fastest
 from common import runtime
-from common.console import Progress
+from common.console import Progress, UserError
 from common.cpu import PackedLinear, can_pack
 from common.runtime import Runtime
 from model import GPTConfig
@@ -76,6 +76,8 @@ def train(config, rt: Runtime) -> list[Figure]:
                 for name, candidate in candidates.items()
                 if not any(text in name for text in config.skip)
             }
+            if not measured:
+                raise UserError("skip leaves out every step: give a longer part of the names")
             seconds = measure.medians(measured, config.rounds, row)
 
         # The machine's best: the faster of the two dtypes, also for candidates in the slower one.

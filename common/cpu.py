@@ -112,7 +112,7 @@ def for_generation(model: GPT, dtype: torch.dtype, num_texts: int) -> GPT:
     replica = copy.deepcopy(model, memo)
 
     # Replace the method `head`, which would multiply by nn.Embedding's weight. The rows that only
-    # pad the vocabulary are multiplied, too: their number is a multiple of 128.
+    # pad the vocabulary are multiplied, too, because they make its size a multiple of PART_ROWS.
     head = faster(model.wte.weight, None)
     vocab_size = model.config.vocab_size
     replica.head = lambda x: head(x)[..., :vocab_size]  # type: ignore[method-assign]

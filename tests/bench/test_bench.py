@@ -105,6 +105,8 @@ def test_training_measures_every_implementation_in_every_dtype(folder, monkeypat
     fewer = measure_rows(folder, "train", skip=("as shipped", "bf16"))
     assert fewer
     assert not any("as shipped" in name or "bf16" in name for name in fewer)
+    with pytest.raises(UserError, match="skip leaves out every step"):
+        measure_rows(folder, "train", skip=("",))
 
 
 @pytest.mark.slow
