@@ -56,7 +56,7 @@ FLAGS = {
     "export": "model out format",
     "plot": "runs out_dir size",
     "bench.__main__": """
-        rows nanogpt build_nanogpt nanochat rounds hellaswag_data hellaswag_limit core_limit
+        rows skip nanogpt build_nanogpt nanochat rounds hellaswag_data hellaswag_limit core_limit
         data_files device out
     """,
     "bench.time_to_loss": """
