@@ -142,6 +142,43 @@ class KVCache:
             mine[rows, :, : other.size] = theirs
 
 
+# Longest context for which `attention` stores all scores on a CPU, rather than a block at a time
+SHORT_CONTEXT = 512
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, for queries, keys and values (B, n_head, T, head_dim).
+
+    A token sees itself and the earlier ones, or what `mask` says, bool (B, 1, T, T). With a cache
+    there are more keys and values than queries.
+    """
+    B, n_head, T, head_dim = q.shape
+    is_short = k.size(2) == T <= SHORT_CONTEXT
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_short:
+        # Flash attention in bf16 is slow on CPUs: at T=256, forward and backward take 2.6 times as
+        # long as these products (bench/README.md).
+        if mask is None:
+            mask = torch.ones(T, T, dtype=torch.bool).tril()
+        bias = q.new_zeros(()).where(mask, -torch.inf)  # (T, T) or (B, 1, T, T)
+        bias = bias.expand(B, n_head, T, T).flatten(0, 1)  # (B * n_head, T, T)
+        # The same for q, k and v: one batch of matrices for all rows and heads
+        q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
+        scores = torch.baddbmm(bias, q, k.mT, alpha=head_dim**-0.5)
+        probs = F.dropout(scores.softmax(-1), dropout)
+        return (probs @ v).view(B, n_head, T, head_dim)
+
+    # Flash attention where the device has it: the scores (T, T) are never stored.
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+    )
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -168,12 +205,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
 
-        # softmax(q k^T / sqrt(head_dim)) v, where each token sees itself and the earlier ones.
-        # Flash attention where the device has it: the (T, T) matrix is never stored.
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
-        )
+        y = attention(q, k, v, mask, dropout)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)  # heads side by side: (B, T, width)
         # The projection mixes what the heads found, and returns to the width of the stream.
         return self.resid_dropout(self.c_proj(y))
@@ -513,6 +546,39 @@ def linear_cross_entropy(
 # A power of two, so that scaling by it rounds nothing. (Not an attribute of the class below, which
 # torch.compile could not read.)
 GAIN = 1024.0
+# Logits that a CPU turns into probabilities at a time: 8 MB in float32, which its cache holds.
+CACHED_LOGITS = 2**21
+
+
+def logits_to_gradient(
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    share: torch.Tensor,
+    vocab_size: int,
+    needs_grad: bool,
+) -> torch.Tensor:
+    """The weighted sum of the losses of a few tokens (scalar, float32).
+
+    rows: their logits (n, V). Replaced by softmax - onehot if needs_grad, times GAIN in float16.
+    targets: (n, 1) int64. share: (n, 1), the weights of the tokens.
+    """
+    logits = rows.float()  # in float32 not a copy
+    logits[:, vocab_size:] = -torch.inf  # padding rows get no probability
+    target_logits = logits.gather(1, targets)
+
+    # The softmax overwrites the logits. Its largest entry gives the logsumexp without another pass
+    # over them: log p_max = max - lse.
+    highest = logits.amax(-1, keepdim=True)
+    probs = torch.softmax(logits, -1, out=logits)
+    lse = highest - probs.amax(-1, keepdim=True).log()
+
+    if needs_grad:
+        # Not by scatter_add_, which has no deterministic CUDA kernel.
+        probs[torch.arange(len(rows), device=rows.device), targets[:, 0]] -= 1
+        if rows.dtype == torch.float16:
+            probs *= GAIN
+        rows.copy_(probs)  # in float32 onto itself: nothing happens
+    return ((lse - target_logits) * share).sum()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -553,43 +619,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         grads_x = []
-        grad_w = torch.zeros_like(weight) if needs_grad else None  # summed in float32
+        grad_w = None  # summed in float32
 
         # All parts use the same buffer: on CPUs, allocating a large tensor is expensive.
         buffer = torch.empty(part, len(w), dtype=dtype, device=x.device)  # (part, V)
-        rows = torch.arange(part, device=x.device)
+        # On CPUs the softmax takes a few rows at a time, which stay in the cache.
+        few = max(1, CACHED_LOGITS // len(w)) if x.device.type == "cpu" else part
         per_token = (x.to(dtype), targets, valid, share, x_share)
         parts = zip(*(tensor.split(part) for tensor in per_token))
         for part_x, part_targets, part_valid, part_share, part_x_share in parts:
-            logits = torch.mm(part_x, w.t(), out=buffer[: len(part_x)]).float()
-            logits[:, vocab_size:] = -torch.inf  # padding rows get no probability
+            logits = torch.mm(part_x, w.t(), out=buffer[: len(part_x)])
             part_targets = part_targets.where(part_valid, 0)[:, None]  # (part, 1)
-            target_logits = logits.gather(1, part_targets)
+            per_row = (logits, part_targets, part_share)
+            for rows in zip(*(tensor.split(few) for tensor in per_row)):
+                # Not in place: torch.compile of PyTorch 2.11 would return a loss without gradients.
+                loss = loss + logits_to_gradient(*rows, vocab_size, needs_grad)
 
-            # The softmax overwrites the logits. Its largest entry gives the logsumexp without
-            # another pass over them: log p_max = max - lse.
-            highest = logits.amax(-1, keepdim=True)
-            probs = torch.softmax(logits, -1, out=logits)
-            lse = highest - probs.amax(-1, keepdim=True).log()
-            # Not in place: torch.compile of PyTorch 2.11 would return a loss without gradients.
-            loss = loss + ((lse - target_logits) * part_share).sum()
-            if grad_w is not None:
-                # probs - onehot. Not by scatter_add_, which has no deterministic CUDA kernel.
-                probs[rows[: len(part_targets)], part_targets[:, 0]] -= 1
-                if is_float16:
-                    probs *= GAIN
-                grad = probs.to(dtype)
+            if needs_grad:
+                grad = logits  # as logits_to_gradient has made of it
                 # The share is applied to the narrow factors (part, C), not to (part, V).
                 grads_x.append((grad @ w) * part_share)
                 shared_x = (part_x * part_x_share).to(dtype)
-                if dtype == weight.dtype:
+                if grad_w is None:
+                    grad_w = (grad.t() @ shared_x).to(weight.dtype)
+                elif dtype == weight.dtype:
                     grad_w.addmm_(grad.t(), shared_x)
                 else:
                     grad_w.add_(grad.t() @ shared_x)
-                del grad
-            # In 16-bit dtypes, `logits` is not the buffer but a copy in float32. Without this, it
-            # would still exist while the next part makes its own.
-            del logits, probs
         if grad_w is not None:
             grad_x = torch.cat(grads_x)  # (N, C)
             if is_float16:

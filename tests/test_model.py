@@ -18,7 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from common.optim import compile_model
-from model import GPT, IGNORE, OPENAI_MODELS, GPTConfig, KVCache, linear_cross_entropy
+from model import (
+    GPT,
+    IGNORE,
+    OPENAI_MODELS,
+    SHORT_CONTEXT,
+    GPTConfig,
+    KVCache,
+    attention,
+    linear_cross_entropy,
+)
 
 # Against transformers
 
@@ -400,7 +409,10 @@ def test_linear_cross_entropy_without_gradients():
     assert weight.grad is None
 
 
-def test_linear_cross_entropy_under_autocast():
+# All rows of a part at once, and few enough that the last ones are fewer
+@pytest.mark.parametrize("cached_logits", [10**9, 100 * V])
+def test_linear_cross_entropy_under_autocast(cached_logits, monkeypatch):
+    monkeypatch.setattr("model.CACHED_LOGITS", cached_logits)
     x, weight, targets = loss_problem(2125)
     loss, d_x, d_weight = float64_reference(x, weight, targets)
     x.requires_grad_()
@@ -413,6 +425,30 @@ def test_linear_cross_entropy_under_autocast():
     assert x.grad.dtype == weight.grad.dtype == torch.float32
     assert 1e-5 < relative(x.grad, d_x) < 2e-2  # bfloat16 took part, and did no harm
     assert 1e-5 < relative(weight.grad, d_weight) < 2e-2
+
+
+# Short contexts, where the scores are stored, and longer ones
+@pytest.mark.parametrize("T", [50, SHORT_CONTEXT + 1])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_attention_in_bfloat16_against_float64(T, is_masked):
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 3, T, 16)  # each (B, n_head, T, head_dim)
+    # Each token sees itself, and in the masked case about half of the others.
+    mask = torch.ones(2, 1, T, T).tril().bool()
+    if is_masked:
+        mask = (torch.rand(2, 1, T, T) < 0.5) | torch.eye(T).bool()
+
+    wide = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    scores = (wide[0] @ wide[1].mT) / 4  # sqrt(head_dim)
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ wide[2]
+    expected.backward(grad.double())
+
+    narrow = [tensor.bfloat16().requires_grad_() for tensor in (q, k, v)]
+    y = attention(*narrow, mask if is_masked else None, dropout=0.0)
+    y.backward(grad.bfloat16())
+    assert 1e-5 < relative(y, expected) < 2e-2
+    for ours, exact in zip(narrow, wide):
+        assert relative(ours.grad, exact.grad) < 2e-2
 
 
 def peak_bytes(step, tmp_path) -> int:
