@@ -631,9 +631,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(part_x, w.t(), out=buffer[: len(part_x)])
             part_targets = part_targets.where(part_valid, 0)[:, None]  # (part, 1)
             per_row = (logits, part_targets, part_share)
-            for rows in zip(*(tensor.split(few) for tensor in per_row)):
+            for rows, row_targets, row_share in zip(*(tensor.split(few) for tensor in per_row)):
                 # Not in place: torch.compile of PyTorch 2.11 would return a loss without gradients.
-                loss = loss + logits_to_gradient(*rows, vocab_size, needs_grad)
+                loss = loss + logits_to_gradient(
+                    rows, row_targets, row_share, vocab_size, needs_grad
+                )
 
             if needs_grad:
                 grad = logits  # as logits_to_gradient has made of it

@@ -50,6 +50,7 @@ import torch
 
 from common.checkpoint import not_finite_error
 from common.console import Progress, UserError
+from common.cpu import for_scoring
 from common.runtime import Runtime
 from model import GPT, IGNORE
 
@@ -238,17 +239,19 @@ def score(
 
     # The largest batch comes first: if memory runs out, it does so at once.
     rows.sort(key=len, reverse=True)
-    batches = make_batches(rows, MAX_TOKENS[rt.device.type])
+    max_tokens = MAX_TOKENS[rt.device.type]
+    batches = make_batches(rows, max_tokens)
 
     # Each rank adds up its share of the batches: per continuation, the log-probabilities of its
     # tokens, and how many of them are the most likely and the chosen one.
     sums = np.zeros((len(lengths), 3))
     was_training = model.training
     model.eval()
+    replica = for_scoring(model, rt, max_tokens)
     with Progress(total=len(rows), desc=desc, unit="example", leave=False) as bar, rt.autocast():
         for batch in batches[rt.rank :: rt.world_size]:
             score_index = np.concatenate([row.score_index for row in batch])  # (P,)
-            np.add.at(sums, score_index, score_batch(model, batch, rt, choose))
+            np.add.at(sums, score_index, score_batch(replica, batch, rt, choose))
             # Only rank 0 shows a bar. All ranks do a similar share, so its batch counts for all of
             # them.
             bar.update(min(len(batch) * rt.world_size, bar.total - bar.n))

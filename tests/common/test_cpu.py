@@ -1,9 +1,10 @@
-"""Faster products for generation: the same model."""
+"""Faster products for generation and scoring: the same model."""
 
 import pytest
 import torch
 
-from common.cpu import can_pack, for_generation
+from common.cpu import can_pack, for_generation, for_scoring
+from common.runtime import Runtime
 from model import GPT, GPTConfig
 
 DEVICE = torch.device("cpu")
@@ -45,6 +46,17 @@ def test_the_model_itself_stays_as_it_was(num_texts):
     assert model.state_dict().keys() == before.keys()
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_scoring_copy_has_the_same_logits(monkeypatch):
+    monkeypatch.setattr("common.cpu.has_fast_bf16", lambda device: True)
+    model = make_model()
+    replica = for_scoring(model, Runtime(DEVICE, torch.float32), 100)
+    assert replica is not model
+    idx = torch.randint(300, (2, 50))
+    with torch.no_grad():
+        assert torch.allclose(replica(idx), model(idx), atol=1e-5)
+        assert replica(idx).shape == (2, 50, 300)
 
 
 @pytest.mark.skipif(not can_pack(DEVICE, torch.bfloat16), reason="no bf16 on this processor")
