@@ -114,7 +114,7 @@ def test_command_prints_a_table_and_adds_a_line_of_results(folder, tmp_path):
     results = tmp_path / "log" / "results.jsonl"
     predictions = tmp_path / "predictions.jsonl"
     words = ["--data", folder / "hellaswag.jsonl", "--results", results]
-    words += ["--save_predictions", predictions]
+    words += ["--save_predictions", predictions, "--dtype", "float32"]
     out = ok(run(folder, "hellaswag.py", *words)).stdout
     assert "HellaSwag (chance 25%), float32" in out
     assert "/12)" in out
