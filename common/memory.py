@@ -21,7 +21,7 @@ import torch
 from common.console import UserError
 from common.muon import BATCH_ELEMENTS
 from common.runtime import Runtime, has_fast_bf16
-from model import GPT
+from model import CACHED_LOGITS, GPT, SHORT_CONTEXT
 
 FLOAT = 4  # bytes of a float32
 
@@ -57,8 +57,13 @@ class TrainingMemory:
     def __post_init__(self):
         self.config = self.model.config
         self.half = FLOAT if self.rt.dtype == torch.float32 else 2
+        is_cpu = self.rt.device.type == "cpu"
+        # `attention` in model.py then keeps the softmax of the scores, (T, T) for each head.
+        is_short = self.T <= SHORT_CONTEXT
+        self.stores_softmax = is_cpu and self.rt.dtype == torch.bfloat16 and is_short
         # PyTorch's CPU kernel for attention has no dropout: it then stores the (T, T) matrices.
-        self.stores_attention = self.config.dropout > 0 and self.rt.device.type == "cpu"
+        has_dropout = self.config.dropout > 0
+        self.stores_attention = is_cpu and has_dropout and not self.stores_softmax
 
     def need(self, B: int) -> int:
         """Bytes that a training step needs, with the allowance on CPUs."""
@@ -126,7 +131,8 @@ class TrainingMemory:
             mean and deviation of the LayerNorms               4 numbers of 4 bytes
 
         With dropout: its two masks (C each), and on CPUs three (T, T) matrices per head, with
-        queries, keys and values in float32.
+        queries, keys and values in float32. For short contexts in bf16 on CPUs: one (T, T) matrix
+        per head instead of the logsumexp, three with dropout, all in bf16.
         """
         N = B * self.T
         C = self.config.n_embd
@@ -138,6 +144,9 @@ class TrainingMemory:
             size += N * 2 * C * (1 if is_gpu else half)  # a mask is bool on GPUs
         if self.stores_attention:
             size += N * (3 * FLOAT * H * self.T + 3 * C * (FLOAT - half))
+        if self.stores_softmax:
+            matrices = 3 if self.config.dropout else 1
+            size += N * H * (matrices * half * self.T - FLOAT)
         return size
 
     def activations(self, B: int) -> int:
@@ -161,11 +170,12 @@ class TrainingMemory:
         half = self.half
         # LinearCrossEntropy takes an eighth of the tokens at a time, but at least 1,024.
         part = min(N, max(1024, math.ceil(N / 8)))
-        # In float32, everything happens in the buffer of a part's logits. Otherwise the loop also
-        # holds the softmax in float32 and its gradient in 16 bits.
-        logits = part * V * FLOAT
+        # In float32, everything happens in the buffer of a part's logits. Otherwise the softmax is
+        # computed in float32 beside it: on CPUs for a few rows at a time, else for all of them.
+        logits = part * V * half
         if half < FLOAT:
-            logits = part * V * (half + FLOAT + half)
+            is_cpu = self.rt.device.type == "cpu"
+            logits += FLOAT * (min(part * V, CACHED_LOGITS) if is_cpu else part * V)
         # The input, its gradient in parts, and put together; the gradient of the embedding.
         size = logits + 3 * FLOAT * N * C + FLOAT * V * C
         if half < FLOAT:
@@ -180,6 +190,11 @@ class TrainingMemory:
         size = N * C * (3 * FLOAT + 4 * self.half)
         if self.half < FLOAT:
             size += N * C * self.half  # the block's converted
+        if self.stores_softmax:
+            # In attention: the gradients of the softmax and of the scores. What the backward pass
+            # of the MLP needed is free by then.
+            scores = 2 * self.half * N * self.config.n_head * self.T
+            size = max(size, scores + N * C * (2 * FLOAT - 6 * self.half))
         if self.activation_checkpointing:
             size += self.block(B)  # computed again
         return size

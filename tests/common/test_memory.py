@@ -60,6 +60,7 @@ CASES = {
     "two micro-batches": dict(micro_steps=2),
     "bfloat16": dict(dtype=torch.bfloat16),
     "bfloat16, large vocabulary": dict(dtype=torch.bfloat16, vocab_size=4000, B=9),
+    "bfloat16, dropout": dict(dtype=torch.bfloat16, dropout=0.1),
     "float16, two micro-batches": dict(dtype=torch.float16, micro_steps=2),
     "muon": dict(muon=True, n_embd=128, B=1),
     "activation checkpointing": dict(checkpointing=True, n_layer=8, n_embd=128),
