@@ -136,7 +136,7 @@ class KVCache:
             self.keys[layer] = keys
             self.values[layer] = values
         # Not by scatter_, which on CPUs converts the whole cache to float32 and back in bf16.
-        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1); positions may be (1, T)
         keys[rows, :, self.positions] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, self.positions] = v.transpose(1, 2).to(keys.dtype)
         return keys[:, :, : self.end], values[:, :, : self.end]
@@ -210,7 +210,7 @@ class CausalSelfAttention(nn.Module):
         # In generation, x is the new tokens only; keys and values of the earlier ones are stored.
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-            q = q.to(k.dtype)
+            q = q.to(k.dtype)  # that of the cache
 
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, mask, dropout)  # (B, n_head, T, head_dim)

@@ -5,8 +5,8 @@
     keep_freed_memory(device)                                    # for training
 
 Generating a token reads every weight once, so its time is the time to read them from memory.
-nn.Linear does not reach the memory's speed. For one text, SplitLinear comes nearer; for several,
-PackedLinear. bfloat16 halves the bytes, where the processor has it.
+nn.Linear does not reach the memory's speed. PackedLinear comes nearer, and on processors without
+fast bfloat16 SplitLinear for one text. bfloat16 halves the bytes, where the processor has it.
 
 Scoring multiplies by the same weights again and again. nn.Linear brings them into the order that
 the kernel wants each time, and autocast rounds them to bfloat16 each time; PackedLinear once. In
@@ -105,9 +105,9 @@ def for_generation(model: GPT, dtype: torch.dtype, num_texts: int) -> GPT:
     a time.
     """
 
-    # Where bf16 is fast, oneDNN reads packed weights faster than MKL reads the parts.
-    has_mkl = torch.backends.mkl.is_available() and not has_fast_bf16(model.wte.weight.device)
-    by_parts = num_texts == 1 and dtype == torch.float32 and has_mkl
+    # Where bf16 is fast, oneDNN reads packed float32 weights faster than MKL reads the parts, too.
+    onednn_is_best = has_fast_bf16(model.wte.weight.device) or not torch.backends.mkl.is_available()
+    by_parts = num_texts == 1 and dtype == torch.float32 and not onednn_is_best
 
     def faster(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         if by_parts:
@@ -121,8 +121,8 @@ def for_scoring(model: GPT, rt: Runtime, num_tokens: int) -> GPT:
     """A copy of the model that scores num_tokens tokens at a time faster.
 
     The model itself on GPUs, and on CPUs where it would be no faster: an AMD EPYC with AVX2 gains
-    nothing, one with AVX512_BF16 reads 2.1 times as many tokens per second in float32 and 1.2 times
-    as many in bf16 (bench/README.md).
+    nothing, one with AVX512_BF16 scores twice as fast in float32 and 1.1 times as fast in bf16
+    (bench/README.md). Processors with AMX were not measured.
     """
     if rt.device.type != "cpu" or not has_fast_bf16(rt.device) or not can_pack(rt.device, rt.dtype):
         return model
