@@ -62,8 +62,9 @@ class Config:
     # muon: Muon for the matrices of the blocks, AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_momentum: float = 0.95  # Muon's momentum; short runs want less, about 0.9
-    # beside Muon, learning rate of the embeddings as a multiple of the others'
+    # beside Muon, learning rate of the token embeddings as a multiple of the others'
     embedding_lr_scale: float = 1.0
+    position_lr_scale: float = 1.0  # the same of the position embeddings
     warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
     # final learning rate of the cosine decay; None = a tenth of max_lr
@@ -136,8 +137,9 @@ class Config:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not 0 <= self.muon_momentum < 1:
             raise UserError(f"muon_momentum is {self.muon_momentum}, must be from 0 to below 1")
-        if not 0 < self.embedding_lr_scale < math.inf:
-            raise UserError(f"embedding_lr_scale is {self.embedding_lr_scale}, must be above 0")
+        for name in ("embedding_lr_scale", "position_lr_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, must be above 0")
 
         # A tenth of the peak is what GPT-3 used (Brown et al. 2020).
         if self.min_lr is None:
@@ -151,8 +153,11 @@ class Config:
             raise UserError("give max_steps or num_epochs, not both")
         if self.shard_optimizer and self.optimizer != "adamw":
             raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
-        if self.optimizer == "adamw" and (self.muon_momentum, self.embedding_lr_scale) != (0.95, 1):
-            raise UserError("muon_momentum and embedding_lr_scale need --optimizer muon")
+        of_muon = (self.muon_momentum, self.embedding_lr_scale, self.position_lr_scale)
+        if self.optimizer == "adamw" and of_muon != (0.95, 1, 1):
+            raise UserError(
+                "muon_momentum, embedding_lr_scale and position_lr_scale need --optimizer muon"
+            )
         if self.unigram_init and (self.norm == "post" or self.init_from):
             raise UserError("unigram_init is for new models (no init_from) with norm pre")
         check_installed(self.tracker)
@@ -644,6 +649,7 @@ def set_up_optimizer(config: Config, model: GPT, rt: Runtime) -> Optimizer:
         muon=config.optimizer == "muon",
         muon_momentum=config.muon_momentum,
         embedding_lr_scale=config.embedding_lr_scale,
+        position_lr_scale=config.position_lr_scale,
     )
 
 

@@ -102,6 +102,7 @@ def make_optimizer(
     muon: bool = False,
     muon_momentum: float = 0.95,
     embedding_lr_scale: float = 1.0,
+    position_lr_scale: float = 1.0,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused into one kernel over all tensors.
 
@@ -112,8 +113,8 @@ def make_optimizer(
         them to the other ranks (Rajbhandari et al. 2020, "ZeRO", stage 1).
     muon: the matrices of the blocks are trained by Muon (common/muon.py), with the same learning
         rate and weight decay.
-    embedding_lr_scale: learning rate of AdamW's matrices, as a multiple of lr. Beside Muon these
-        are the token and position embeddings.
+    embedding_lr_scale, position_lr_scale: learning rates of the token and of the position
+        embeddings beside Muon, as multiples of lr.
     """
     # Sort the parameters into groups. Finetuning with LoRA trains only some of them.
     attention = []  # for Muon: the projections to queries, keys and values
@@ -132,7 +133,7 @@ def make_optimizer(
         else:
             not_decayed.append(parameter)
     groups = [
-        dict(params=decayed, weight_decay=weight_decay, lr_scale=embedding_lr_scale),
+        dict(params=decayed, weight_decay=weight_decay),
         dict(params=not_decayed, weight_decay=0.0),
     ]
     # train_step sets the learning rate of each step: lr * lr_scale of the group.
@@ -143,6 +144,12 @@ def make_optimizer(
         muon_groups: list[dict] = [dict(params=attention, parts=3), dict(params=matrices)]
         dtype = torch.bfloat16 if has_fast_bf16(matrices[0].device) else torch.float32
         hidden = Muon(muon_groups, lr, weight_decay, dtype, muon_momentum)
+        tokens, positions = decayed  # nothing else is left of the matrices
+        groups = [
+            dict(params=[tokens], weight_decay=weight_decay, lr_scale=embedding_lr_scale),
+            dict(params=[positions], weight_decay=weight_decay, lr_scale=position_lr_scale),
+            dict(params=not_decayed, weight_decay=0.0),
+        ]
         return Optimizers(hidden, torch.optim.AdamW(groups, **options))
     if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # the import takes a second
@@ -272,7 +279,10 @@ def train_step(
     # gradient, which every rank sees: `step` then changes nothing, and `update` lowers the scale.
     scaler.unscale_(optimizer)
     # Without clipping, the norm is still worth its time: it shows a run that becomes unstable.
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -48,10 +48,13 @@ class Recipe:
     optimizer: Literal["muon", "adamw"] = "muon"
     length: float = 1.0  # tokens of the run, as a multiple of max_steps * total_batch_size
     lr: float = 1.0  # peak learning rate, as a multiple of max_lr
-    embedding_lr: float = 1.0  # of the token and position embeddings, as a multiple of that
+    embedding_lr: float = 1.0  # of the token embeddings, as a multiple of that
+    position_lr: float = 1.0  # of the position embeddings, likewise
+    bias_lr: float = 1.0  # of biases and LayerNorms, likewise
+    muon: Literal["plain", "normalized", "polar", "cautious"] = "plain"  # MUONS, below
     momentum: float = 0.95  # Muon's
+    first_momentum: float = 0.0  # the same at the start, grows during the first half; 0: constant
     rounds: int = 5  # Muon's: Newton-Schulz iterations
-    normalized: bool = False  # Muon's: each row of an update gets the same size
     weight_decay: float = 0.1
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
@@ -62,6 +65,7 @@ class Recipe:
     batch: float = 1.0  # tokens per step, as a multiple of total_batch_size
     first_batch: float = 1.0  # the same at the start; grows during the first half
     short_windows: int = 1  # during the first third, windows are cut into so many parts
+    document_windows: bool = False  # windows begin at documents
     embedding_std: float = 0.02  # at the start
     unigram: bool = False  # start from the frequencies of the tokens
     zero_projections: bool = False  # c_proj starts at zero, so that blocks add nothing at first
@@ -69,40 +73,68 @@ class Recipe:
 
 
 # The best recipe so far
-BASE = Recipe(embedding_lr=4.0, momentum=0.9, beta1=0.6, beta2=0.99, warmup=0.02, unigram=True)
+BASE = Recipe(
+    embedding_lr=4.0,
+    position_lr=0.25,
+    momentum=0.9,
+    beta1=0.6,
+    beta2=0.99,
+    grad_clip=0.0,
+    warmup=0.02,
+    unigram=True,
+)
 
 # What train_gpt2.py does without flags, for four times as long
-ADAMW = dict(optimizer="adamw", length=4.0) | dict(
-    embedding_lr=1.0, beta1=0.9, beta2=0.95, warmup=0.1, unigram=False
+TAKEN_BACK = dict(
+    embedding_lr=1.0,
+    position_lr=1.0,
+    momentum=0.95,
+    beta1=0.9,
+    beta2=0.95,
+    grad_clip=1.0,
+    warmup=0.1,
+    unigram=False,
 )
+ADAMW = dict(optimizer="adamw", length=4.0) | TAKEN_BACK
 
 # Name of a row -> what it changes in the base. The first ones take back what won, one by one.
 ROWS: dict[str, dict] = {
     "embeddings x1": dict(embedding_lr=1.0),
+    "positions x1": dict(position_lr=1.0),
     "momentum 0.95": dict(momentum=0.95),
     "beta1 0.9": dict(beta1=0.9),
     "beta2 0.95": dict(beta2=0.95),
+    "clipping at 1": dict(grad_clip=1.0),
     "warmup 10%": dict(warmup=0.1),
     "equal frequencies": dict(unigram=False),
-    "none of these": dict(
-        embedding_lr=1.0, momentum=0.95, beta1=0.9, beta2=0.95, warmup=0.1, unigram=False
-    ),
+    "none of these": TAKEN_BACK,
     # Schedules: Defazio et al. 2023 (linear), Haegele et al. 2024 (constant, then 1 - sqrt)
     "linear to 0": dict(decay="linear", final_lr=0.0),
     "late decay": dict(decay="late", final_lr=0.0),
-    # Learning rates, and details of Muon: Jordan et al. 2024, Li et al. 2025 (normalized)
+    # Learning rates, of all or of some parameters
     "lr x0.5": dict(lr=0.5),
     "lr x2": dict(lr=2.0),
+    "embeddings x8": dict(embedding_lr=8.0),
     "embeddings x16": dict(embedding_lr=16.0),
+    "matrices x0.5": dict(lr=0.5, embedding_lr=8.0, bias_lr=2.0),
+    "matrices x2": dict(lr=2.0, embedding_lr=2.0, bias_lr=0.5),
+    "positions x4": dict(position_lr=4.0),
+    "biases x0.25": dict(bias_lr=0.25),
+    "biases x4": dict(bias_lr=4.0),
+    # Details of Muon: Jordan et al. 2024 (growing momentum)
+    "growing momentum": dict(first_momentum=0.8, momentum=0.95),
     "three rounds": dict(rounds=3),
-    "normalized": dict(normalized=True),
+    "normalized": dict(muon="normalized"),
+    "polar express": dict(muon="polar"),
     "no weight decay": dict(weight_decay=0.0),
-    "no clipping": dict(grad_clip=0.0),
+    "cautious weight decay": dict(muon="cautious"),
     # Batch and sequence length: Smith et al. 2018, Li et al. 2022 (short sequences first)
     "half batch": dict(batch=0.5),
     "growing batch": dict(first_batch=0.25),
     "short windows first": dict(short_windows=4),
+    "windows at documents": dict(document_windows=True),
     # Weights: Zhang et al. 2019 (zero)
+    "embedding std 0.005": dict(embedding_std=0.005),
     "embedding std 0.1": dict(embedding_std=0.1),
     "zero projections": dict(zero_projections=True),
     "average 0.95": dict(average=0.95),
@@ -113,6 +145,8 @@ ROWS: dict[str, dict] = {
     "AdamW, 4x tokens, linear to 0, lr x0.5": ADAMW | dict(lr=0.5, decay="linear", final_lr=0.0),
     "AdamW, 4x tokens, late decay, lr x0.25": ADAMW | dict(lr=0.25, decay="late", final_lr=0.0),
     "AdamW, 4x tokens, late decay, lr x0.5": ADAMW | dict(lr=0.5, decay="late", final_lr=0.0),
+    "AdamW, 4x tokens, late decay, no clipping, lr x0.25": ADAMW
+    | dict(lr=0.25, decay="late", final_lr=0.0, grad_clip=0.0),
 }
 
 
@@ -139,14 +173,15 @@ class Config(TrainingConfig):
 if __name__ == "__main__":
     config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
 
+import numpy as np
 import torch
 
 from common.muon import Muon
 from common.optim import Optimizers, make_optimizer
 from common.runtime import start as start_runtime
 from common.scoring import stream_loss
-from common.shards import open_shards, shards_fingerprint, shards_tokenizer
-from dataloader import PretrainLoader
+from common.shards import Shards, open_shards, shards_fingerprint, shards_tokenizer
+from dataloader import PretrainLoader, WindowOrder, Windows
 from experiments.sweep import StudyFolder, device_envs, mean_and_deviation, settings_of, start
 from model import GPT
 from train_gpt2 import count_tokens
@@ -208,6 +243,64 @@ class NormalizedMuon(Muon):
         return update * (size / update.norm(dim=(-2, -1), keepdim=True))
 
 
+class PolarExpressMuon(Muon):
+    """Each round has the polynomial that is best after those before it (Amsel et al. 2025)."""
+
+    # (a, b, c) of each round, as in common/muon.py. They are for singular values up to 1 / 1.02.
+    ROUNDS = (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    )
+
+    def orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
+        x = matrices / (1.02 * matrices.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-7)
+        for a, b, c in self.ROUNDS:
+            gram = x.mT @ x
+            x = a * x + x @ (b * gram + c * gram @ gram)
+        return x
+
+
+class CautiousMuon(Muon):
+    """Weights decay only where the update makes them smaller, too (Chen et al. 2025)."""
+
+    def update(self, parameters: list[torch.nn.Parameter], group: dict):
+        before = [parameter.clone() for parameter in parameters]
+        super().update(parameters, group | dict(weight_decay=0.0))
+        for parameter, old in zip(parameters, before):
+            shrinks = (old - parameter) * old > 0
+            parameter.sub_(group["lr"] * group["weight_decay"] * old * shrinks)
+
+
+MUONS = dict(plain=Muon, normalized=NormalizedMuon, polar=PolarExpressMuon, cautious=CautiousMuon)
+
+
+class DocumentWindows(Windows):
+    """Each document is cut into windows from its end-of-text token on.
+
+    The last window of a document goes on into the next one, whose first tokens come twice.
+    """
+
+    def __init__(self, shards: Shards, T: int, end_of_text: int):
+        self.starts = []  # of each shard: where its windows begin
+        for shard, length in enumerate(shards.lengths):
+            documents = np.flatnonzero(shards.read(shard, 0, length) == end_of_text)
+            if not len(documents):
+                raise UserError(
+                    f"{shards.paths[shard]} has no end-of-text token (id {end_of_text})"
+                )
+            ends = np.append(documents[1:], length)
+            cuts = [np.arange(start, end, T) for start, end in zip(documents, ends)]
+            starts = np.concatenate(cuts)
+            self.starts.append(starts[starts + T < length])
+        self.counts = np.array([len(starts) for starts in self.starts])
+
+    def first_token(self, shard: int, window: int) -> int:
+        return int(self.starts[shard][window])
+
+
 def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
     """Train a model, and return its validation loss in nats; None if it diverged."""
     rt = start_runtime(config.device, "float32")
@@ -225,6 +318,9 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
 
     # A window is a "batch" here: the recipes cut the same order of windows into other batches.
     loader = PretrainLoader(shards, 1, config.T, config.T, seed)
+    if recipe.document_windows:
+        loader.windows = DocumentWindows(shards, config.T, enc.eot_token)
+        loader.order = WindowOrder(loader.windows.counts, seed)
     num_windows = round(recipe.length * config.max_steps * config.total_batch_size / config.T)
 
     done = 0  # windows
@@ -247,6 +343,9 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = config.max_lr * recipe.lr * factor * group.get("lr_scale", 1.0)
+            if recipe.first_momentum and isinstance(optimizer, Muon):
+                way = min(1.0, 2 * done / num_windows)  # from the first momentum to the last one
+                optimizer.momentum = (1 - way) * recipe.first_momentum + way * recipe.momentum
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -281,13 +380,15 @@ def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
         1e-8,
         muon=recipe.optimizer == "muon",
         embedding_lr_scale=recipe.embedding_lr,
+        position_lr_scale=recipe.position_lr,
     )
     if not isinstance(optimizer, Optimizers):
         return [optimizer]
     muon, adamw = optimizer.optimizers
+
+    adamw.param_groups[-1]["lr_scale"] = recipe.bias_lr
     # make_optimizer's Muon always takes five rounds: replace it by one with the recipe's settings.
-    kind = NormalizedMuon if recipe.normalized else Muon
-    muon = kind(
+    muon = MUONS[recipe.muon](
         muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, recipe.rounds
     )
     return [muon, adamw]

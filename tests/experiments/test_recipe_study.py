@@ -4,13 +4,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import train_gpt2
 from common.console import UserError, parse_flags
+from common.shards import open_shards
 from experiments import recipe_study
-from experiments.recipe_study import BASE, Config, batch_sizes, learning_rate_factor, verdict
+from experiments.recipe_study import (
+    BASE,
+    MUONS,
+    Config,
+    DocumentWindows,
+    batch_sizes,
+    learning_rate_factor,
+    verdict,
+)
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, total_batch_size=128, max_steps=4, B=4)
 
@@ -23,6 +34,7 @@ def test_the_flags_of_the_fast_recipe_are_those_of_the_study(monkeypatch):
     assert flags.optimizer == "muon"
     assert flags.muon_momentum == BASE.momentum
     assert flags.embedding_lr_scale == BASE.embedding_lr
+    assert flags.position_lr_scale == BASE.position_lr
     assert (flags.beta1, flags.beta2) == (BASE.beta1, BASE.beta2)
     assert flags.weight_decay == BASE.weight_decay
     assert flags.grad_clip == BASE.grad_clip
@@ -53,6 +65,46 @@ def test_schedules():
     assert learning_rate_factor(late, 1.0) == 0
 
 
+def test_document_windows_begin_at_documents(tmp_path):
+    """Two documents of 10 and 7 tokens; each begins with the end-of-text token 0."""
+    tokens = np.array([0, *range(1, 10), 0, *range(21, 27)], dtype=np.uint16)
+    np.save(tmp_path / "x_train_000000.npy", tokens)
+    windows = DocumentWindows(open_shards(tmp_path, "train"), T=4, end_of_text=0)
+    # The window at 14 would need a token after the last one.
+    assert [windows.first_token(0, n) for n in range(windows.counts[0])] == [0, 4, 8, 10]
+
+
+def test_polar_express_brings_all_singular_values_close_to_one():
+    torch.manual_seed(1)
+    matrices = torch.randn(2, 24, 64, dtype=torch.float64)
+    update = make_muon("polar").orthogonalize(matrices)
+    # U V^T by the singular value decomposition
+    u, values, vh = torch.linalg.svd(matrices, full_matrices=False)
+    assert (torch.linalg.svdvals(update) - 1).abs().max() < 0.15
+    assert (update - u @ vh).norm() / (u @ vh).norm() < 0.15
+
+
+def test_cautious_weight_decay_acts_only_where_the_update_shrinks_the_weight():
+    weight = torch.nn.Parameter(torch.tensor([[2.0, -2.0], [2.0, 2.0]]))
+    plain = weight.detach().clone()
+    optimizer = make_muon("cautious", weight)
+    weight.grad = torch.tensor([[1.0, 0.5], [-0.5, 1.0]])
+    optimizer.step()
+    # The gradient's columns are orthogonal, so the update has its signs. It shrinks the weights at
+    # (0, 0) and (1, 1): only these are decayed, by lr * weight_decay of their size.
+    reference = torch.nn.Parameter(plain.clone())
+    undecayed = make_muon("plain", reference, weight_decay=0.0)
+    reference.grad = weight.grad
+    undecayed.step()
+    decay = torch.tensor([[0.1 * 0.5 * 2, 0.0], [0.0, 0.1 * 0.5 * 2]])
+    torch.testing.assert_close(weight.detach(), reference.detach() - decay)
+
+
+def make_muon(kind, *parameters, weight_decay=0.5):
+    groups = [dict(params=parameters or [torch.nn.Parameter(torch.zeros(2, 2))])]
+    return MUONS[kind](groups, 0.1, weight_decay, torch.float32)
+
+
 def test_verdicts():
     # mean -0.2, standard deviation 0.1, so two standard errors are 2 * 0.1 / sqrt(3)
     assert verdict([-0.1, -0.2, -0.3]) == ("-0.2000 ± 0.1155", "wins")
@@ -70,6 +122,7 @@ def test_rows_are_trained_and_compared(data_dir, tmp_path, monkeypatch, capsys):
     settings = dict(**TINY, data_dir=str(data_dir), out_dir=str(tmp_path), device="cpu")
     settings |= dict(seeds=(1, 2), val_tokens=500)
     rows = ("none of these", "normalized", "average 0.95", "short windows first")
+    rows += ("growing momentum", "positions x1")
     rows += ("AdamW, 4x tokens, linear to 0, lr x0.5",)
     recipe_study.main(Config(rows=rows, **settings))
     report = (tmp_path / "report.md").read_text()
