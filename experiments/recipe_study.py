@@ -75,7 +75,7 @@ class Recipe:
 # The best recipe so far
 BASE = Recipe(
     embedding_lr=4.0,
-    position_lr=0.25,
+    position_lr=4.0,
     momentum=0.9,
     beta1=0.6,
     beta2=0.99,
@@ -100,7 +100,6 @@ ADAMW = dict(optimizer="adamw", length=4.0) | TAKEN_BACK
 # Name of a row -> what it changes in the base. The first ones take back what won, one by one.
 ROWS: dict[str, dict] = {
     "embeddings x1": dict(embedding_lr=1.0),
-    "positions x1": dict(position_lr=1.0),
     "momentum 0.95": dict(momentum=0.95),
     "beta1 0.9": dict(beta1=0.9),
     "beta2 0.95": dict(beta2=0.95),
@@ -118,7 +117,8 @@ ROWS: dict[str, dict] = {
     "embeddings x16": dict(embedding_lr=16.0),
     "matrices x0.5": dict(lr=0.5, embedding_lr=8.0, bias_lr=2.0),
     "matrices x2": dict(lr=2.0, embedding_lr=2.0, bias_lr=0.5),
-    "positions x4": dict(position_lr=4.0),
+    "positions x1": dict(position_lr=1.0),
+    "positions x0.25": dict(position_lr=0.25),
     "biases x0.25": dict(bias_lr=0.25),
     "biases x4": dict(bias_lr=4.0),
     # Details of Muon: Jordan et al. 2024 (growing momentum)
