@@ -99,7 +99,7 @@ ADAMW = dict(optimizer="adamw", length=4.0) | TAKEN_BACK
 
 # Name of a row -> what it changes in the base. The first ones take back what won, one by one.
 ROWS: dict[str, dict] = {
-    "embeddings x1": dict(embedding_lr=1.0),
+    "embeddings x1": dict(embedding_lr=1.0, position_lr=1.0),
     "momentum 0.95": dict(momentum=0.95),
     "beta1 0.9": dict(beta1=0.9),
     "beta2 0.95": dict(beta2=0.95),
@@ -113,10 +113,10 @@ ROWS: dict[str, dict] = {
     # Learning rates, of all or of some parameters
     "lr x0.5": dict(lr=0.5),
     "lr x2": dict(lr=2.0),
-    "embeddings x8": dict(embedding_lr=8.0),
-    "embeddings x16": dict(embedding_lr=16.0),
-    "matrices x0.5": dict(lr=0.5, embedding_lr=8.0, bias_lr=2.0),
-    "matrices x2": dict(lr=2.0, embedding_lr=2.0, bias_lr=0.5),
+    "tokens x8": dict(embedding_lr=8.0),
+    "tokens x16": dict(embedding_lr=16.0),
+    "matrices x0.5": dict(lr=0.5, embedding_lr=8.0, position_lr=8.0, bias_lr=2.0),
+    "matrices x2": dict(lr=2.0, embedding_lr=2.0, position_lr=2.0, bias_lr=0.5),
     "positions x1": dict(position_lr=1.0),
     "positions x0.25": dict(position_lr=0.25),
     "biases x0.25": dict(bias_lr=0.25),

@@ -62,7 +62,7 @@ FLAGS = {
     """,
     "bench.time_to_loss": """
         candidates data_dir out_dir nanogpt build_nanogpt learning_rates seeds step_fractions
-        fast_fractions
+        position_lr_scale fast_fractions
         n_layer n_head n_embd B T total_batch_size max_steps warmup_steps val_every val_tokens
         device dtype compile num_parallel
     """,

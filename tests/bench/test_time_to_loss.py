@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, command, ok
 
+import train_gpt2
 from bench import time_to_loss
 from bench.time_to_loss import Point, first_crossing, make_job, nanogpt_flags, write_tokens
 from bench.timed_run import Job, adapt
-from common.console import UserError
+from common.console import UserError, parse_flags
 from common.runtime import Runtime
 from common.shards import open_shards, shards_tokenizer
 
@@ -199,6 +201,7 @@ def test_a_timed_run_of_another_project(data_dir, tmp_path):
 @pytest.mark.slow
 def test_a_timed_run_of_this_project(data_dir, tmp_path):
     flags = dict(max_steps=6, val_every=4, step_fractions=(1.0,), fast_fractions=(1.0,))
+    flags |= dict(position_lr_scale=0.25)
     config = small_config(data_dir, tmp_path, **flags)
     shape = config.gpt_config(block_size=8, vocab_size=shards_tokenizer(data_dir).n_vocab)
     # The other projects' folders are not needed.
@@ -206,7 +209,12 @@ def test_a_timed_run_of_this_project(data_dir, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time_to_loss, "find_scripts", lambda config: scripts)
         job = make_job(config, CPU, shape, Point("fast", 1e-3, 1.0, 1), tmp_path)
-    assert job.flags[-len(time_to_loss.FAST) :] == list(time_to_loss.FAST)
+    # The recipe's own rate of the position embeddings comes first, and the study's counts.
+    recipe = [*time_to_loss.FAST, "--position_lr_scale", "0.25"]
+    assert job.flags[-len(recipe) :] == recipe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_gpt2.py", *job.flags])
+        assert parse_flags(train_gpt2.Config, train_gpt2.__doc__).position_lr_scale == 0.25
     run_job(job, tmp_path / "job.json")
     points = json.loads((tmp_path / "curve.json").read_text())
     # Muon's recipe has two optimizers, which count as one update.

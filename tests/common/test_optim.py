@@ -21,15 +21,15 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
     model = small_model()
     optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, muon=True)
     names = {id(p): name for name, p in model.named_parameters()}
-    attention, matrices, decayed, rest = (
+    attention, matrices, tokens, positions, rest = (
         [names[id(p)] for p in group["params"]] for group in optimizer.param_groups
     )
     assert attention == ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"]
     others = ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert matrices == [f"h.{layer}.{matrix}.weight" for layer in range(2) for matrix in others]
-    assert decayed == ["wte.weight", "wpe.weight"]
-    assert sorted(attention + matrices + decayed + rest) == sorted(names.values())
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.0]
+    assert (tokens, positions) == (["wte.weight"], ["wpe.weight"])
+    assert sorted(attention + matrices + tokens + positions + rest) == sorted(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1] * 4 + [0.0]
 
 
 def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
