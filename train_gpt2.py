@@ -64,7 +64,7 @@ class Config:
     muon_momentum: float = 0.95  # Muon's momentum; short runs want less, about 0.9
     # beside Muon, learning rate of the token embeddings as a multiple of the others'
     embedding_lr_scale: float = 1.0
-    # the same for the position embeddings; runs of less than a million tokens want less, 0.25
+    # likewise for the position embeddings; 0.25 is better in runs of less than a million tokens
     position_lr_scale: float = 1.0
     warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup

@@ -83,9 +83,9 @@ class Config(SweepConfig):
     candidates: tuple[str, ...] = tuple(TITLES)  # what to compare; adamw or nanogpt among them
     # training lengths as fractions of max_steps; 1 is always among them
     step_fractions: tuple[float, ...] = (0.5, 1.0)
-    # learning rate of the fast recipe's position embeddings, as a multiple of the others'; runs of
-    # less than a million tokens want 0.25, longer ones 4
-    position_lr_scale: float = 4.0
+    # the fast recipe's --position_lr_scale; None = that of runs/fast.flags. 0.25 is better in runs
+    # of less than a million tokens
+    position_lr_scale: float | None = None
     # training lengths of the fast recipe
     fast_fractions: tuple[float, ...] = (0.2, 0.25, 0.5, 1.0)
     val_every: int = 100  # steps between validation losses
@@ -100,6 +100,8 @@ class Config(SweepConfig):
             raise UserError("candidates: name adamw or nanogpt, whose final losses are the targets")
         check_at_least(self, 2, "val_every")
         check_at_least(self, 0, "warmup_steps")
+        if self.position_lr_scale is not None and not 0 < self.position_lr_scale < math.inf:
+            raise UserError(f"position_lr_scale is {self.position_lr_scale}, must be above 0")
         # The targets are final losses of whole runs, and the grid consists of them.
         fractions = (*self.step_fractions, *self.fast_fractions)
         if 1.0 not in self.step_fractions or not all(0 < part <= 1 for part in fractions):
@@ -385,10 +387,14 @@ def our_flags(config: Config, job: Job, point: Point, warmup_steps: int) -> list
         compile=config.compile,
     )
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    if point.candidate == "fast":
-        # Of a flag that is given twice, the last value counts.
-        words += [*FAST, "--position_lr_scale", str(config.position_lr_scale)]
-    return words
+    return [*words, *(fast_flags(config) if point.candidate == "fast" else ())]
+
+
+def fast_flags(config: Config) -> list[str]:
+    """The recipe as flags of train_gpt2.py, where the last of two values for a flag counts."""
+    if config.position_lr_scale is None:
+        return [*FAST]
+    return [*FAST, "--position_lr_scale", str(config.position_lr_scale)]
 
 
 def nanogpt_flags(
@@ -537,7 +543,7 @@ def summarize(
         f"{config.n_layer} layers of width {config.n_embd}, up to {config.max_steps} steps of "
         f"{config.total_batch_size} tokens; validation loss in nats on {config.val_tokens} tokens; "
         "seconds without start-up and evaluation",
-        f"fast: `{' '.join(FAST)}`, with `--position_lr_scale {config.position_lr_scale:g}`",
+        f"fast: `{' '.join(fast_flags(config))}`",
         grid_table(grids),
         f"At the best rates, mean and standard deviation of {len(config.seeds)} seeds:",
         lengths_table(config, study, best),

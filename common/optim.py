@@ -132,10 +132,6 @@ def make_optimizer(
             decayed.append(parameter)
         else:
             not_decayed.append(parameter)
-    groups = [
-        dict(params=decayed, weight_decay=weight_decay),
-        dict(params=not_decayed, weight_decay=0.0),
-    ]
     # train_step sets the learning rate of each step: lr * lr_scale of the group.
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
 
@@ -144,13 +140,18 @@ def make_optimizer(
         muon_groups: list[dict] = [dict(params=attention, parts=3), dict(params=matrices)]
         dtype = torch.bfloat16 if has_fast_bf16(matrices[0].device) else torch.float32
         hidden = Muon(muon_groups, lr, weight_decay, dtype, muon_momentum)
-        tokens, positions = decayed  # nothing else is left of the matrices
+        tokens, positions = decayed  # outside of the blocks, only the embeddings are matrices
         groups = [
             dict(params=[tokens], weight_decay=weight_decay, lr_scale=embedding_lr_scale),
             dict(params=[positions], weight_decay=weight_decay, lr_scale=position_lr_scale),
             dict(params=not_decayed, weight_decay=0.0),
         ]
         return Optimizers(hidden, torch.optim.AdamW(groups, **options))
+
+    groups = [
+        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=not_decayed, weight_decay=0.0),
+    ]
     if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # the import takes a second
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tiny Shakespeare (1.1 MB of text) on a laptop: a vocabulary of 1,024 tokens learned from it and a
-# model of 4 layers. On 2 cores of an AMD EPYC (AVX2 only), training took 3 min 55 s and ended at a
-# validation loss of 4.02 nats per token.
+# model of 4 layers. On 2 cores of an Intel Xeon with AMX, training took 1 min 44 s and ended at a
+# validation loss of 4.03 nats per token. On an AMD EPYC with AVX2 only it took 3 min 55 s.
 #
 #     bash runs/shakespeare.sh              # downloads the text with curl
 #     bash runs/shakespeare.sh input.txt    # uses this file, which may be any plain text

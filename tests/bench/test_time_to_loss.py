@@ -121,6 +121,7 @@ def test_the_report_of_two_candidates_by_hand(data_dir, tmp_path, monkeypatch):
     [
         (dict(val_tokens=100), "val_tokens is 100, must be a multiple of B"),
         (dict(candidates=("adam",)), "there is no candidate 'adam': choose from adamw, fast"),
+        (dict(position_lr_scale=0.0), "position_lr_scale is 0.0, must be above 0"),
         (dict(candidates=("fast",)), "name adamw or nanogpt, whose final losses are the targets"),
         (dict(step_fractions=(0.5,)), "and 1 among the step_fractions"),
         (dict(max_steps=4), "the shortest run needs two steps"),
