@@ -206,15 +206,14 @@ class TrainingMemory:
         C, L = self.config.n_embd, self.config.n_layer
         size = 2 if has_fast_bf16(self.rt.device) else FLOAT
         need = []
-        for shapes in ((3, C, C), (1, 4 * C, C)):  # c_attn, and the larger ones of the others
-            parameter = math.prod(shapes)
-            # Numbers in a batch of Muon: the matrices of as many layers as fit into BATCH_ELEMENTS
-            n = parameter * min(L, max(1, BATCH_ELEMENTS // parameter))
-            # Each matrix times its own transpose: a square as long as its shorter side, which is C
-            gram = n * C // max(shapes)
-            # The directions in float32; in the dtype of the rounds, three of the matrices
-            # themselves (input, current, next) and two of the squares
-            need.append(n * (FLOAT + 3 * size) + 2 * gram * size)
+        # A layer has matrices of two shapes: four squares, three of them in c_attn, and the two of
+        # the MLP, which are four times as wide as high. How many numbers they are, in the layer and
+        # in the largest parameter:
+        for layer, largest, ratio in ((4 * C * C, 3 * C * C, 1), (8 * C * C, 4 * C * C, 4)):
+            n = min(L * layer, max(BATCH_ELEMENTS, largest))  # in a batch
+            # The directions in float32. In the dtype of the rounds, three copies of the matrices
+            # (input, current, next) and two of their products with their own transpose.
+            need.append(n * (FLOAT + 3 * size) + 2 * (n // ratio) * size)
         return max(need)
 
     def tokens(self) -> int:

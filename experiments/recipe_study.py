@@ -51,10 +51,10 @@ class Recipe:
     embedding_lr: float = 1.0  # of the token embeddings, as a multiple of that
     position_lr: float = 1.0  # of the position embeddings, likewise
     bias_lr: float = 1.0  # of biases and LayerNorms, likewise
-    muon: Literal["plain", "normalized", "polar", "cautious"] = "plain"  # which of MUONS
+    muon: Literal["plain", "normalized", "cautious"] = "plain"  # which of MUONS
     momentum: float = 0.95  # Muon's
     first_momentum: float = 0.0  # the same at the start, grows during the first half; 0: constant
-    rounds: int = 5  # Muon's: Newton-Schulz iterations
+    rounds: Literal["Jordan's", "three", "four", "five"] = "Jordan's"  # Muon's: which of ROUNDS
     weight_decay: float = 0.1
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
@@ -77,6 +77,7 @@ BASE = Recipe(
     embedding_lr=4.0,
     position_lr=4.0,
     momentum=0.9,
+    rounds="four",
     beta1=0.6,
     beta2=0.99,
     grad_clip=0.0,
@@ -88,6 +89,7 @@ BASE = Recipe(
 CHANGES: dict[str, dict] = {
     "embeddings x1": dict(embedding_lr=1.0, position_lr=1.0),
     "momentum 0.95": dict(momentum=0.95),
+    "Jordan's rounds": dict(rounds="Jordan's"),
     "beta1 0.9": dict(beta1=0.9),
     "beta2 0.95": dict(beta2=0.95),
     "clipping at 1": dict(grad_clip=1.0),
@@ -109,9 +111,9 @@ CHANGES: dict[str, dict] = {
     "biases x4": dict(bias_lr=4.0),
     # Details of Muon: Jordan et al. 2024 (growing momentum)
     "growing momentum": dict(first_momentum=0.8, momentum=0.95),
-    "three rounds": dict(rounds=3),
+    "three rounds": dict(rounds="three"),
+    "five rounds": dict(rounds="five"),
     "normalized": dict(muon="normalized"),
-    "polar express": dict(muon="polar"),
     "no weight decay": dict(weight_decay=0.0),
     "cautious weight decay": dict(muon="cautious"),
     # Batch and sequence length: Smith et al. 2018, Li et al. 2022 (short sequences first)
@@ -170,7 +172,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from common.muon import Muon
+from common.muon import POLAR_EXPRESS, Muon, Rounds
 from common.optim import Optimizers, make_optimizer
 from common.runtime import start as start_runtime
 from common.scoring import stream_loss
@@ -228,7 +230,10 @@ def ignore_ctrl_c():
 
 
 class NormalizedMuon(Muon):
-    """NorMuon (Li et al. 2025), without the average over steps: rows of the same size."""
+    """NorMuon (Li et al. 2025), without the average over steps: rows of the same size.
+
+    The rows of the matrix as it is orthogonalized, so for c_fc the columns.
+    """
 
     def orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
         update = super().orthogonalize(matrices)  # (..., rows, columns)
@@ -237,39 +242,25 @@ class NormalizedMuon(Muon):
         return update * (size / update.norm(dim=(-2, -1), keepdim=True))
 
 
-class PolarExpressMuon(Muon):
-    """Each round has the polynomial that is best after those before it (Amsel et al. 2025)."""
-
-    # (a, b, c) of each round, as in common/muon.py, for singular values up to 1 / 1.02: the numbers
-    # that modded-nanogpt uses, computed with a safety factor of 0.02
-    ROUNDS = (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    )
-
-    def orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
-        x = matrices / (1.02 * matrices.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-7)
-        for a, b, c in self.ROUNDS:
-            gram = x.mT @ x
-            x = a * x + x @ (b * gram + c * gram @ gram)
-        return x
-
-
 class CautiousMuon(Muon):
     """Weights decay only where the update makes them smaller, too (Chen et al. 2025)."""
 
-    def update(self, parameters: list[torch.nn.Parameter], group: dict):
-        before = [parameter.clone() for parameter in parameters]
-        super().update(parameters, group | dict(weight_decay=0.0))
-        for parameter, old in zip(parameters, before):
+    def update(self, batch: list[tuple[torch.nn.Parameter, dict]]):
+        before = [parameter.clone() for parameter, _ in batch]
+        super().update([(parameter, group | dict(weight_decay=0.0)) for parameter, group in batch])
+        for (parameter, group), old in zip(batch, before):
             shrinks = (old - parameter) * old > 0
             parameter.sub_(group["lr"] * group["weight_decay"] * old * shrinks)
 
 
-MUONS = dict(plain=Muon, normalized=NormalizedMuon, polar=PolarExpressMuon, cautious=CautiousMuon)
+MUONS = dict(plain=Muon, normalized=NormalizedMuon, cautious=CautiousMuon)
+# Muon's polynomials: Jordan et al. 2024, and those of common/muon.py
+ROUNDS: dict[str, Rounds] = {
+    "Jordan's": ((3.4445, -4.7750, 2.0315),) * 5,
+    "three": POLAR_EXPRESS[:3],
+    "four": POLAR_EXPRESS,
+    "five": (*POLAR_EXPRESS, (2.3465, -1.7098, 0.4232)),
+}
 
 
 class DocumentWindows(Windows):
@@ -382,9 +373,10 @@ def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
     muon, adamw = optimizer.optimizers
 
     adamw.param_groups[-1]["lr_scale"] = recipe.bias_lr
-    # make_optimizer's Muon always takes five rounds: replace it by one with the recipe's settings.
+    # make_optimizer's Muon has the rounds of common/muon.py: replace it by one with the recipe's.
+    rounds = ROUNDS[recipe.rounds]
     muon = MUONS[recipe.muon](
-        muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, recipe.rounds
+        muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, rounds
     )
     return [muon, adamw]
 

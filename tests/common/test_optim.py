@@ -54,24 +54,25 @@ def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
         for part, gradient in zip(update.chunk(parts), gradients[name].chunk(parts), strict=True):
             U, _, V = torch.linalg.svd(gradient, full_matrices=False)
             cosine = (part * (U @ V)).sum() / part.norm() / (U @ V).norm()
-            assert cosine > 0.9  # Newton-Schulz leaves the smallest singular values small
+            assert cosine > 0.85  # singular values are between 0.4 and 1.6, the smallest ones less
 
 
 def test_muons_momentum_is_that_of_pytorch(monkeypatch):
     """Five steps of the same gradients; that there are two batches changes nothing."""
     monkeypatch.setattr("common.muon.BATCH_ELEMENTS", 400)
     torch.manual_seed(0)
-    start = [torch.randn(24, 8) for _ in range(3)]
+    start = [torch.randn(shape) for shape in ((24, 8), (8, 24), (24, 8), (8, 8))]
     ours = [torch.nn.Parameter(p.clone()) for p in start]
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
     options = dict(lr=0.1, weight_decay=0.1)
+    jordan = ((3.4445, -4.7750, 2.0315),) * 5  # PyTorch's polynomials
     optimizers = (
-        Muon([dict(params=ours)], dtype=torch.float32, **options),
+        Muon([dict(params=ours)], dtype=torch.float32, rounds=jordan, **options),
         torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options),
     )
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(24, 8)
+            a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
