@@ -18,13 +18,14 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from common.runtime import Runtime, has_fast_bf16
-from model import GPT
+from model import GPT, MLP
 
 # Rows of the input for which oneDNN chooses its order. It hardly differs from 2 to 16 rows.
 EXPECTED_ROWS = 8
@@ -40,7 +41,8 @@ class PackedLinear(nn.Module):
     """nn.Linear for inference, with its weight (out, in) in oneDNN's order.
 
     It calls the operators that torch.compile uses for frozen weights. `rows` is the number of rows
-    of an input, for which oneDNN chooses the order.
+    of an input, for which oneDNN chooses the order. With `gelu`, the argument `approximate` of
+    nn.GELU, the result goes through GELU, before it is rounded and written to memory.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PackedLinear(nn.Module):
         bias: torch.Tensor | None,
         dtype: torch.dtype,
         rows: int = EXPECTED_ROWS,
+        gelu: str | None = None,
     ):
         super().__init__()
         self.dtype = dtype
@@ -56,12 +59,12 @@ class PackedLinear(nn.Module):
         weight = weight.detach().to(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = None if bias is None else bias.detach().to(dtype)
+        # The activation function after the product, its numbers (none here) and its variant
+        self.activation = ("none", [], "") if gelu is None else ("gelu", [], gelu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
-        # "none": no activation function after the product. The last two arguments are its
-        # parameters.
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
 
 
 class SplitLinear(nn.Module):
@@ -69,10 +72,12 @@ class SplitLinear(nn.Module):
 
     MKL's product of a matrix and a vector keeps several cores less busy than its batched product of
     small ones, so the weight (out, in) is cut into parts of PART_ROWS rows, without being copied.
+    `gelu` as in PackedLinear.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None):
         super().__init__()
+        self.gelu = gelu
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         n_out, n_in = weight.shape
@@ -80,6 +85,10 @@ class SplitLinear(nn.Module):
         self.parts = self.weight.view(-1, rows, n_in).transpose(1, 2)  # (parts, in, rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(x)
+        return y if self.gelu is None else F.gelu(y, approximate=self.gelu)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         n_in = x.size(-1)
         if x.numel() > n_in:  # more than one row: a prompt
             return F.linear(x, self.weight, self.bias)
@@ -109,12 +118,9 @@ def for_generation(model: GPT, dtype: torch.dtype, num_texts: int) -> GPT:
     onednn_is_best = has_fast_bf16(model.wte.weight.device) or not torch.backends.mkl.is_available()
     by_parts = num_texts == 1 and dtype == torch.float32 and not onednn_is_best
 
-    def faster(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-        if by_parts:
-            return SplitLinear(weight, bias)
-        return PackedLinear(weight, bias, dtype)
-
-    return with_products(model, faster)
+    if by_parts:
+        return with_products(model, SplitLinear)
+    return with_products(model, partial(PackedLinear, dtype=dtype))
 
 
 def for_scoring(model: GPT, rt: Runtime, num_tokens: int) -> GPT:
@@ -126,29 +132,32 @@ def for_scoring(model: GPT, rt: Runtime, num_tokens: int) -> GPT:
     """
     if rt.device.type != "cpu" or not has_fast_bf16(rt.device) or not can_pack(rt.device, rt.dtype):
         return model
-    return with_products(
-        model, lambda weight, bias: PackedLinear(weight, bias, rt.dtype, num_tokens)
-    )
+    return with_products(model, partial(PackedLinear, dtype=rt.dtype, rows=num_tokens))
 
 
-def with_products(
-    model: GPT, product: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
-) -> GPT:
-    """A copy of a model with the modules product(weight, bias) in place of its linear layers.
+def with_products(model: GPT, product: Callable[..., nn.Module]) -> GPT:
+    """A copy of a model with other modules in place of its linear layers, which GELU is a part of.
+
+    product: a function of weight, bias and gelu that returns such a module; see PackedLinear.
 
     Embeddings and LayerNorms are shared with the model.
     """
     # deepcopy takes what `memo` holds for an object instead of copying it. A parameter stands for
     # itself, so it is shared, and a linear layer is replaced.
     memo: dict[int, nn.Module | nn.Parameter] = {id(p): p for p in model.parameters()}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            memo[id(module)] = product(module.weight, module.bias)
+    gelu_after = {}  # the linear layers that GELU follows: its variant
+    for module in model.modules():  # an MLP comes before its layers
+        if isinstance(module, MLP):
+            gelu_after[module.c_fc] = module.gelu.approximate
+            memo[id(module.gelu)] = nn.Identity()
+        elif isinstance(module, nn.Linear):
+            gelu = gelu_after.get(module)
+            memo[id(module)] = product(module.weight, module.bias, gelu=gelu)
     replica = copy.deepcopy(model, memo)
 
     # Replace the method `head`, which would multiply by nn.Embedding's weight. The rows that only
     # pad the vocabulary are multiplied, too, because they make its size a multiple of PART_ROWS.
-    head = product(model.wte.weight, None)
+    head = product(model.wte.weight, None, gelu=None)
     vocab_size = model.config.vocab_size
     replica.head = lambda x: head(x)[..., :vocab_size]  # type: ignore[method-assign]
     return replica

@@ -15,13 +15,17 @@ pytestmark = pytest.mark.skipif(
 
 def make_model(**more) -> GPT:
     torch.manual_seed(0)
-    return GPT(
-        GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=4, n_embd=64, **more)
-    ).eval()
+    model = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=4, n_embd=64, **more))
+    # Inputs of GELU for which its variants differ
+    for block in model.h:
+        block.mlp.c_fc.weight.data *= 10
+    return model.eval()
 
 
 @pytest.mark.parametrize("num_texts", [1, 3])
-@pytest.mark.parametrize("more", [{}, dict(norm="post"), dict(heads_kept=(4, 1, 3))])
+@pytest.mark.parametrize(
+    "more", [{}, dict(norm="post"), dict(heads_kept=(4, 1, 3)), dict(activation="gelu")]
+)
 def test_it_writes_the_same_texts(more, num_texts, monkeypatch):
     # Otherwise it would depend on the processor whether one text means SplitLinear.
     monkeypatch.setattr("common.cpu.has_fast_bf16", lambda device: False)
@@ -50,9 +54,10 @@ def test_the_model_itself_stays_as_it_was(num_texts):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_scoring_copy_has_the_same_logits(monkeypatch):
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_scoring_copy_has_the_same_logits(activation, monkeypatch):
     monkeypatch.setattr("common.cpu.has_fast_bf16", lambda device: True)
-    model = make_model()
+    model = make_model(activation=activation)
     replica = for_scoring(model, Runtime(DEVICE, torch.float32), 100)
     assert replica is not model
     idx = torch.randint(300, (2, 50))
