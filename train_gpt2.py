@@ -68,8 +68,9 @@ class Config:
     position_lr_scale: float = 1.0
     warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
-    # final learning rate of the cosine decay; None = a tenth of max_lr
-    min_lr: float | None = None
+    # how it falls from max_lr to min_lr; linear, to 0: Defazio et al. 2023
+    lr_decay: Literal["cosine", "linear"] = "cosine"
+    min_lr: float | None = None  # final learning rate; None = a tenth of max_lr
     weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
     beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
     beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
@@ -355,7 +356,9 @@ def start_update(run: Run, step: int, batch: list, stop: StopSignal) -> Update:
     began = time.perf_counter()
     run.rt.seed(config.seed, step)  # makes dropout a function of the step: resume is exact
     assert config.min_lr is not None  # set by Config.__post_init__
-    lr = learning_rate(step, run.max_steps, config.warmup_steps, config.max_lr, config.min_lr)
+    lr = learning_rate(
+        step, run.max_steps, config.warmup_steps, config.max_lr, config.min_lr, config.lr_decay
+    )
     loss, grad_norm = train_step(
         run.train_model, run.optimizer, batch, lr, config.grad_clip, run.rt, scaler=run.scaler
     )

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -220,13 +220,18 @@ class LossScaler(GradScaler):
 
 
 def learning_rate(
-    step: int, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float
+    step: int,
+    max_steps: int,
+    warmup_steps: int,
+    max_lr: float,
+    min_lr: float,
+    decay: Literal["cosine", "linear"] = "cosine",
 ) -> float:
     """The learning rate of update `step` (0, 1, ...). experiments/recipe_study.py tries others.
 
     max_lr |     __
            |   /    `.            linear warmup from max_lr / warmup_steps,
-    min_lr |  /        `-._       then a cosine from max_lr to min_lr
+    min_lr |  /        `-._       then a cosine, or a straight line, from max_lr to min_lr
            +--|---|--------|
               0  warmup   max_steps
     """
@@ -234,7 +239,8 @@ def learning_rate(
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+    height = 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr + height * (max_lr - min_lr)
 
 
 def train_step(

@@ -10,7 +10,7 @@ weights. A row wins if its final validation loss, seed by seed, is below the bas
 standard errors. The last rows are AdamW with four times the tokens, for comparison.
 
 The study has a training loop of its own, so that train_gpt2.py need not contain what lost: only
-what won is a flag there. Runs are in float32 and not compiled, whatever --dtype and --compile say.
+what won is a flag there. Runs are not compiled, whatever --compile says.
 
 Output: report.md and results.json in log/recipe_study/. An interrupted study resumes when the
 command is repeated; further rows and seeds add runs.
@@ -97,6 +97,10 @@ CHANGES: dict[str, dict] = {
     "equal frequencies": dict(unigram=False),
     # Schedules: Defazio et al. 2023 (linear), Haegele et al. 2024 (constant, then 1 - sqrt)
     "linear to 0": dict(decay="linear", final_lr=0.0),
+    "linear to 0, momentum 0.95": dict(decay="linear", final_lr=0.0, momentum=0.95),
+    "linear to 0, momentum 0.95, equal frequencies": dict(
+        decay="linear", final_lr=0.0, momentum=0.95, unigram=False
+    ),
     "late decay": dict(decay="late", final_lr=0.0),
     # Learning rates, of all or of some parameters
     "lr x0.5": dict(lr=0.5),
@@ -172,6 +176,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from common.cpu import keep_freed_memory
 from common.muon import POLAR_EXPRESS, Muon, Rounds
 from common.optim import Optimizers, make_optimizer
 from common.runtime import start as start_runtime
@@ -185,6 +190,8 @@ from train_gpt2 import count_tokens
 
 def main(config: Config):
     rt = start(config)
+    if rt.dtype == torch.float16:
+        raise UserError("the study does not scale the loss, which float16 needs: --dtype float32")
     shards_tokenizer(config.data_dir)  # fail here, rather than in the first run
     settings = settings_of(
         config, rt, may_change=["rows", "seeds"], data=shards_fingerprint(config.data_dir)
@@ -289,7 +296,8 @@ class DocumentWindows(Windows):
 
 def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
     """Train a model, and return its validation loss in nats; None if it diverged."""
-    rt = start_runtime(config.device, "float32")
+    rt = start_runtime(config.device, config.dtype)
+    keep_freed_memory(rt.device)
     enc = shards_tokenizer(config.data_dir)
     shards = open_shards(config.data_dir, "train")
 
@@ -316,7 +324,8 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
         x, y = (torch.cat(parts).to(rt.device) for parts in zip(*windows))  # (batch, T)
         if done < num_windows / 3:
             x, y = (t.reshape(-1, config.T // recipe.short_windows) for t in (x, y))
-        loss = model(x, y)
+        with rt.autocast():
+            loss = model(x, y)
         if not math.isfinite(loss.item()):
             return None
         loss.backward()
@@ -374,9 +383,13 @@ def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
     adamw.param_groups[-1]["lr_scale"] = recipe.bias_lr
     # make_optimizer's Muon has the rounds of common/muon.py: replace it by one with the recipe's.
-    rounds = ROUNDS[recipe.rounds]
     muon = MUONS[recipe.muon](
-        muon.param_groups, 1.0, recipe.weight_decay, torch.float32, recipe.momentum, rounds
+        muon.param_groups,
+        1.0,
+        recipe.weight_decay,
+        muon.dtype,
+        recipe.momentum,
+        ROUNDS[recipe.rounds],
     )
     return [muon, adamw]
 

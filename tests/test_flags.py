@@ -24,7 +24,7 @@ FLAGS = {
         data_dir log_dir
         B T total_batch_size max_steps num_epochs
         optimizer muon_momentum embedding_lr_scale position_lr_scale
-        warmup_steps max_lr min_lr weight_decay
+        warmup_steps max_lr lr_decay min_lr weight_decay
         beta1 beta2 eps grad_clip shard_optimizer
         n_layer n_head n_embd block_size padded_vocab_size norm dropout activation_checkpointing
         unigram_init init_from resume seed device dtype compile timeout deterministic

@@ -149,6 +149,14 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(reference):
     )
 
 
+def test_the_learning_rate_may_fall_in_a_straight_line(data_dir, tmp_path):
+    flags = ("--lr_decay", "linear", "--min_lr", "0", "--max_steps", "12")
+    train_here(data_dir, tmp_path / "log", *flags)
+    expected = [1e-3 * part for part in (1 / 4, 2 / 4, 3 / 4, 1)]  # warmup
+    expected += [1e-3 * (8 - n) / 8 for n in range(8)]
+    assert list(rates(tmp_path / "log").values()) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("B", [8, 16])
 def test_accumulation_does_not_change_the_losses(data_dir, tmp_path, reference, B):
     train_here(data_dir, tmp_path / "log", "--B", B)
