@@ -140,6 +140,8 @@ LATE = replace(ADAMW, decay="late", final_lr=0.0)
 
 ROWS = {row: replace(BASE, **change) for row, change in CHANGES.items()} | {
     "none of these": Recipe(),
+    "2x tokens": replace(BASE, length=2.0),
+    "2x tokens, linear to 0": replace(BASE, length=2.0, decay="linear", final_lr=0.0),
     "AdamW, 4x tokens, cosine, lr x0.25": replace(ADAMW, lr=0.25),
     "AdamW, 4x tokens, cosine, lr x0.5": replace(ADAMW, lr=0.5),
     "AdamW, 4x tokens, linear to 0, lr x0.25": replace(LINEAR, lr=0.25),
