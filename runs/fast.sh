@@ -6,10 +6,10 @@
 #     bash runs/fast.sh                          # on all GPUs
 #     bash runs/fast.sh --max_lr 3e-3 --B 32     # flags are passed on to train_gpt2.py
 #
-# This run has not been made. The recipe was found with models of at most 10M parameters and runs of
-# 400,000 tokens. At this size its learning rate is a guess, three times that of gpt2_124m.sh, and a
-# run this long may want a higher --muon_momentum and --beta1, and --grad_clip 1. Try a few short
-# runs before a long one.
+# This run has not been made. The recipe was found with models of at most 10M parameters in runs of
+# 400,000 tokens, and the longest runs of it had 4 million. At this size its learning rate is a guess,
+# three times that of gpt2_124m.sh, and a run this long may want a higher --muon_momentum and --beta1,
+# and --grad_clip 1. Try a few short runs before a long one.
 #
 # The run folder is log/fast. Every step resumes: after an interruption, run the same command again.
 #
@@ -26,7 +26,8 @@ count_gpus
 run python fineweb.py --max_tokens 2.6B
 
 run torchrun --standalone --nproc_per_node="$GPUS" train_gpt2.py --log_dir $LOG --resume \
-    --max_steps 4768 --warmup_steps 95 --max_lr 1.8e-3 "${FAST[@]}" "$@"
+    --max_steps 4768 --warmup_steps 95 --max_lr 1.8e-3 "${FAST[@]}" \
+    --lr_decay linear --min_lr 0 "$@"
 
 run torchrun --standalone --nproc_per_node="$GPUS" evaluate.py --models $LOG/model_final.pt
 
