@@ -113,12 +113,9 @@ def for_generation(model: GPT, dtype: torch.dtype, num_texts: int) -> GPT:
     Its matrix products run in `dtype`, float32 or bfloat16, and are fastest for num_texts texts at
     a time.
     """
-
     # Where bf16 is fast, oneDNN reads packed float32 weights faster than MKL reads the parts, too.
     onednn_is_best = has_fast_bf16(model.wte.weight.device) or not torch.backends.mkl.is_available()
-    by_parts = num_texts == 1 and dtype == torch.float32 and not onednn_is_best
-
-    if by_parts:
+    if num_texts == 1 and dtype == torch.float32 and not onednn_is_best:
         return with_products(model, SplitLinear)
     return with_products(model, partial(PackedLinear, dtype=dtype))
 
@@ -136,11 +133,10 @@ def for_scoring(model: GPT, rt: Runtime, num_tokens: int) -> GPT:
 
 
 def with_products(model: GPT, product: Callable[..., nn.Module]) -> GPT:
-    """A copy of a model with other modules in place of its linear layers, which GELU is a part of.
+    """A copy of a model with the modules product(weight, bias, gelu=...) as its linear layers.
 
-    product: a function of weight, bias and gelu that returns such a module; see PackedLinear.
-
-    Embeddings and LayerNorms are shared with the model.
+    `gelu` as in PackedLinear: GELU becomes part of the layer before it. Embeddings and LayerNorms
+    are shared with the model.
     """
     # deepcopy takes what `memo` holds for an object instead of copying it. A parameter stands for
     # itself, so it is shared, and a linear layer is replaced.
@@ -157,7 +153,7 @@ def with_products(model: GPT, product: Callable[..., nn.Module]) -> GPT:
 
     # Replace the method `head`, which would multiply by nn.Embedding's weight. The rows that only
     # pad the vocabulary are multiplied, too, because they make its size a multiple of PART_ROWS.
-    head = product(model.wte.weight, None, gelu=None)
+    head = product(model.wte.weight, None)
     vocab_size = model.config.vocab_size
     replica.head = lambda x: head(x)[..., :vocab_size]  # type: ignore[method-assign]
     return replica

@@ -4,10 +4,11 @@
         --n_embd 128 --T 128 --total_batch_size 2048 --max_steps 200 --max_lr 8e-3
     python -m experiments.recipe_study ... --rows "half batch" "lr x2"     # some rows
 
-The architecture stays GPT-2's. Each row is one change of BASE, the best recipe so far. All
-rows see the same number of tokens, in the same order; with the same seed they start from the same
-weights. A row wins if its final validation loss, seed by seed, is below the base's by more than two
-standard errors. The last rows are AdamW with four times the tokens, for comparison.
+The architecture stays GPT-2's. Each row is a change of BASE, the best recipe so far. All rows see
+the same number of tokens, in the same order; with the same seed they start from the same weights. A
+row wins if its final validation loss, seed by seed, is below the base's by more than two standard
+errors. The last rows are BASE with twice the tokens and AdamW with four times as many, for
+comparison.
 
 The study has a training loop of its own, so that train_gpt2.py need not contain what lost: only
 what won is a flag there. Runs are not compiled, whatever --compile says.
@@ -54,7 +55,7 @@ class Recipe:
     muon: Literal["plain", "normalized", "cautious"] = "plain"  # which of MUONS
     momentum: float = 0.95  # Muon's
     first_momentum: float = 0.0  # the same at the start, grows during the first half; 0: constant
-    rounds: Literal["Jordan's", "three", "four", "five"] = "Jordan's"  # Muon's: which of ROUNDS
+    rounds: Literal["Jordan's", "Jordan's four", "three", "four", "five"] = "Jordan's"  # of ROUNDS
     weight_decay: float = 0.1
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
@@ -90,6 +91,7 @@ CHANGES: dict[str, dict] = {
     "embeddings x1": dict(embedding_lr=1.0, position_lr=1.0),
     "momentum 0.95": dict(momentum=0.95),
     "Jordan's rounds": dict(rounds="Jordan's"),
+    "four of Jordan's rounds": dict(rounds="Jordan's four"),
     "beta1 0.9": dict(beta1=0.9),
     "beta2 0.95": dict(beta2=0.95),
     "clipping at 1": dict(grad_clip=1.0),
@@ -263,9 +265,11 @@ class CautiousMuon(Muon):
 
 
 MUONS = dict(plain=Muon, normalized=NormalizedMuon, cautious=CautiousMuon)
-# Muon's polynomials: Jordan et al. 2024, and those of common/muon.py
+# Muon's polynomials: that of Jordan et al. 2024, and those of common/muon.py
+JORDAN = (3.4445, -4.7750, 2.0315)
 ROUNDS: dict[str, Rounds] = {
-    "Jordan's": ((3.4445, -4.7750, 2.0315),) * 5,
+    "Jordan's": (JORDAN,) * 5,
+    "Jordan's four": (JORDAN,) * 4,
     "three": POLAR_EXPRESS[:3],
     "four": POLAR_EXPRESS,
     "five": (*POLAR_EXPRESS, (2.3465, -1.7098, 0.4232)),

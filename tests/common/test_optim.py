@@ -7,7 +7,7 @@ from test_train import TORCHRUN, arguments, launch, losses, train, train_here, w
 
 from common import runtime
 from common.console import UserError
-from common.muon import Muon
+from common.muon import Muon, orthogonalize
 from common.optim import load_optimizer_state, make_optimizer, train_step
 from model import GPT, GPTConfig
 
@@ -55,6 +55,17 @@ def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
             U, _, V = torch.linalg.svd(gradient, full_matrices=False)
             cosine = (part * (U @ V)).sum() / part.norm() / (U @ V).norm()
             assert cosine > 0.85  # singular values are between 0.4 and 1.6, the smallest ones less
+
+
+def test_orthogonalized_matrices_have_the_same_directions_and_similar_sizes():
+    """In the bases of the singular value decomposition, the result is diagonal."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 24, 64, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    diagonal = u.mT @ orthogonalize(matrices) @ vh.mT  # (3, 24, 24)
+    sizes = diagonal.diagonal(dim1=-2, dim2=-1)
+    assert sizes.min() > 0.4 and sizes.max() < 1.6
+    assert torch.allclose(diagonal, sizes.diag_embed(), atol=1e-9)
 
 
 def test_muons_momentum_is_that_of_pytorch(monkeypatch):
