@@ -210,28 +210,31 @@ from common import runtime
 from common.optim import LossScaler, PendingResult, make_optimizer, prepare_model, train_step
 from model import GPT, GPTConfig
 
-rt = runtime.start("cpu", "float16")
-for name in ("adamw", "sharded", "muon"):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=384, n_layer=1, n_head=2, n_embd=32))
-    model.h[0].mlp.c_fc.weight.register_hook(
-        lambda gradient: gradient * (torch.inf if rt.rank == 1 and step == 1 else 1)
-    )
-    options = dict(sharded=name == "sharded", muon=name == "muon")
-    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, **options)
-    train_model, _ = prepare_model(model, rt, "off")
-    scaler = LossScaler(rt)
-    torch.manual_seed(rt.rank)
-    batch = [tuple(torch.randint(384, (2, 4, 32))) for _ in range(2)]
-    skipped, sums = [], []
-    for step in range(3):
-        loss, norm = train_step(train_model, optimizer, batch, 1e-3, 1.0, rt, scaler=scaler)
-        skipped.append(PendingResult(loss, norm, scaler, rt).read().skipped)
-        sums.append(sum(p.double().abs().sum().item() for p in model.parameters()))
-    result = dict(optimizer=name, skipped=skipped, sums=sums, scale=scaler.get_scale())
-    sys.stdout.write(json.dumps(result) + "\\n")
-    sys.stdout.flush()
-runtime.leave()
+def main():
+    rt = runtime.start("cpu", "float16")
+    for name in ("adamw", "sharded", "muon"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=32, vocab_size=384, n_layer=1, n_head=2, n_embd=32))
+        model.h[0].mlp.c_fc.weight.register_hook(
+            lambda gradient: gradient * (torch.inf if rt.rank == 1 and step == 1 else 1)
+        )
+        options = dict(sharded=name == "sharded", muon=name == "muon")
+        optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, **options)
+        train_model, _ = prepare_model(model, rt, "off")
+        scaler = LossScaler(rt)
+        torch.manual_seed(rt.rank)
+        batch = [tuple(torch.randint(384, (2, 4, 32))) for _ in range(2)]
+        skipped, sums = [], []
+        for step in range(3):
+            loss, norm = train_step(train_model, optimizer, batch, 1e-3, 1.0, rt, scaler=scaler)
+            skipped.append(PendingResult(loss, norm, scaler, rt).read().skipped)
+            sums.append(sum(p.double().abs().sum().item() for p in model.parameters()))
+        result = dict(optimizer=name, skipped=skipped, sums=sums, scale=scaler.get_scale())
+        sys.stdout.write(json.dumps(result) + "\\n")
+        sys.stdout.flush()
+    runtime.leave()
+
+main()
 """
 
 
@@ -239,7 +242,8 @@ runtime.leave()
 def test_all_ranks_skip_a_step_if_one_overflows(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    # If a rank is killed by a signal, its stack is part of the message.
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1")
     result = subprocess.run(
         [*TORCHRUN, str(script)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
