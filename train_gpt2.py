@@ -554,6 +554,9 @@ def start(config: Config) -> Runtime:
         # cuBLAS is deterministic only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if config.shard_optimizer:
+        # Before the ranks are joined, for the reason that runtime.start gives. It takes a second.
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: F401
     rt = runtime.start(config.device, config.dtype, config.timeout)
     # Activation checkpointing says that memory matters more than time.
     if not config.activation_checkpointing:

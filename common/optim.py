@@ -153,7 +153,8 @@ def make_optimizer(
         dict(params=not_decayed, weight_decay=0.0),
     ]
     if sharded:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # the import takes a second
+        # The import takes a second. runtime.start says why scripts do it before they call it.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)

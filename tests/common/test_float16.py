@@ -205,7 +205,7 @@ def test_float16_without_a_scaler_is_rejected():
 
 # Rank 1 alone overflows in the second of three steps. Prints a line of JSON per rank and optimizer.
 TWO_RANKS = """
-import json, sys, torch
+import json, sys, torch, torch.distributed.optim
 from common import runtime
 from common.optim import LossScaler, PendingResult, make_optimizer, prepare_model, train_step
 from model import GPT, GPTConfig

@@ -3,11 +3,12 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import is_alive, worker_of
+from conftest import ROOT, is_alive, worker_of
 from reference import random_model, random_tokens
 from test_train import (
     TORCHRUN,
@@ -54,6 +55,34 @@ def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint
         (tmp_path / "log" / name).unlink()
     train_here(data_dir, tmp_path / "log", "--resume")
     assert losses(tmp_path / "log") == pytest.approx(losses(two_processes), abs=1e-4)
+
+
+# Trains, and prints the names of gloo's threads that are left when `main` is done.
+GLOO_THREADS = """
+import sys
+from pathlib import Path
+
+import tyro
+
+import train_gpt2
+
+train_gpt2.main(tyro.cli(train_gpt2.Config))
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+sys.stdout.write(f"threads left: {[name for name in names if 'gloo' in name]}\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("flags", [[], ["--shard_optimizer"], ["--optimizer", "muon"]])
+def test_gloos_threads_end_before_the_interpreter(data_dir, tmp_path, monkeypatch, flags):
+    """Otherwise a rank whose run is complete may abort while Python shuts down."""
+    script = tmp_path / "train.py"
+    script.write_text(GLOO_THREADS)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = [script, *arguments(data_dir, tmp_path / "log", *flags)[1:]]
+    out = finish(launch(words, TORCHRUN))
+    assert out.count("threads left: []\n") == 2, out
 
 
 @pytest.mark.slow
