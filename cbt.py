@@ -17,7 +17,7 @@ evaluated:
 
 The difference is large: on named entities, OpenAI's models reach 83.4% to 89.05% with the first and
 59.33% to 72.32% with the second. GPT-2 has rarely seen text with blanks around commas, which makes
-all of it unlikely. And the mean over all tokens favours candidates of several tokens, because the
+all of it unlikely. And the mean over all tokens favors candidates of several tokens, because the
 later tokens of a word are easy to predict. Training follows the first protocol.
 """
 

@@ -148,7 +148,7 @@ from common.optim import (
     PendingResult,
     StepResult,
     learning_rate,
-    make_optimizer,
+    make_adamw,
     prepare_model,
     train_step,
 )
@@ -416,7 +416,7 @@ class Finetuner:
             state = state | (loaded["lora"] or loaded["model"])
         self.model.load_state_dict(state)
         # The learning rate given here has no effect: every step sets its own.
-        optimizer = make_optimizer(self.model, 1.0, self.config.weight_decay, (0.9, 0.95), 1e-8)
+        optimizer = make_adamw(self.model, 1.0, self.config.weight_decay, (0.9, 0.95), 1e-8)
         self.scaler = LossScaler(self.rt)
         if loaded:
             optimizer.load_state_dict(loaded["optimizer"])

@@ -50,7 +50,7 @@ class Config:
     num_samples: int = 4  # samples per prompt
     # largest number of new tokens per sample; with the prompt, they may exceed the context
     max_tokens: int = 100
-    # below 1 favours likely tokens, above 1 unlikely ones; 0 = always the most likely token
+    # below 1 favors likely tokens, above 1 unlikely ones; 0 = always the most likely token
     temperature: float = 1.0
     top_k: int | None = 50  # draw from the k most likely tokens only; None = from all
     # draw from the most likely tokens that together reach this probability; None = from all

@@ -61,16 +61,16 @@ class Config:
 
     # muon: Muon for the matrices of the blocks, AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
-    muon_momentum: float = 0.95  # Muon's momentum; short runs want less, about 0.9
-    # beside Muon, learning rate of the token embeddings as a multiple of the others'
+    muon_momentum: float = 0.95  # Muon's momentum; about 0.9 is better in short runs
+    # with muon: learning rate of the token embeddings, as a multiple of the matrices' rate
     embedding_lr_scale: float = 1.0
-    # likewise for the position embeddings; 0.25 is better in runs of less than a million tokens
+    # with muon: the same for the position embeddings; 0.25 is better below a million tokens
     position_lr_scale: float = 1.0
     warmup_steps: int = 715  # steps of linear warmup
     max_lr: float = 6e-4  # learning rate after warmup
-    # how it falls from max_lr to min_lr; linear, to 0: Defazio et al. 2023
+    # shape of the decay from max_lr to min_lr (linear, with min_lr 0: Defazio et al. 2023)
     lr_decay: Literal["cosine", "linear"] = "cosine"
-    min_lr: float | None = None  # final learning rate; None = a tenth of max_lr
+    min_lr: float | None = None  # learning rate at the end of the decay; None = max_lr / 10
     weight_decay: float = 0.1  # weight decay of tensors with two or more dimensions
     beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
     beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
@@ -103,8 +103,8 @@ class Config:
     resume: bool = False
     seed: int = 1337  # seed of weights, data order, dropout and samples
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of matrix products; auto = bfloat16 where the hardware is fast at it, float16 on older
-    # NVIDIA GPUs, else float32
+    # dtype of the model's matrix products; auto = bfloat16 where the hardware is fast at it, else
+    # float16 on older NVIDIA GPUs, or float32. Muon always takes bfloat16 where that is fast
     dtype: Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     timeout: float = 600  # seconds that a process waits for another one before it gives up
@@ -131,14 +131,19 @@ class Config:
     def __post_init__(self):
         # Ranges of single values.
         intervals = [name for name in vars(self) if name.endswith("_every")]
-        for name in ("B", *intervals, "warmup_steps", "grad_clip", "seed"):
+        for name in ("B", *intervals, "warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
-        for name in ("T", "total_batch_size", "max_steps", "num_epochs", "val_tokens"):
+        sizes = ("T", "total_batch_size", "max_steps", "num_epochs", "padded_vocab_size")
+        for name in (*sizes, "val_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.muon_momentum < 1:
-            raise UserError(f"muon_momentum is {self.muon_momentum}, must be from 0 to below 1")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, must be from 0 to below 1")
+        for name in ("max_lr", "weight_decay", "eps", "grad_clip", "timeout"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, must be finite and not negative")
         for name in ("embedding_lr_scale", "position_lr_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, must be above 0")
@@ -155,11 +160,9 @@ class Config:
             raise UserError("give max_steps or num_epochs, not both")
         if self.shard_optimizer and self.optimizer != "adamw":
             raise UserError(f"shard_optimizer works with AdamW only, not with {self.optimizer}")
-        of_muon = (self.muon_momentum, self.embedding_lr_scale, self.position_lr_scale)
-        if self.optimizer == "adamw" and of_muon != (0.95, 1, 1):
-            raise UserError(
-                "muon_momentum, embedding_lr_scale and position_lr_scale need --optimizer muon"
-            )
+        for name in ("muon_momentum", "embedding_lr_scale", "position_lr_scale"):
+            if self.optimizer == "adamw" and getattr(self, name) != getattr(Config, name):
+                raise UserError(f"{name} needs --optimizer muon")
         if self.unigram_init and (self.norm == "post" or self.init_from):
             raise UserError("unigram_init is for new models (no init_from) with norm pre")
         check_installed(self.tracker)
@@ -184,7 +187,8 @@ from common.optim import (
     StepResult,
     learning_rate,
     load_optimizer_state,
-    make_optimizer,
+    make_adamw,
+    make_muon,
     optimizer_state,
     prepare_model,
     train_step,
@@ -287,7 +291,8 @@ class Run:
         return (
             f"{self.model.num_params():,} parameters, {self.rt.device} x {self.rt.world_size}, "
             f"{self.rt.dtype_name}{compiled}; {self.loader.shards.num_tokens:,} training tokens; "
-            f"steps of {micro_steps} x {config.B} x {config.T} x {self.rt.world_size} tokens"
+            f"steps of {config.total_batch_size:,} tokens = {micro_steps} (micro-steps) "
+            f"x {config.B} (B) x {config.T} (T) x {self.rt.world_size} (processes)"
         )
 
 
@@ -646,15 +651,13 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
 
 
 def set_up_optimizer(config: Config, model: GPT, rt: Runtime) -> Optimizer:
-    return make_optimizer(
-        model,
-        config.max_lr,
-        config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        sharded=config.shard_optimizer and rt.world_size > 1,
-        muon=config.optimizer == "muon",
-        muon_momentum=config.muon_momentum,
+    betas = (config.beta1, config.beta2)
+    shared = (model, config.max_lr, config.weight_decay, betas, config.eps)
+    if config.optimizer == "adamw":
+        return make_adamw(*shared, sharded=config.shard_optimizer and rt.world_size > 1)
+    return make_muon(
+        *shared,
+        momentum=config.muon_momentum,
         embedding_lr_scale=config.embedding_lr_scale,
         position_lr_scale=config.position_lr_scale,
     )
@@ -679,7 +682,7 @@ def fit_into_memory(config: Config, model: GPT, loaded: dict | None, free: int, 
         muon=config.optimizer == "muon",
         sharded=config.shard_optimizer,
         activation_checkpointing=config.activation_checkpointing,
-        saves_during_training=config.checkpoint_every > 0,
+        saves_during_training=config.checkpoint_every > 0 or config.rolling_every > 0,
     )
     # Checkpoints of older versions have no B.
     earlier = loaded.get("run", {}).get("B", 0) if loaded else 0
@@ -788,7 +791,8 @@ def set_up_model(
 
 def count_tokens(shards: Shards, num_rows: int) -> torch.Tensor:
     """How often each token occurs at the start of the first shard; (num_rows,) int64."""
-    ids = shards.read(0, 0, min(shards.lengths[0], 10_000_000))  # these are read in a moment
+    # Enough for the frequencies, and quick to read
+    ids = shards.read(0, 0, min(shards.lengths[0], 10_000_000))
     return torch.from_numpy(np.bincount(ids, minlength=num_rows))
 
 
@@ -841,6 +845,8 @@ def check_lengths(config: Config, enc: tiktoken.Encoding, model: GPT):
     if block_size < config.T:
         raise UserError(f"T {config.T} is above the model's block_size {block_size}")
     prompt_length = len(enc.encode_ordinary(config.sample_prompt))
+    if config.sample_every and prompt_length == 0:
+        raise UserError("sample_prompt is empty: give some text, or --sample_every 0")
     if config.sample_every and prompt_length >= block_size:
         raise UserError(f"sample_prompt has {prompt_length} tokens, the context {block_size}")
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from common.console import UserError
 from common.cpu import keep_freed_memory
-from common.optim import make_optimizer, prepare_model, train_step
+from common.optim import make_adamw, prepare_model, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig
 
@@ -120,7 +120,7 @@ class ThisProject(Peer):
         return GPT(config)
 
     def shipped_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, LR, WEIGHT_DECAY, BETAS, EPS)
+        return make_adamw(self.model, LR, WEIGHT_DECAY, BETAS, EPS)
 
     def compile(self) -> nn.Module:
         train_model, _ = prepare_model(self.model, self.rt, compile="on")

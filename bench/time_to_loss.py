@@ -22,9 +22,9 @@ dtype that this project chooses for the hardware. --compile counts for all but b
 does not compile. bench/timed_run.py says how each run is timed and evaluated: on one clock, by
 one function, on the same tokens.
 
-    grid     every candidate at every learning rate, with the first seed, for its most steps. Where
-             the best rate is the lowest or the highest so far, half or twice of it is tried as
-             well, until the best one has a worse one on both sides
+    grid     every candidate at every learning rate, with the first seed, for its most steps. If
+             the best rate is the lowest or highest tried so far, half or double that rate is tried
+             as well, until a worse rate lies on each side
     lengths  every candidate at its best rate, with every seed, for fractions of max_steps. Each run
              has a complete schedule: one that is cut off while its learning rate is still high
              would look worse than it is. The fast recipe, which needs less, has fractions of its
@@ -80,8 +80,8 @@ class Config(SweepConfig):
     warmup_steps: int = 200  # steps of linear warmup; proportionally fewer in shorter runs
     # peak learning rates to begin with; each decays to a tenth
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    candidates: tuple[str, ...] = tuple(TITLES)  # what to compare; adamw or nanogpt among them
-    # training lengths as fractions of max_steps; 1 is always among them
+    candidates: tuple[str, ...] = tuple(TITLES)  # what to compare; must include adamw or nanogpt
+    # training lengths as fractions of max_steps; must include 1
     step_fractions: tuple[float, ...] = (0.5, 1.0)
     # the fast recipe's --position_lr_scale; None = that of runs/fast.flags. 0.25 is better in runs
     # of less than a million tokens
@@ -98,7 +98,7 @@ class Config(SweepConfig):
         check_known("candidate", self.candidates, TITLES)
         if not {"adamw", "nanogpt"} & set(self.candidates):
             raise UserError("candidates: name adamw or nanogpt, whose final losses are the targets")
-        check_at_least(self, 2, "val_every")
+        check_at_least(self, 2, "val_every")  # timed_run.py leaves out the first update
         check_at_least(self, 0, "warmup_steps")
         if self.position_lr_scale is not None and not 0 < self.position_lr_scale < math.inf:
             raise UserError(f"position_lr_scale is {self.position_lr_scale}, must be above 0")
@@ -111,7 +111,7 @@ class Config(SweepConfig):
             )
         if min(fractions) * self.max_steps < 2:
             raise UserError(f"max_steps is {self.max_steps}: the shortest run needs two steps")
-        # nanoGPT and build-nanogpt know no padding, so every window must be full.
+        # nanoGPT and build-nanogpt do not support padding, so every window must be full.
         for name in ("total_batch_size", "val_tokens"):
             if getattr(self, name) % (self.B * self.T):
                 raise UserError(
@@ -124,6 +124,7 @@ if __name__ == "__main__":
     config = parse_flags(Config, __doc__)  # before the slow imports: --help answers at once
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -174,10 +175,12 @@ class Target(NamedTuple):
 
 def main(config: Config):
     rt = start(config)
+    if rt.dtype == torch.float16:
+        raise UserError("float16 skips updates, which this benchmark counts: --dtype float32")
     scripts = find_scripts(config)
     enc = shards_tokenizer(config.data_dir)  # fail here, rather than in the first run
     shape = config.gpt_config(block_size=config.T, vocab_size=enc.n_vocab)
-    check_data(config)
+    check_data(config, enc.n_vocab)
     # Results depend on all settings but these, and on the other projects' code.
     settings = settings_of(
         config,
@@ -187,6 +190,8 @@ def main(config: Config):
             *("nanogpt", "build_nanogpt"),
         ],
         data=shards_fingerprint(config.data_dir),
+        # Seconds are a result here, so what affects only the speed must not change, either.
+        speed=[config.B, rt.device.type, config.compile, config.num_parallel],
         fast=FAST,
         scripts={name: checksum(path) for name, path in scripts.items() if not is_ours(name)},
     )
@@ -196,7 +201,7 @@ def main(config: Config):
     # Find the best learning rate of each candidate.
     grids = {name: search_rates(config, study, rt, shape, name) for name in config.candidates}
     best = {name: best_rate(losses) for name, losses in grids.items()}
-    # The candidates take turns, so that a machine that gets slower does not favour one of them.
+    # The candidates take turns, so that a machine that gets slower does not favor one of them.
     points = [
         Point(candidate, best[candidate], fraction, seed)
         for seed in config.seeds
@@ -232,8 +237,13 @@ def find_scripts(config: Config) -> dict[str, Path]:
     return scripts
 
 
-def check_data(config: Config):
-    """Raise UserError if the validation shards are too short to fill all windows."""
+def check_data(config: Config, vocab_size: int):
+    """Raise UserError if nanoGPT's files can't hold the tokens, or if windows would not be full."""
+    if vocab_size > 2**16:
+        raise UserError(
+            f"{config.data_dir} has a vocabulary of {vocab_size:,} tokens: nanoGPT's files hold "
+            "numbers below 65,536"
+        )
     found = len(open_shards(config.data_dir, "val").read_first(config.val_tokens + 1))
     if found <= config.val_tokens:
         raise UserError(
@@ -491,8 +501,8 @@ def first_crossing(x: Iterable[float], losses: Iterable[float], target: float) -
         if loss <= target:
             if before is None:
                 return float(place)
-            way = (before[1] - target) / (before[1] - loss)  # 0 at `before`, 1 at `place`
-            return float(before[0] + (place - before[0]) * way)
+            fraction = (before[1] - target) / (before[1] - loss)  # 0 at `before`, 1 at `place`
+            return float(before[0] + (place - before[0]) * fraction)
         before = (place, loss)
     return None
 
@@ -618,7 +628,8 @@ def draw(config: Config, study: StudyFolder, best: dict[str, float], targets: li
             ax.axhline(target.loss, color=COLORS[target.candidate], ls=":", lw=0.8)
     # Cut off the first steps, whose high loss would flatten the differences at the end.
     left.set(xlabel="million tokens", ylabel="validation loss (nats)")
-    left.set_ylim(top=max(target.loss for target in targets) + 1)
+    if targets:
+        left.set_ylim(top=max(target.loss for target in targets) + 1)
     right.set(xlabel="seconds of training")
     finish_axes(left, right)
     study.save_plot("time_to_loss.png", figure)

@@ -64,13 +64,13 @@ class Job:
     T: int
     is_ours: bool = False  # a script of this project, which runs as it is
     constants: dict[str, str] = field(default_factory=dict)  # name in the script -> new expression
-    autocast: str | None = None  # dtype in the place of bfloat16; None leaves the script's own
-    links: dict[str, str] = field(default_factory=dict)  # name in `work` -> the folder it shows
+    autocast: str | None = None  # dtype that replaces bfloat16; None = unchanged
+    links: dict[str, str] = field(default_factory=dict)  # name in `work` -> folder it links to
 
 
 def main(job: Job):
     work = Path(job.work)
-    # An interrupted run starts from scratch: its clock could not go on.
+    # An interrupted run starts from scratch: its clock can't be resumed.
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for name, target in job.links.items():
@@ -97,7 +97,7 @@ def main(job: Job):
 
 
 class Meter:
-    """Counts updates, stops the time and evaluates, by hooks on the first model that runs."""
+    """Counts and times updates, and evaluates the model, by hooks on the first model that runs."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -147,13 +147,15 @@ class Meter:
         seconds = self.updated - self.began - self.paused
         model = LossOnly(self.model, self.job.script)
         rt = Runtime(self.device, torch.float32)
-        loss = stream_loss(model, self.val_tokens, self.job.B, self.job.T, rt)
+        # The hook runs inside the script's autocast, which would set the dtype of the evaluation.
+        with torch.autocast(self.device.type, enabled=False):
+            loss = stream_loss(model, self.val_tokens, self.job.B, self.job.T, rt)
         # The first update, which warms up, counts as the mean of the others.
         self.points.append(
             dict(step=self.step, loss=loss, seconds=seconds * self.step / (self.step - 1))
         )
         write_text(self.job.curve, json.dumps(self.points) + "\n")
-        # What has passed since the last update is no training.
+        # The time since the last update is not training.
         self.paused += time.perf_counter() - self.updated
 
     def finish(self):

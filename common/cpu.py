@@ -169,9 +169,9 @@ def keep_freed_memory(device: torch.device):
         return
     # The C library that this process has loaded already
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
+    if hasattr(libc, "mallopt"):  # musl lacks it
         # Large blocks come from the heap too, not from mappings of their own, which `free` would
         # unmap.
         libc.mallopt(M_MMAP_MAX, 0)
-        # The top of the heap is never returned: the threshold is the largest int, in bytes.
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        # -1: the free memory at the top of the heap is never returned (mallopt(3)).
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -12,6 +12,7 @@ less.
 
 import math
 import os
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import psutil
 import torch
 
 from common.console import UserError
-from common.muon import BATCH_ELEMENTS
+from common.muon import BATCH_ELEMENTS, wide_matrices
 from common.runtime import Runtime, has_fast_bf16
 from model import CACHED_LOGITS, GPT, SHORT_CONTEXT
 
@@ -112,7 +113,7 @@ class TrainingMemory:
         return size - FLOAT * self.num_block_matrices() if self.muon else size
 
     def permanent(self) -> float:
-        """What exists all the time: weights, optimizer states, and the copy of both for saving."""
+        """Bytes allocated for the whole run: weights, optimizer states, a copy of both to save."""
         states = self.moments() / self.rt.world_size if self.sharded else self.moments()
         # Only rank 0 has the copy, with the states of all ranks.
         is_copied = self.saves_during_training and self.rt.device.type != "cuda"
@@ -183,13 +184,13 @@ class TrainingMemory:
         return size
 
     def backward(self, B: int) -> int:
-        """Gradients inside the last block and ln_f, at their peak, behind the GELU."""
+        """Gradients inside the last block and ln_f, at their peak: before that of c_fc's input."""
         N = B * self.T
         C = self.config.n_embd
         # Of the output of the model and of the block (float32), and of GELU's output and input.
         size = N * C * (3 * FLOAT + 4 * self.half)
         if self.half < FLOAT:
-            size += N * C * self.half  # the block's converted
+            size += N * C * self.half  # of the block's output, in the dtype of the products
         if self.stores_softmax:
             # In attention: the gradients of the softmax and of the scores. What the backward pass
             # of the MLP needed is free by then.
@@ -203,18 +204,20 @@ class TrainingMemory:
         """Muon's copies of a batch of matrices: the update, and what orthogonalizes it."""
         if not self.muon:
             return 0
-        C, L = self.config.n_embd, self.config.n_layer
         size = 2 if has_fast_bf16(self.rt.device) else FLOAT
-        need = []
-        # A layer has matrices of two shapes: four squares, three of them in c_attn, and the two of
-        # the MLP, which are four times as wide as high. How many numbers they are, in the layer and
-        # in the largest parameter:
-        for layer, largest, ratio in ((4 * C * C, 3 * C * C, 1), (8 * C * C, 4 * C * C, 4)):
-            n = min(L * layer, max(BATCH_ELEMENTS, largest))  # in a batch
+        by_shape = defaultdict(list)  # (rows, columns) of the matrices: numbers in each parameter
+        for name, parameter in self.model.h.named_parameters():
+            if parameter.dim() == 2:
+                parts = 3 if name.endswith("c_attn.weight") else 1
+                _, *shape = wide_matrices(parameter, parts).shape
+                by_shape[tuple(shape)].append(parameter.numel())
+        needs = []
+        for (rows, columns), numbers in by_shape.items():
+            n = min(sum(numbers), max(BATCH_ELEMENTS, *numbers))  # numbers in a batch
             # The directions in float32. In the dtype of the rounds, three copies of the matrices
             # (input, current, next) and two of their products with their own transpose.
-            need.append(n * (FLOAT + 3 * size) + 2 * (n // ratio) * size)
-        return max(need)
+            needs.append(n * (FLOAT + 3 * size) + 2 * (n * rows // columns) * size)
+        return max(needs)
 
     def tokens(self) -> int:
         """Batches that the loader has read ahead: up to 4, with inputs and targets in one int64."""

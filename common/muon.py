@@ -34,8 +34,8 @@ BATCH_ELEMENTS = 2**23
 def orthogonalize(matrices: torch.Tensor, rounds: Rounds = POLAR_EXPRESS) -> torch.Tensor:
     """U V^T for each matrix U S V^T, approximately; (..., rows, columns), float32 or bfloat16.
 
-    A polynomial of a matrix changes only its singular values (Newton-Schulz iteration). Matrices
-    should not be higher than wide, because the products have the size of the height.
+    A polynomial of a matrix changes only its singular values (Newton-Schulz iteration). `rows`
+    should not exceed `columns`, because each round computes products of size (rows, rows).
     """
     # The Frobenius norm is at least the largest singular value, which must not be above 1.
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
     params: groups of matrices. In a group with `parts`=3, each is three matrices, one below the
         other, that are orthogonalized separately.
-    dtype: of the orthogonalization.
+    dtype: dtype of the orthogonalization, float32 or bfloat16.
     """
 
     def __init__(
@@ -72,17 +72,18 @@ class Muon(torch.optim.Optimizer):
         self.rounds = rounds
 
     def orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Orthogonalize a batch (n, rows, columns). The variants in experiments/ override this."""
         return orthogonalize(matrices, self.rounds)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for batch in self.batches():
             self.update(batch)
 
     def batches(self) -> Iterator[list[tuple[torch.nn.Parameter, dict]]]:
         """The parameters that have a gradient, each with its group, in batches of limited size.
 
-        The matrices of a batch have the same shape, but some may lie on their side.
+        The matrices of a batch have the same shape, some of them after a transposition.
         """
         by_shape = defaultdict(list)
         for group in self.param_groups:
@@ -90,12 +91,13 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     _, *shape = wide_matrices(parameter, group["parts"]).shape
                     by_shape[tuple(shape)].append((parameter, group))
-        for same in by_shape.values():
-            size = max(1, BATCH_ELEMENTS // max(parameter.numel() for parameter, _ in same))
-            for first in range(0, len(same), size):
-                yield same[first : first + size]
+        for pairs in by_shape.values():
+            size = max(1, BATCH_ELEMENTS // max(parameter.numel() for parameter, _ in pairs))
+            for first in range(0, len(pairs), size):
+                yield pairs[first : first + size]
 
     def update(self, batch: list[tuple[torch.nn.Parameter, dict]]):
+        """Update the parameters of a batch, each given with its group."""
         # The direction of each parameter, before it is orthogonalized
         directions = []
         for parameter, group in batch:
@@ -119,9 +121,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def wide_matrices(parameter: torch.Tensor, parts: int) -> torch.Tensor:
-    """The matrices of a parameter, transposed if they are higher than wide: (parts, rows, columns).
+    """The matrices of a parameter, (parts, rows, columns), with at most as many rows as columns.
 
-    A view: what is added to it is added to the parameter.
+    They are transposed if they have more rows. A view: what is added to it is added to the
+    parameter.
     """
     matrices = parameter.view(parts, -1, parameter.size(1))
     return matrices.mT if matrices.size(1) > matrices.size(2) else matrices

@@ -19,7 +19,7 @@ from model import GPT
 class Diverged(UserError):
     """A loss or a gradient is not finite.
 
-    The process ends with this exit code, by which the studies recognise a run that diverged.
+    The process ends with this exit code, by which the studies recognize a diverged run.
     """
 
     exit_code = 3
@@ -92,18 +92,14 @@ class Optimizers:
 Optimizer: TypeAlias = torch.optim.Optimizer | Optimizers
 
 
-def make_optimizer(
+def make_adamw(
     model: nn.Module,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
     sharded: bool = False,
-    muon: bool = False,
-    muon_momentum: float = 0.95,
-    embedding_lr_scale: float = 1.0,
-    position_lr_scale: float = 1.0,
-) -> Optimizer:
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused into one kernel over all tensors.
 
     Weight decay applies to tensors with two or more dimensions, which are matrices and embeddings,
@@ -111,53 +107,61 @@ def make_optimizer(
 
     sharded: each rank keeps the states of its share of the parameters, updates those, and sends
         them to the other ranks (Rajbhandari et al. 2020, "ZeRO", stage 1).
-    muon: the matrices of the blocks are trained by Muon (common/muon.py), with the same learning
-        rate and weight decay.
-    embedding_lr_scale, position_lr_scale: learning rates of the token and of the position
-        embeddings beside Muon, as multiples of lr.
     """
-    # Sort the parameters into groups. Finetuning with LoRA trains only some of them.
-    attention = []  # for Muon: the projections to queries, keys and values
-    matrices = []  # for Muon: the other matrices of the blocks
-    decayed = []
-    not_decayed = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if muon and name.endswith("c_attn.weight"):
-            attention.append(parameter)
-        elif muon and name.startswith("h.") and parameter.dim() == 2:
-            matrices.append(parameter)
-        elif parameter.dim() >= 2:
-            decayed.append(parameter)
-        else:
-            not_decayed.append(parameter)
-    # train_step sets the learning rate of each step: lr * lr_scale of the group.
-    options = dict(lr=lr, betas=betas, eps=eps, fused=True)
-
-    if muon:
-        # Three matrices one below the other: each is orthogonalized on its own.
-        muon_groups: list[dict] = [dict(params=attention, parts=3), dict(params=matrices)]
-        dtype = torch.bfloat16 if has_fast_bf16(matrices[0].device) else torch.float32
-        hidden = Muon(muon_groups, lr, weight_decay, dtype, muon_momentum)
-        tokens, positions = decayed  # outside of the blocks, only the embeddings are matrices
-        groups = [
-            dict(params=[tokens], weight_decay=weight_decay, lr_scale=embedding_lr_scale),
-            dict(params=[positions], weight_decay=weight_decay, lr_scale=position_lr_scale),
-            dict(params=not_decayed, weight_decay=0.0),
-        ]
-        return Optimizers(hidden, torch.optim.AdamW(groups, **options))
-
+    # Finetuning with LoRA trains only some of the parameters.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        dict(params=decayed, weight_decay=weight_decay),
-        dict(params=not_decayed, weight_decay=0.0),
+        dict(params=[p for p in trained if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0),
     ]
+    options = dict(lr=lr, betas=betas, eps=eps, fused=True)
     if sharded:
         # The import takes a second. runtime.start says why scripts do it before they call it.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def make_muon(
+    model: GPT,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float = 0.95,
+    embedding_lr_scale: float = 1.0,
+    position_lr_scale: float = 1.0,
+) -> Optimizers:
+    """Muon (common/muon.py) for the matrices of the blocks, AdamW for everything else.
+
+    betas, eps: AdamW's. Learning rate and weight decay are the same for both, without weight decay
+        for biases and LayerNorms.
+    momentum: Muon's.
+    embedding_lr_scale, position_lr_scale: learning rates of the token and of the position
+        embeddings, as multiples of lr.
+    """
+    attention = []  # the projections to queries, keys and values
+    matrices = []
+    for name, parameter in model.h.named_parameters():
+        if name.endswith("c_attn.weight"):
+            attention.append(parameter)
+        elif parameter.dim() == 2:
+            matrices.append(parameter)
+    # Three matrices, one below the other: each is orthogonalized on its own.
+    muon_groups: list[dict] = [dict(params=attention, parts=3), dict(params=matrices)]
+    dtype = torch.bfloat16 if has_fast_bf16(model.wte.weight.device) else torch.float32
+    muon = Muon(muon_groups, lr, weight_decay, dtype, momentum)
+
+    # train_step sets the learning rate of each step: lr * lr_scale of the group.
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [
+        dict(params=[model.wte.weight], weight_decay=weight_decay, lr_scale=embedding_lr_scale),
+        dict(params=[model.wpe.weight], weight_decay=weight_decay, lr_scale=position_lr_scale),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return Optimizers(muon, adamw)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Any):
@@ -173,8 +177,8 @@ def load_optimizer_state(optimizer: Optimizer, state: Any):
             f"the checkpoint's optimizer has other groups of parameters ({error}): it was written "
             "by another version; --init_from FILE starts a new run from its weights"
         ) from error
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
 
 
 def optimizer_state(optimizer: Optimizer) -> dict | list | None:
@@ -201,9 +205,9 @@ class LossScaler(GradScaler):
     """
 
     # PyTorch's default. Too large a scale costs a few skipped updates at the start; with too small
-    # a one, small gradients are lost without a sign.
+    # a one, small gradients silently become zero.
     INIT_SCALE = 65536.0
-    # Below this scale, a gradient that overflows would do so without any scale.
+    # At a lower scale, the gradient itself overflows, not the scaled one.
     MIN_SCALE = 1.0
 
     def __init__(self, rt: Runtime):
@@ -228,7 +232,7 @@ def learning_rate(
     min_lr: float,
     decay: Literal["cosine", "linear"] = "cosine",
 ) -> float:
-    """The learning rate of update `step` (0, 1, ...). experiments/recipe_study.py tries others.
+    """The learning rate of update `step` (0, 1, ...). recipe_study.py also tries a late decay.
 
     max_lr |     __
            |   /    `.            linear warmup from max_lr / warmup_steps,
@@ -319,12 +323,12 @@ class StepResult:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss or the gradient is not finite, and that is no skipped step."""
+        """Whether the loss or the gradient is not finite, and the step was not skipped."""
         is_finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
         return not is_finite and not self.skipped
 
     def record(self) -> dict:
-        """What the log holds of it. Whether it was skipped, and the scale, in float16 only."""
+        """Values for the log. `skipped` and `loss_scale` exist in float16 only."""
         values: dict[str, Any] = dict(loss=self.loss, grad_norm=self.grad_norm)
         if self.loss_scale is not None:
             values |= dict(skipped=self.skipped, loss_scale=self.loss_scale)

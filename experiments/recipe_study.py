@@ -10,8 +10,8 @@ row wins if its final validation loss, seed by seed, is below the base's by more
 errors. The last rows are BASE with twice the tokens and AdamW with four times as many, for
 comparison.
 
-The study has a training loop of its own, so that train_gpt2.py need not contain what lost: only
-what won is a flag there. Runs are not compiled, whatever --compile says.
+The study has its own training loop, so that only the changes that won became flags of
+train_gpt2.py. Runs are not compiled, whatever --compile says.
 
 Output: report.md and results.json in log/recipe_study/. An interrupted study resumes when the
 command is repeated; further rows and seeds add runs.
@@ -24,7 +24,7 @@ import signal
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import common.before_torch
@@ -49,28 +49,29 @@ class Recipe:
     optimizer: Literal["muon", "adamw"] = "muon"
     length: float = 1.0  # tokens of the run, as a multiple of max_steps * total_batch_size
     lr: float = 1.0  # peak learning rate, as a multiple of max_lr
-    embedding_lr: float = 1.0  # of the token embeddings, as a multiple of that
-    position_lr: float = 1.0  # of the position embeddings, likewise
-    bias_lr: float = 1.0  # of biases and LayerNorms, likewise
-    muon: Literal["plain", "normalized", "cautious"] = "plain"  # which of MUONS
-    momentum: float = 0.95  # Muon's
-    first_momentum: float = 0.0  # the same at the start, grows during the first half; 0: constant
-    rounds: Literal["Jordan's", "Jordan's four", "three", "four", "five"] = "Jordan's"  # of ROUNDS
+    embedding_lr: float = 1.0  # learning rate of the token embeddings, as a multiple of lr
+    position_lr: float = 1.0  # learning rate of the position embeddings, as a multiple of lr
+    bias_lr: float = 1.0  # learning rate of biases and LayerNorms, as a multiple of lr
+    muon: Literal["plain", "normalized", "cautious"] = "plain"  # variant of Muon, a key of MUONS
+    momentum: float = 0.95  # Muon's momentum
+    first_momentum: float = 0.0  # momentum at step 0, rises for half of the run; 0 = constant
+    # polynomials of Muon, a key of ROUNDS
+    rounds: Literal["Jordan's", "Jordan's four", "three", "four", "five"] = "Jordan's"
     weight_decay: float = 0.1
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.95  # AdamW's
+    beta1: float = 0.9  # AdamW's decay rate for the mean of gradients
+    beta2: float = 0.95  # AdamW's decay rate for the mean of squared gradients
     grad_clip: float = 1.0
     warmup: float = 0.1  # fraction of the run
     decay: Literal["cosine", "linear", "late"] = "cosine"  # late: constant, then 1 - sqrt
-    final_lr: float = 0.1  # at the end, as a fraction of the peak
+    final_lr: float = 0.1  # learning rate at the end, as a fraction of the peak
     batch: float = 1.0  # tokens per step, as a multiple of total_batch_size
-    first_batch: float = 1.0  # the same at the start; grows during the first half
-    short_windows: int = 1  # during the first third, windows are cut into so many parts
+    first_batch: float = 1.0  # first batch, as a fraction of later ones; grows for half of the run
+    short_windows: int = 1  # number of parts into which windows are cut in the first third
     document_windows: bool = False  # windows begin at documents
-    embedding_std: float = 0.02  # at the start
+    embedding_std: float = 0.02  # standard deviation of the initial embeddings
     unigram: bool = False  # start from the frequencies of the tokens
     zero_projections: bool = False  # c_proj starts at zero, so that blocks add nothing at first
-    average: float = 0.0  # exponential average of the weights, with this decay rate per step
+    average: float = 0.0  # decay rate per step of an average of the weights; 0 = no average
 
 
 # The best recipe so far
@@ -134,8 +135,8 @@ CHANGES: dict[str, dict] = {
     "average 0.95": dict(average=0.95),
 }
 
-# What train_gpt2.py does without flags, for four times as long. Does the base reach the same loss
-# with a quarter of the tokens?
+# AdamW with train_gpt2.py's betas, clipping and weight decay, and a warmup of 10%, on four times as
+# many tokens. Does the base reach the same loss with a quarter of them?
 ADAMW = Recipe(optimizer="adamw", length=4.0)
 LINEAR = replace(ADAMW, decay="linear", final_lr=0.0)
 LATE = replace(ADAMW, decay="late", final_lr=0.0)
@@ -180,9 +181,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from common.checkpoint import NotFinite
 from common.cpu import keep_freed_memory
 from common.muon import POLAR_EXPRESS, Muon, Rounds
-from common.optim import Optimizers, make_optimizer
+from common.optim import make_adamw, make_muon
 from common.runtime import start as start_runtime
 from common.scoring import stream_loss
 from common.shards import Shards, open_shards, shards_fingerprint, shards_tokenizer
@@ -198,7 +200,11 @@ def main(config: Config):
         raise UserError("the study does not scale the loss, which float16 needs: --dtype float32")
     shards_tokenizer(config.data_dir)  # fail here, rather than in the first run
     settings = settings_of(
-        config, rt, may_change=["rows", "seeds"], data=shards_fingerprint(config.data_dir)
+        config,
+        rt,
+        may_change=["rows", "seeds"],
+        data=shards_fingerprint(config.data_dir),
+        base=asdict(BASE),
     )
     study = StudyFolder(config.out_dir, settings)
     recipes = {"base": BASE} | {row: ROWS[row] for row in config.rows}
@@ -211,11 +217,15 @@ def main(config: Config):
     ]
     missing = {name: job for name, job in jobs if name not in study.results}
     bar = Progress(total=len(jobs), initial=len(jobs) - len(missing), desc="training", unit="run")
-    # Small models use two cores better as two processes. Each reads its threads from the variables.
+    # Small models use two cores better as two processes. A process takes its GPU, or its number of
+    # threads, from its environment: the threads when it starts, the GPU at its first use.
     envs = device_envs(config.num_parallel, config.device)
-    os.environ |= envs[0]
+    os.environ["OMP_NUM_THREADS"] = envs[0].get("OMP_NUM_THREADS", "1")
     spawn = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(len(envs), spawn, ignore_ctrl_c) as pool:
+    free_envs = spawn.SimpleQueue()
+    for env in envs:
+        free_envs.put(env)
+    with bar, ProcessPoolExecutor(len(envs), spawn, start_worker, (free_envs,)) as pool:
         futures = {pool.submit(final_loss, *job): name for name, job in missing.items()}
         try:
             for future in as_completed(futures):
@@ -231,8 +241,9 @@ def main(config: Config):
     summarize(config, study, list(recipes))
 
 
-def ignore_ctrl_c():
-    """In a worker: the study ends it."""
+def start_worker(free_envs):
+    """In a new worker process: take an environment, and leave Ctrl-C to the study."""
+    os.environ.update(free_envs.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -302,7 +313,8 @@ class DocumentWindows(Windows):
 
 def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
     """Train a model, and return its validation loss in nats; None if it diverged."""
-    rt = start_runtime(config.device, config.dtype)
+    # The environment shows a worker only its own GPU, as the first one.
+    rt = start_runtime(config.device.split(":")[0], config.dtype)
     keep_freed_memory(rt.device)
     enc = shards_tokenizer(config.data_dir)
     shards = open_shards(config.data_dir, "train")
@@ -345,8 +357,9 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
             for group in optimizer.param_groups:
                 group["lr"] = config.max_lr * recipe.lr * factor * group.get("lr_scale", 1.0)
             if recipe.first_momentum and isinstance(optimizer, Muon):
-                way = min(1.0, 2 * done / num_windows)  # from the first momentum to the last one
-                optimizer.momentum = (1 - way) * recipe.first_momentum + way * recipe.momentum
+                fraction = min(1.0, 2 * done / num_windows)  # of the way to the last momentum
+                growth = recipe.momentum - recipe.first_momentum
+                optimizer.momentum = recipe.first_momentum + fraction * growth
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -358,11 +371,14 @@ def final_loss(config: Config, recipe: Recipe, seed: int) -> float | None:
     for average, parameter in zip(averages, model.parameters()):
         parameter.data.copy_(average)
     val_tokens = open_shards(config.data_dir, "val").read_first(config.val_tokens + 1)
-    return stream_loss(model, val_tokens, config.B, config.T, rt)
+    try:
+        return stream_loss(model, val_tokens, config.B, config.T, rt)
+    except NotFinite:  # the last update diverged
+        return None
 
 
 def change_weights(model: GPT, recipe: Recipe):
-    """Apply what the recipe says of the weights at the start."""
+    """Apply the recipe's changes of the initial weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in ("wte.weight", "wpe.weight"):
@@ -373,22 +389,16 @@ def change_weights(model: GPT, recipe: Recipe):
 
 def make_optimizers(model: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon for the matrices of the blocks and AdamW for the rest."""
-    optimizer = make_optimizer(
-        model,
-        1.0,
-        recipe.weight_decay,
-        (recipe.beta1, recipe.beta2),
-        1e-8,
-        muon=recipe.optimizer == "muon",
-        embedding_lr_scale=recipe.embedding_lr,
-        position_lr_scale=recipe.position_lr,
+    shared = (model, 1.0, recipe.weight_decay, (recipe.beta1, recipe.beta2), 1e-8)
+    if recipe.optimizer == "adamw":
+        return [make_adamw(*shared)]
+    optimizers = make_muon(
+        *shared, embedding_lr_scale=recipe.embedding_lr, position_lr_scale=recipe.position_lr
     )
-    if not isinstance(optimizer, Optimizers):
-        return [optimizer]
-    muon, adamw = optimizer.optimizers
+    muon, adamw = optimizers.optimizers
 
     adamw.param_groups[-1]["lr_scale"] = recipe.bias_lr
-    # make_optimizer's Muon has the rounds of common/muon.py: replace it by one with the recipe's.
+    # make_muon's Muon has the rounds of common/muon.py: replace it by one with the recipe's.
     muon = MUONS[recipe.muon](
         muon.param_groups,
         1.0,
@@ -432,15 +442,17 @@ def learning_rate_factor(recipe: Recipe, progress: float) -> float:
 
 
 def summarize(config: Config, study: StudyFolder, rows: list[str]):
+    base = [study.results[f"base, seed {seed}"] for seed in config.seeds]
+    if None in base:
+        raise UserError("the base diverged, so no row can be compared with it: lower max_lr")
     lines = []
     for row in rows:
         losses = [study.results[f"{row}, seed {seed}"] for seed in config.seeds]
-        # A recipe that diverges with one seed is no recipe.
+        # A recipe that diverges with any seed counts as diverged.
         if None in losses:
             lines.append((row, "diverged", "", "loses"))
             continue
         # Differences seed by seed: what a seed makes easy or hard is the same for both.
-        base = [study.results[f"base, seed {seed}"] for seed in config.seeds]
         differences = [loss - reference for loss, reference in zip(losses, base)]
         lines.append((row, mean_and_deviation(losses, 4), *verdict(differences)))
     study.report(

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune
 import train_gpt2
-from common.optim import Diverged, LossScaler, PendingResult, make_optimizer, train_step
+from common.optim import Diverged, LossScaler, PendingResult, make_adamw, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig, sample_token
 
@@ -146,7 +146,7 @@ def small_model() -> GPT:
 def test_an_update_asks_for_no_value(dtype):
     rt = Runtime(CPU, dtype)
     model = small_model()
-    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
+    optimizer = make_adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
     scaler = LossScaler(rt)
     batch = [tuple(torch.randint(100, (2, 4, 16))) for _ in range(2)]
     with Waits() as waits:

@@ -21,7 +21,7 @@ import finetune
 from common import checkpoint
 from common.console import UserError, lock_folder
 from common.finetune_data import read_texts
-from common.optim import Diverged, make_optimizer, train_step
+from common.optim import Diverged, make_adamw, train_step
 from common.runtime import Runtime
 from common.tokenizer import train_tokenizer
 from dataloader import FinetuneLoader
@@ -164,7 +164,7 @@ def test_a_short_step_is_averaged_over_its_tokens():
     model.zero_grad()
     batch, weights, count = loader.batch(2, CPU.device)
     assert count == (y != IGNORE).sum()
-    optimizer = make_optimizer(model, 0.0, 0.0, (0.9, 0.95), 1e-8)
+    optimizer = make_adamw(model, 0.0, 0.0, (0.9, 0.95), 1e-8)
     loss, grad_norm = train_step(model, optimizer, batch, 0.0, 0.0, CPU, weights)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert grad_norm.item() == pytest.approx(norm, rel=1e-4)

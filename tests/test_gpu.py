@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_train import assert_same_bits, losses, train_here
 
-from common.optim import LossScaler, PendingResult, make_optimizer, prepare_model, train_step
+from common.optim import LossScaler, PendingResult, make_adamw, prepare_model, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig
 
@@ -32,7 +32,7 @@ def batch(device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def three_losses(rt: Runtime, compile: str) -> list[float]:
     model = small_model(rt.device)
-    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95), 1e-8)
+    optimizer = make_adamw(model, 1e-2, 0.1, (0.9, 0.95), 1e-8)
     train_model, _ = prepare_model(model, rt, compile)
     scaler = LossScaler(rt)
     return [
@@ -54,7 +54,7 @@ def test_training_losses_are_those_of_the_cpu(dtype, compile):
 def test_an_update_does_not_wait_for_the_device(dtype):
     rt = Runtime(torch.device("cuda"), dtype)
     model = small_model("cuda")
-    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95), 1e-8)
+    optimizer = make_adamw(model, 1e-2, 0.1, (0.9, 0.95), 1e-8)
     scaler = LossScaler(rt)
     micro_batches = batch("cuda")
     for step in range(2):  # the first one allocates

@@ -685,7 +685,18 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         "negative": (["--val_every", "-1"], "must not be negative"),
         "negative seed": (["--seed", "-1"], "seed is -1, must not be negative"),
         "rising rate": (["--max_lr", "1e-5"], "min_lr is 0.0001, must be from 0 to max_lr 1e-05"),
-        "momentum of AdamW": (["--muon_momentum", "0.9"], "need --optimizer muon"),
+        "momentum of AdamW": (
+            ["--muon_momentum", "0.9"],
+            "muon_momentum needs --optimizer muon",
+        ),
+        "endless average": (["--beta1", "1"], "beta1 is 1.0, must be from 0 to below 1"),
+        "growing weights": (["--weight_decay", "-1"], "weight_decay is -1.0, must be finite"),
+        "clipping at NaN": (["--grad_clip", "nan"], "grad_clip is nan, must be finite"),
+        "no rows": (["--padded_vocab_size", "0"], "padded_vocab_size is 0, must be at least 1"),
+        "empty prompt": (
+            ["--sample_prompt", "", "--sample_every", "9"],
+            "sample_prompt is empty",
+        ),
         "momentum of 1": (
             ["--muon_momentum", "1"],
             "muon_momentum is 1.0, must be from 0",
@@ -731,6 +742,11 @@ WRONG = [
     "negative seed",
     "rising rate",
     "momentum of AdamW",
+    "endless average",
+    "growing weights",
+    "clipping at NaN",
+    "no rows",
+    "empty prompt",
     "momentum of 1",
     "no embeddings",
     "no positions",
@@ -798,11 +814,11 @@ import resource, torch
 from common import runtime
 from common.cpu import keep_freed_memory
 from model import GPT, GPTConfig
-from common.optim import make_optimizer, train_step
+from common.optim import make_adamw, train_step
 rt = runtime.start("cpu", "float32")
 keep_freed_memory(rt.device)
 model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=64))
-optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
+optimizer = make_adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
 x, y = torch.randint(50257, (2, 4, 64))
 faults = []
 for _ in range(8):

@@ -14,10 +14,11 @@ from conftest import ROOT, command, ok
 import train_gpt2
 from bench import time_to_loss
 from bench.time_to_loss import Point, first_crossing, make_job, nanogpt_flags, write_tokens
-from bench.timed_run import Job, adapt
+from bench.timed_run import Job, Meter, adapt
 from common.console import UserError, parse_flags
 from common.runtime import Runtime
 from common.shards import open_shards, shards_tokenizer
+from model import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -164,6 +165,20 @@ def test_a_script_without_a_constant_is_another_version(tmp_path):
     script.write_text(PEER)
     with pytest.raises(UserError, match="has no warmup_steps: it is another version"):
         adapt(script, 1, dict(warmup_steps="5"), None)
+
+
+def test_evaluations_are_in_float32_whatever_the_script_trains_in(data_dir, tmp_path):
+    curve = str(tmp_path / "curve.json")
+    job = Job("train_gpt2.py", [], "", "", curve, str(data_dir), "cpu", 1, 9, 4, 64, 2, 8)
+    job.is_ours = True
+    meter = Meter(job)
+    torch.manual_seed(1)
+    meter.model = GPT(GPTConfig(block_size=8, vocab_size=384, n_layer=1, n_head=2, n_embd=32))
+    meter.step = 4
+    meter.evaluate()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        meter.evaluate()
+    assert meter.points[0]["loss"] == meter.points[1]["loss"]
 
 
 def run_job(job: Job, path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.optim import LossScaler, make_optimizer, prepare_model, train_step
+from common.optim import LossScaler, make_adamw, prepare_model, train_step
 from common.runtime import Runtime
 from common.scoring import stream_loss
 from model import GPT, GPTConfig
@@ -67,7 +67,7 @@ def test_training_and_evaluation_are_one_graph_each(counter, dtype, dropout, che
 
     def losses(model, train_model, eval_model) -> list[float]:
         """The losses of: update, validation, update, validation, update."""
-        optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95), 1e-8)
+        optimizer = make_adamw(model, 1e-2, 0.1, (0.9, 0.95), 1e-8)
         model.activation_checkpointing = checkpointing
         values = []
         for _ in range(2):

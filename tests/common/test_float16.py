@@ -12,7 +12,7 @@ from test_train import TORCHRUN, assert_same_bits, losses, stream, train_here, w
 from torch.amp import GradScaler
 
 from common.console import UserError
-from common.optim import Diverged, LossScaler, PendingResult, make_optimizer, train_step
+from common.optim import Diverged, LossScaler, PendingResult, make_adamw, make_muon, train_step
 from common.runtime import Runtime, choose_dtype
 from model import GPT, IGNORE, GPTConfig, linear_cross_entropy
 
@@ -137,7 +137,8 @@ def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def small_optimizer(model: GPT, muon: bool = False):
-    return make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, muon=muon)
+    make = make_muon if muon else make_adamw
+    return make(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1])
@@ -207,7 +208,7 @@ def test_float16_without_a_scaler_is_rejected():
 TWO_RANKS = """
 import json, sys, torch, torch.distributed.optim
 from common import runtime
-from common.optim import LossScaler, PendingResult, make_optimizer, prepare_model, train_step
+from common.optim import LossScaler, PendingResult, make_adamw, make_muon, prepare_model, train_step
 from model import GPT, GPTConfig
 
 def main():
@@ -218,8 +219,11 @@ def main():
         model.h[0].mlp.c_fc.weight.register_hook(
             lambda gradient: gradient * (torch.inf if rt.rank == 1 and step == 1 else 1)
         )
-        options = dict(sharded=name == "sharded", muon=name == "muon")
-        optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, **options)
+        shared = (model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
+        if name == "muon":
+            optimizer = make_muon(*shared)
+        else:
+            optimizer = make_adamw(*shared, sharded=name == "sharded")
         train_model, _ = prepare_model(model, rt, "off")
         scaler = LossScaler(rt)
         torch.manual_seed(rt.rank)

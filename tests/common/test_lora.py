@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import lora
-from common.optim import make_optimizer, train_step
+from common.optim import make_adamw, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig
 
@@ -32,7 +32,7 @@ def inputs() -> torch.Tensor:
 
 
 def train(model: GPT, steps: int):
-    optimizer = make_optimizer(model, 1e-2, 0.0, (0.9, 0.95), 1e-8)
+    optimizer = make_adamw(model, 1e-2, 0.0, (0.9, 0.95), 1e-8)
     x = inputs()
     for _ in range(steps):
         train_step(model, optimizer, [(x, x.roll(-1, 1))], 1e-2, 1.0, CPU)

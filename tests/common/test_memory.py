@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from common import memory
 from common.console import UserError
 from common.memory import TrainingMemory, choose_B, container_memory
-from common.optim import LossScaler, make_optimizer, train_step
+from common.optim import LossScaler, make_adamw, make_muon, train_step
 from common.runtime import Runtime
 from model import GPT, GPTConfig
 
@@ -34,7 +34,8 @@ def num_bytes(state) -> int:
 
 def measured_peak(model: GPT, batch: list, muon: bool, rt: Runtime) -> int:
     """Bytes of all tensors at the peak of the second step, as PyTorch's allocator reports them."""
-    optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95), 1e-8, muon=muon)
+    make = make_muon if muon else make_adamw
+    optimizer = make(model, 1e-4, 0.1, (0.9, 0.95), 1e-8)
     scaler = LossScaler(rt)
     train_step(model, optimizer, batch, 1e-4, 1.0, rt, scaler=scaler)
     before = num_bytes(list(model.parameters())) + num_bytes(optimizer.state_dict())

@@ -8,7 +8,7 @@ from test_train import TORCHRUN, arguments, launch, losses, train, train_here, w
 from common import runtime
 from common.console import UserError
 from common.muon import Muon, orthogonalize
-from common.optim import load_optimizer_state, make_optimizer, train_step
+from common.optim import load_optimizer_state, make_muon, train_step
 from model import GPT, GPTConfig
 
 
@@ -19,7 +19,7 @@ def small_model() -> GPT:
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else():
     model = small_model()
-    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, muon=True)
+    optimizer = make_muon(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
     names = {id(p): name for name, p in model.named_parameters()}
     attention, matrices, tokens, positions, rest = (
         [names[id(p)] for p in group["params"]] for group in optimizer.param_groups
@@ -38,7 +38,7 @@ def test_muons_update_is_the_nearest_orthogonal_matrix_and_as_large_as_adamws():
     Queries, keys and values are matrices of their own.
     """
     model = small_model()
-    optimizer = make_optimizer(model, 1e-3, 0.0, (0.9, 0.95), 1e-8, muon=True)
+    optimizer = make_muon(model, 1e-3, 0.0, (0.9, 0.95), 1e-8)
     idx = torch.randint(100, (16, 17), generator=torch.Generator().manual_seed(0))
     model(idx[:, :-1], idx[:, 1:]).backward()
     matrices = {
@@ -95,12 +95,8 @@ def test_muons_momentum_is_that_of_pytorch(monkeypatch):
 def test_embeddings_have_learning_rates_of_their_own():
     """AdamW's first update changes each weight with a gradient by its learning rate."""
     model = small_model()
-    optimizer = make_optimizer(
-        *(model, 1e-3, 0.0, (0.9, 0.95), 1e-8),
-        muon=True,
-        embedding_lr_scale=4.0,
-        position_lr_scale=0.5,
-    )
+    scales = dict(embedding_lr_scale=4.0, position_lr_scale=0.5)
+    optimizer = make_muon(model, 1e-3, 0.0, (0.9, 0.95), 1e-8, **scales)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     idx = torch.arange(34).reshape(2, 17)
     train_step(model, optimizer, [(idx[:, :-1], idx[:, 1:])], 0.01, 0.0, runtime.start("cpu"))
@@ -114,7 +110,7 @@ def test_embeddings_have_learning_rates_of_their_own():
 
 def test_an_optimizer_of_another_version_is_named():
     model = small_model()
-    optimizer = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 1e-8, muon=True)
+    optimizer = make_muon(model, 1e-3, 0.1, (0.9, 0.95), 1e-8)
     state = optimizer.state_dict()
     del state[0]["param_groups"][0]
     with pytest.raises(UserError, match="other groups of parameters .* --init_from FILE starts"):

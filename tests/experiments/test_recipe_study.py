@@ -1,8 +1,11 @@
 """The study of training recipes: its batches, schedules and verdicts, and rows on a tiny model."""
 
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -125,6 +128,29 @@ def test_rows_are_trained_and_compared(data_dir, tmp_path, monkeypatch, capsys):
     report = (tmp_path / "report.md").read_text()
     assert "lr x2" in report
     assert report.count("diverged") == 1
+
+    # Without the base there is nothing to compare with.
+    settings |= dict(out_dir=str(tmp_path / "diverged"))
+    with pytest.raises(UserError, match="the base diverged"):
+        recipe_study.main(Config(rows=rows[:1], **settings))
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    envs = SimpleQueue()
+    for gpu in ("0", "1"):
+        envs.put(dict(CUDA_VISIBLE_DEVICES=gpu))
+    seen = []
+    for _ in range(2):
+        recipe_study.start_worker(envs)
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["0", "1"]
+
+
+def test_a_run_that_diverges_in_its_last_update_is_no_error(data_dir):
+    config = Config(**TINY | dict(max_steps=1, max_lr=1e30), data_dir=str(data_dir), device="cpu")
+    assert recipe_study.final_loss(config, BASE, 1) is None
 
 
 def test_wrong_settings_are_refused():
