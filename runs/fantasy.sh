@@ -3,7 +3,7 @@
 #
 #     bash runs/fantasy.sh                              # from quickstart.sh's model
 #     bash runs/fantasy.sh gpt2 log/fantasy_gpt2        # from another model, into another folder
-#     OPENAI_API_KEY=... bash runs/fantasy.sh ...       # descriptions by gpt-4.1 instead of a grammar
+#     OPENAI_API_KEY=... bash runs/fantasy.sh ...       # descriptions by gpt-4.1, not a grammar
 #
 # The model is a checkpoint, a Hugging Face folder, or gpt2 ... gpt2-xl. Without a key, the
 # descriptions come from a grammar: that needs no network and costs nothing. With one, they cost

@@ -8,15 +8,15 @@
 #
 # This run has not been made. The recipe was found with models of at most 10M parameters in runs of
 # 400,000 tokens, where a quarter of AdamW's tokens was enough. In the longest comparison, with 8
-# million, it needed almost half, so it may not reach the loss of gpt2_124m.sh here. At this size its
-# learning rate is a guess, three times that of gpt2_124m.sh, and a run this long may want a higher
+# million, it needed almost half, so it may not reach the loss of gpt2_124m.sh here. At this size
+# its learning rate is a guess, three times that of gpt2_124m.sh. A run this long may need a higher
 # --muon_momentum and --beta1, and --grad_clip 1. Try a few short runs before a long one.
 #
 # The run folder is log/fast. Every step resumes: after an interruption, run the same command again.
 #
-# Needs 5 GB of disk for the shards and about 4 GB for checkpoints. Expected cost of training, without
-# Muon's part of a step: 2.7 hours on one H100 or 20 minutes on eight, under the assumption of
-# docs/cluster.md (260,000 tokens/s per GPU). An estimate, not a measurement.
+# Needs 5 GB of disk for the shards and about 4 GB for checkpoints. Expected cost of training,
+# without Muon's part of a step: 2.7 hours on one H100 or 20 minutes on eight, under the assumption
+# of docs/cluster.md (260,000 tokens/s per GPU). An estimate, not a measurement.
 set -euo pipefail
 # shellcheck source=runs/common.sh
 source "$(dirname "$0")/common.sh"
