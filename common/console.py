@@ -37,7 +37,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # The flag for the dtype of matrix products. tf32 is float32 whose matrix products run in TF32 on
@@ -63,7 +62,11 @@ def parse_flags(config_class: type, doc: str | None) -> Any:
     # Imported here, because the worker processes of a stage import this module too. tyro's hook for
     # errors is not yet part of its stable interface, hence the exact version in requirements.txt.
     import tyro
-    from tyro import _errors
+    from tyro import _errors, _resolver
+
+    # With this function tyro compares defaults with their types, in order to warn. It imports
+    # typeguard for that, which takes longer than tyro itself; and mypy has compared ours.
+    _resolver.is_instance = lambda typ, value: True
 
     # tyro calls this with the error that it has found.
     def report(event: _errors.ParseErrorEvent):
@@ -369,6 +372,8 @@ def lock_folder(folder: str | Path, wait: float = 0) -> Iterator[None]:
     UserError, which names the holder, if the lock is not free within `wait` seconds.
     """
     # The lock itself says nothing about its holder. A second file does, for the error message only.
+    from filelock import FileLock, Timeout  # few commands need it, and it imports asyncio
+
     lock = FileLock(Path(folder) / "lock")
     holder = Path(folder) / "lock_holder.json"
     try:
