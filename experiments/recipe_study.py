@@ -161,6 +161,7 @@ class Config(TrainingConfig):
     rows: tuple[str, ...] = tuple(ROWS)  # changes to compare with the base
     data_dir: str = "datasets/edu_fineweb10B"  # folder of shards, written by fineweb.py
     max_lr: float = 8e-3  # peak learning rate of the base
+    B: int = 32  # sequences per forward pass of the evaluation; training takes a whole batch
     T: int = 128  # sequence length in tokens
     total_batch_size: int = 2048  # tokens per optimizer step
     val_tokens: int = 65536  # tokens of the validation shard used for the validation loss
@@ -170,6 +171,8 @@ class Config(TrainingConfig):
         check_different(self, "rows")
         check_at_least(self, 1, "T", "total_batch_size", "val_tokens")
         check_known("row", self.rows, ROWS)
+        if not 0 < self.max_lr < math.inf:
+            raise UserError(f"max_lr is {self.max_lr}, must be above 0")
         # The rows divide both by up to four.
         if self.T % 4 or self.total_batch_size % (4 * self.T):
             raise UserError("T must be a multiple of 4, and total_batch_size one of 4 * T")
