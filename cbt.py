@@ -123,7 +123,7 @@ def from_hub(kind: str, limit: int | None) -> list[Question]:
     except Exception as error:  # the HTTP libraries that `datasets` uses share no base class
         raise OSError(
             f"{HUB} is not available from the hub ({type(error).__name__}): check the network, or "
-            "give --data FILES"
+            "give its files (--help says how)"
         ) from error
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))

@@ -44,6 +44,7 @@ from common.console import (
     Dtype,
     UserError,
     check_at_least,
+    check_output,
     checksum,
     parse_flags,
     read_text,
@@ -114,6 +115,8 @@ FIELDS = {
 
 
 def main(config: Config):
+    if config.save_predictions:
+        check_output(config.save_predictions)
     rt = runtime.start(config.device, config.dtype)
     # Read the data before the model: a wrong folder is then reported at once.
     core_tasks = load_on_all_ranks(lambda: load(config.data, config.limit), rt)
@@ -274,7 +277,7 @@ def fetch_bundle() -> Path:
     """The folder of the bundle, which is downloaded and unpacked if it is not there."""
     folder = Path(FOLDER)
     if not folder.exists():
-        archive = tasks.fetch(URL, ARCHIVE, SHA256, "--data FOLDER")
+        archive = tasks.fetch(URL, ARCHIVE, SHA256)
         unpack(archive, folder)
     return folder
 

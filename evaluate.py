@@ -111,7 +111,7 @@ def main(config: Config):
             lines = json.dumps(stored, indent=1, allow_nan=False)
             write_text(out_dir / "evaluation.json", lines + "\n")
 
-    # The table, the picture, and an error if there is no result at all
+    # The table, the picture, and an error if a result is missing
     text = results_table(results, benchmarks)
     if rt.is_main:
         write_text(out_dir / "evaluation.md", text + "\n")
@@ -119,8 +119,12 @@ def main(config: Config):
     if rt.is_main:
         draw(out_dir / "evaluation.png", results, benchmarks)
     runtime.leave()
-    if all("error" in result for result in results):
-        raise UserError("nothing could be evaluated: see the table for the reasons")
+    missing = sum("error" in result for result in results)
+    if missing:
+        raise UserError(
+            f"{missing} of {len(results)} results are missing: see the table for the reasons, and "
+            "run again for those"
+        )
 
 
 def evaluate_model(

@@ -293,11 +293,17 @@ def check_folder(out_dir: Path, resume: bool, settings: dict):
         recorded = read_json(path)
         for name, value in settings.items():
             # Runs of earlier versions may lack a setting.
-            if recorded.get(name, value) != value:
+            if recorded.get(name, value) == value:
+                continue
+            if name == "weights":
                 raise UserError(
-                    f"{out_dir} holds a run with {name}={recorded[name]}, not {value}: "
+                    f"the model of --init_from has changed since the run in {out_dir} began: "
                     "choose another --out_dir"
                 )
+            raise UserError(
+                f"{out_dir} holds a run with {name}={recorded[name]}, not {value}: "
+                "choose another --out_dir"
+            )
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,8 @@
 # to evaluate, finetune and export a model.
 #
 # An interrupted quickstart resumes when it is run again; finished steps are not repeated.
-# STEPS=50 makes training shorter.
+# STEPS=50 makes training shorter. Remove log/quickstart before a run of another length: it would
+# extend the run that is there, whose learning rate has already fallen.
 set -euo pipefail
 # shellcheck source=runs/common.sh
 source "$(dirname "$0")/runs/common.sh"

@@ -111,20 +111,22 @@ class Config:
     # use only deterministic CUDA kernels, so that a resumed run is exact to the bit; slower
     deterministic: bool = False
 
-    # ---- Periodic actions: interval in steps, 0 = off
+    # ---- Periodic actions
 
-    val_every: int = 100  # validation loss
+    val_every: int = 100  # steps between validation losses; 0 = off
     val_tokens: int = 10485760  # tokens of the validation shard used for the validation loss
-    hellaswag_every: int = 250  # HellaSwag accuracy
+    hellaswag_every: int = 250  # steps between evaluations on HellaSwag; 0 = off
     # hellaswag_val.jsonl; None = downloaded once to datasets/hellaswag
     hellaswag_data: str | None = None
-    core_every: int = 0  # CORE, estimated from 500 examples of each of its 22 tasks
+    # steps between evaluations on CORE, with 500 examples of each of its 22 tasks; 0 = off
+    core_every: int = 0
     # folder with core.yaml and eval_data; None = downloaded once to datasets/dclm_core
     core_data: str | None = None
-    sample_every: int = 250  # text samples, printed
+    sample_every: int = 250  # steps between samples, which are printed; 0 = off
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples
-    checkpoint_every: int = 5000  # checkpoints to keep; 0 = only the final one
-    rolling_every: int = 250  # checkpoints to resume from; only the two newest are kept
+    checkpoint_every: int = 5000  # steps between checkpoints that are kept; 0 = only the final one
+    # steps between checkpoints to resume from, of which the two newest are kept; 0 = off
+    rolling_every: int = 250
     # where else to log: Weights & Biases, Trackio or TensorBoard; each is a package to install
     tracker: TrackerName = "none"
 
@@ -134,6 +136,8 @@ class Config:
         for name in ("B", *intervals, "warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, must not be negative")
+        if self.seed >= 2**63:
+            raise UserError(f"seed is {self.seed}, must be below 2**63")
         sizes = ("T", "total_batch_size", "max_steps", "num_epochs", "padded_vocab_size")
         for name in (*sizes, "val_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -603,6 +607,13 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     loaded, loaded_from = None, None
     if resume:
         loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
+        # A run whose checkpoints are all damaged is for its owner to remove.
+        if not loaded and checkpoint.candidates(folder):
+            raise UserError(
+                f"no checkpoint in {folder} is valid: remove them to start from scratch"
+            )
+        if not loaded:
+            rt.print(f"no checkpoint in {folder}: starting from scratch")
     if loaded and loaded_from:
         check_agreement(config, fingerprint, loaded, loaded_from)
     model = set_up_model(config, enc, shards, loaded, loaded_from, free, rt)
@@ -707,7 +718,8 @@ def read_val_tokens(config: Config) -> np.ndarray | None:
 def load_benchmarks(config: Config, rt: Runtime) -> list[tuple[Benchmark, Any]]:
     """The benchmarks to evaluate during training, with their examples.
 
-    One whose data is not available is left out, with a warning.
+    One whose data can't be downloaded is left out, with a warning. A file that does not exist is an
+    error.
     """
     benchmarks = []
     for benchmark in BENCHMARKS:
@@ -718,6 +730,8 @@ def load_benchmarks(config: Config, rt: Runtime) -> list[tuple[Benchmark, Any]]:
             examples = load_on_all_ranks(partial(benchmark.load, data, None), rt)
             benchmarks.append((benchmark, examples))
         except (OSError, UserError) as error:
+            if data is not None:
+                raise
             rt.print(f"warning: training without {benchmark.reference.title}: {error}")
     return benchmarks
 

@@ -28,7 +28,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from common.console import UserError, checksum, write_atomically
+from common.console import UserError, cannot_write, checksum, write_atomically
 from common.convert import is_llmc, load_pickle, read_llmc, read_nanogpt
 from common.huggingface import find_weights, load_model_tokenizer, load_pretrained
 from common.tokenizer import load_gpt2, tokenizer_from_text, tokenizer_to_text
@@ -68,8 +68,7 @@ def save(path: str | Path, checkpoint: dict):
             torch.save(checkpoint, file)
     except RuntimeError as error:
         # torch's writer hides the OSError of a full disk behind a RuntimeError.
-        reason = error.__context__ or error
-        raise OSError(f"{path} can't be written ({reason}): make room, then run again") from error
+        raise OSError(cannot_write(path, error.__context__ or error)) from error
 
 
 class BackgroundSaver:
@@ -248,7 +247,7 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
 
     # A file: its first bytes, then its keys, tell which program wrote it.
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise no_checkpoint(path)
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds weights only: name its folder, which also has config.json")
     # llm.c, nanoGPT and build-nanogpt store no tokenizer: it is always GPT-2's.
@@ -263,6 +262,12 @@ def load_model(name_or_path: str | Path, dropout: float = 0.0) -> tuple[GPT, tik
     return model, tokenizer_from_text(content["tokenizer"])
 
 
+def no_checkpoint(path: Path) -> FileNotFoundError:
+    """The error for a checkpoint that does not exist. It names those of finished runs."""
+    others = ", ".join(sorted(map(str, Path("log").glob("*/model_final.pt"))))
+    return FileNotFoundError(f"no checkpoint {path}" + (f"; there is {others}" if others else ""))
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a model's name means a file, and not a folder or a hub name."""
     return path.suffix in (".pt", ".bin") or path.is_file()
@@ -272,6 +277,8 @@ def fingerprint(name: str) -> str:
     """Identifies a model's weights: the checksums of its files, or the name of a hub model."""
     path = Path(name)
     if is_checkpoint(path):
+        if not path.is_file():
+            raise no_checkpoint(path)
         return checksum(path)
 
     # A folder may hold several files of weights. A hub model has no local folder, so its name has

@@ -33,7 +33,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -80,9 +80,11 @@ def parse_flags(config_class: type, doc: str | None) -> Any:
             name = event.argument.display_name()
             wrong = f"{name} is {event.value!r}, must be one of {', '.join(event.choices)}"
         elif isinstance(event, _errors.BadValue):
-            wrong = f"{event.argument.display_name()} needs a value"
+            name = event.argument.display_name()
+            wrong = f"{name} needs a value (if that begins with a hyphen: {name}=-...)"
         elif isinstance(event, _errors.InstantiationFailure):
-            wrong = event.message
+            # What follows says the same in the words of Python.
+            wrong = event.message.partition("Got errors:")[0].strip(". \n")
             if event.argument:
                 wrong = f"{event.argument.display_name()}: {wrong}"
         else:
@@ -123,7 +125,7 @@ def errors_in_one_line() -> Iterator[None]:
         discard_broken_output()
         sys.exit(1)
     except OSError as error:
-        fail(str(error) or type(error).__name__)
+        fail(in_plain_words(error))
     except (MemoryError, RuntimeError) as error:
         # torch's errors are recognized by their names and texts, because this module does not
         # import torch.
@@ -140,6 +142,17 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         traceback.print_exc()
         fail(str(error))
+
+
+def in_plain_words(error: OSError) -> str:
+    """The message of an OSError, without the number that Python puts before it."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is a file, a folder is needed: choose another name"
+    if isinstance(error, IsADirectoryError):
+        return f"{error.filename} is a folder, a file is needed"
+    if error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def check_at_least(config: Any, least: float, *names: str):
@@ -290,13 +303,32 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         flush_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(f"{path} can't be written ({reason}): make room, then run again") from error
+        # If the folder does not exist, neither does the file.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(cannot_write(path, error)) from error
     except BaseException:
         # Any other end of the block, Ctrl-C for example, also leaves no unfinished file.
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_output(path: str | Path):
+    """Raise UserError if there can be no such file: before the work whose result it is to hold."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}: make it first")
+
+
+def cannot_write(path: str | Path, error: BaseException) -> str:
+    """The message for a file that can't be written, with what to do about it."""
+    reason = getattr(error, "strerror", None) or error
+    # A full disk, or a quota (which Windows does not have). torch hides the reason.
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    what_to_do = "make room, then run again" if is_full else "choose another path"
+    return f"{path} can't be written ({reason}): {what_to_do}"
 
 
 def flush_folder(folder: Path):

@@ -177,6 +177,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model, under the names in its files."""
     files = find_weights(folder)
     if not files:
+        of_a_run = sorted(folder.glob("model_*.pt"))
+        if of_a_run:
+            raise UserError(f"{folder} is a run folder: name a checkpoint, such as {of_a_run[-1]}")
         raise UserError(f"{folder} has no model: model.safetensors or pytorch_model.bin is missing")
     # A model in several files has each tensor in one of them.
     tensors = {}

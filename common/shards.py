@@ -137,6 +137,9 @@ def open_shards(folder: str | Path, split: str) -> Shards:
     manifest, or has the words of both splits in its name.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        reason = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"the folder of shards {folder} {reason}: make it with fineweb.py")
     all_paths = find_shards(folder)
     paths = [path for path in all_paths if split_of(path) == split]
     if not paths:

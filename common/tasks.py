@@ -19,6 +19,7 @@ from common.console import (
     Progress,
     UserError,
     check_at_least,
+    check_output,
     read_lines,
     say,
     table,
@@ -132,6 +133,8 @@ def run(config, benchmark: Benchmark) -> list[Metric] | None:
 
     # Read the data before the model: a wrong file is then reported at once.
     check_at_least(config, 1, "limit")
+    if config.save_predictions:
+        check_output(config.save_predictions)
     rt = runtime.start(config.device, config.dtype)
     examples = load_on_all_ranks(lambda: benchmark.load(config.data, config.limit), rt)
     model, enc = load_model(config.model)
@@ -213,9 +216,9 @@ def load_on_all_ranks(load: Callable[[], Any], rt: Runtime):
     return examples
 
 
-def fetch(url: str, path: str | Path, sha256: str, flag: str = "--data FILE") -> Path:
+def fetch(url: str, path: str | Path, sha256: str) -> Path:
     """Download a file unless it exists. Nothing is left behind if it is cut off or its checksum is
-    wrong. Raises OSError, which names the `flag` that makes the download unnecessary.
+    wrong. Raises OSError.
     """
     import pooch  # imported here: not needed if the data exists
 
@@ -236,7 +239,8 @@ def fetch(url: str, path: str | Path, sha256: str, flag: str = "--data FILE") ->
         if isinstance(error, ValueError):
             reason = "its checksum is wrong"
         raise OSError(
-            f"{url} can't be downloaded to {path} ({reason}): check the network, or give {flag}"
+            f"{url} can't be downloaded to {path} ({reason}): check the network, or put the file "
+            "there yourself"
         ) from error
 
 

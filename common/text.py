@@ -533,6 +533,8 @@ def expand(pattern: str) -> list[str]:
     else:
         matches = glob.glob(os.path.expanduser(pattern), recursive=True)
     names = sorted(os.path.abspath(name) for name in matches if os.path.isfile(name))
+    if not names and os.path.isdir(pattern):
+        raise FileNotFoundError(f"{pattern} is a folder: name its files, as in '{pattern}/*.txt'")
     if not names:
         raise FileNotFoundError(f"no file matches {pattern}")
     return names

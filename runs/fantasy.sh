@@ -16,7 +16,8 @@ source "$(dirname "$0")/common.sh"
 
 MODEL=${1:-log/quickstart/model_final.pt}
 OUT=${2:-log/fantasy}
-[ $# -gt 0 ] || [ -f "$MODEL" ] || { echo "error: no $MODEL: run quickstart.sh first" >&2; exit 1; }
+[[ $MODEL != *.pt ]] || [ -f "$MODEL" ] ||
+    { echo "error: no $MODEL: run quickstart.sh first, or name another model" >&2; exit 1; }
 
 # Descriptions of the grammar and of a model can't be mixed, hence the two folders.
 if [ -n "${OPENAI_API_KEY:-}" ]; then

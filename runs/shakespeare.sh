@@ -22,7 +22,8 @@ if [ -z "$TEXT" ]; then
     # The download gets its final name only when it is complete.
     [ -f $TEXT ] || {
         mkdir -p datasets
-        run curl --fail --silent --show-error --output $TEXT.tmp $URL
+        run curl --fail --silent --show-error --output $TEXT.tmp $URL ||
+            { echo "error: no download; with a file: bash runs/shakespeare.sh FILE" >&2; exit 1; }
         mv $TEXT.tmp $TEXT
     }
 fi

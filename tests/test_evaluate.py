@@ -118,7 +118,7 @@ def test_a_model_with_nan_has_no_results(folder, data_dir, tmp_path, capsys, mon
         return f"fingerprint of {name}"
 
     monkeypatch.setattr(checkpoint, "fingerprint", fingerprint)
-    with pytest.raises(UserError, match="nothing could be evaluated"):
+    with pytest.raises(UserError, match="5 of 5 results are missing"):
         evaluate.main(config)
     assert read == [f"{tmp_path}/broken.pt"], "once, not once for each benchmark"
     reason = f"{tmp_path}/broken.pt is broken: its tensor h.1.attn.c_proj.weight is not finite"

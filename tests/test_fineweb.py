@@ -5,8 +5,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +205,21 @@ def test_after_a_lost_connection_it_resumes(source, monkeypatch, capsys):
     assert capsys.readouterr().out.count("retrying") == 2
 
 
+# Not parquet: Python's own server does not send parts of a file.
+@pytest.mark.parametrize("kind, name", [("json", "all.jsonl"), ("text", "vocab.tiktoken")])
+def test_a_url_reads_as_the_same_file_on_disk(source, kind, name):
+    def texts(place: str) -> list[str]:
+        batches = open_source(kind, data_files=(place,)).batches(SOURCE_START)
+        return [text for batch in batches for text in batch.texts.to_pylist()]
+
+    handler = partial(SimpleHTTPRequestHandler, directory=source)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        from_url = texts(f"http://127.0.0.1:{server.server_port}/{name}")
+        server.shutdown()
+    assert from_url and from_url == texts(str(source / name))
+
+
 @pytest.mark.slow
 def test_pydoc_parses_modules_without_importing_them():
     before = set(sys.modules)
@@ -221,6 +239,8 @@ def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
     )
     if name == "no files":
         return text_flags, "no file matches"
+    if name == "a folder":
+        return flags(tmp_path, out, files="wrong"), "wrong is a folder: name its files"
     if name == "no data_files":
         return ["fineweb.py", "--source", "text", "--out_dir", out], "--data_files"
     if name == "no documents":
@@ -252,8 +272,8 @@ def wrong(name: str, source: Path, tmp_path: Path) -> tuple[list, str]:
 
 
 WRONG_INPUTS = [
-    "no files", "no data_files", "no documents", "empty documents", "not UTF-8", "null column",
-    "damaged parquet", "no vocabulary", "out_dir is a file", "foreign shards",
+    "no files", "a folder", "no data_files", "no documents", "empty documents", "not UTF-8",
+    "null column", "damaged parquet", "no vocabulary", "out_dir is a file", "foreign shards",
 ]  # fmt: skip
 
 

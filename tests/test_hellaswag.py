@@ -9,6 +9,7 @@ from conftest import ROOT, SMALL_RUN, command, ok, one_line
 from small_benchmarks import CPU, EXAMPLES, load_both, plain_logprobs, run, write_model_and_data
 
 import hellaswag
+import train_gpt2
 from common.console import UserError
 from model import GPT, GPTConfig
 
@@ -150,7 +151,7 @@ def test_missing_data_is_one_line(folder, tmp_path, monkeypatch):
     assert "no file" in one_line(run(folder, "hellaswag.py", "--data", missing))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing answers there
     if not (ROOT / hellaswag.PATH).exists():
-        assert "give --data FILE" in one_line(run(folder, "hellaswag.py"))
+        assert "put the file there yourself" in one_line(run(folder, "hellaswag.py"))
 
 
 # During training
@@ -205,11 +206,15 @@ def test_a_resumed_run_has_every_result_once(data_dir, folder, tmp_path):
     assert steps == [0, 4, 8, 10] == [step for step, _ in stream(tmp_path, "hella")]
 
 
-@pytest.mark.slow
-def test_training_continues_without_the_data(data_dir, folder, tmp_path):
-    result = ok(train(data_dir, folder, tmp_path, "--max_steps", 2, data="none.jsonl"))
-    assert result.stdout.count("warning: training without HellaSwag") == 1
-    assert not stream(tmp_path, "hella")
+def test_training_goes_on_without_a_download_but_not_without_a_file_of_the_user(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/gone")
+    monkeypatch.setattr(hellaswag, "PATH", tmp_path / "hellaswag.jsonl")
+    assert train_gpt2.load_benchmarks(train_gpt2.Config(), CPU) == []
+    assert "warning: training without HellaSwag" in capsys.readouterr().out
+    with pytest.raises(OSError, match="no file none.jsonl"):
+        train_gpt2.load_benchmarks(train_gpt2.Config(hellaswag_data="none.jsonl"), CPU)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from conftest import ROOT, SMALL_RUN, command, ok, one_line
 
 import train_gpt2
 from common import checkpoint, console
+from common.console import UserError
 from common.runtime import StopSignal
 
 STEPS = 30
@@ -466,6 +467,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_skipped(data_dir, tmp_path, re
     assert_same_bits(reference / "model_final.pt", log_dir / "model_final.pt")
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_overwritten(data_dir, tmp_path):
+    log_dir = tmp_path / "log"
+    log_dir.mkdir()
+    (log_dir / "model_final.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no checkpoint in .* is valid: remove them"):
+        train_here(data_dir, log_dir, "--resume")
+    assert (log_dir / "model_final.pt").read_bytes() == b"damaged"
+
+
 def test_disk_full_during_a_checkpoint_keeps_the_old_one(data_dir, tmp_path, reference):
     log_dir = tmp_path / "log"
     log_dir.mkdir()
@@ -610,7 +620,7 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
     data, log = tmp_path / "data", tmp_path / "log"
     flags = ["--data_dir", data]
     if name == "no folder":
-        return flags, "no shards"
+        return flags, "data does not exist: make it with fineweb.py"
     if name == "only validation":
         data.mkdir()
         shutil.copy(data_dir / "text_val_000000.npy", data)
@@ -681,6 +691,8 @@ def spoil(name: str, data_dir: Path, tmp_path: Path) -> tuple[list, str]:
         "T above block_size": (["--T", "128"], "above the model's block_size"),
         "n_embd not divisible": (["--n_embd", "33"], "not divisible by n_head"),
         "vocabulary too small": (["--padded_vocab_size", "100"], "below the tokenizer's 384"),
+        "huge seed": (["--seed", str(2**64)], "must be below 2**63"),
+        "not a number": (["--max_steps", "1e3"], "--max_steps: no type matching"),
         "steps and epochs": (["--num_epochs", "1"], "not both"),
         "negative": (["--val_every", "-1"], "must not be negative"),
         "negative seed": (["--seed", "-1"], "seed is -1, must not be negative"),
@@ -737,6 +749,8 @@ WRONG = [
     "T above block_size",
     "n_embd not divisible",
     "vocabulary too small",
+    "huge seed",
+    "not a number",
     "steps and epochs",
     "negative",
     "negative seed",
@@ -806,7 +820,7 @@ def test_wrong_input_under_torchrun_is_said_once(data_dir, tmp_path):
     process = launch(arguments(tmp_path / "nothing", tmp_path / "log"), TORCHRUN)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert (out + err).count("holds no shards") == 1
+    assert (out + err).count("nothing does not exist: make it") == 1
 
 
 STEPS_ON_ONE_BATCH = """

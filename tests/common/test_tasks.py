@@ -199,6 +199,6 @@ def test_a_download_is_complete_and_happens_once(server, tmp_path):
 
 @pytest.mark.parametrize("page", ["/cut", "/missing", "/whole"])
 def test_a_failed_download_is_an_error_and_leaves_nothing(server, tmp_path, page):
-    with pytest.raises(OSError, match="give --data FILE"):
+    with pytest.raises(OSError, match="put the file there yourself"):
         tasks.fetch(server + page, tmp_path / "data.jsonl", "0" * 64)
     assert not list(tmp_path.iterdir())
