@@ -138,25 +138,13 @@ def check_rooflines(figures: list[Figure]):
 
 def describe_machine(rt: Runtime) -> dict:
     """The hardware and the versions that the figures depend on."""
-    device = cpu_name()
+    device = machine.cpu_name()
     if rt.device.type == "cuda":
         device = torch.cuda.get_device_name(rt.device)
     description = dict(device=device, cores=machine.num_cores(), python=platform.python_version())
     for package in ("torch", "transformers", "tiktoken", "numpy"):
         description[package] = version(package)
     return description
-
-
-def cpu_name() -> str:
-    """The model of the CPU, or at least its architecture."""
-    # Only Linux has this file; elsewhere Python knows at least the architecture.
-    path = Path("/proc/cpuinfo")
-    # Its lines are `name : value`, one block for each core.
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def to_table(figures: list[Figure]) -> str:

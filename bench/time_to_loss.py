@@ -6,7 +6,7 @@
 
     # about 10M parameters, GPT-2's vocabulary
     python -m bench.time_to_loss --data_dir datasets/corpus_gpt2 --n_layer 6 --n_head 5 \\
-        --n_embd 160 --T 256 --B 8 --out_dir log/time_to_loss_10M \\
+        --n_embd 160 --T 256 --B 4 --total_batch_size 1024 --out_dir log/time_to_loss_10M \\
         --nanogpt ../nanoGPT --build_nanogpt ../build-nanogpt
 
 Four candidates train on the same shards, with the same tokens per step, warmup and learning rates
@@ -17,8 +17,8 @@ that decay to a tenth:
     nanogpt        nanoGPT's train.py as a command: random windows, no biases, as shipped
     build-nanogpt  the loop of build-nanogpt's train_gpt2.py, in a copy with other constants
 
-nanoGPT trains in float32 on CPUs, and so does build-nanogpt here: its bfloat16 is replaced by the
-dtype that this project chooses for the hardware. --compile counts for all but build-nanogpt, which
+nanoGPT trains in float32 on CPUs. build-nanogpt's bfloat16 is replaced by the dtype that this
+project chooses for the hardware. --compile counts for all but build-nanogpt, which
 does not compile. bench/timed_run.py says how each run is timed and evaluated: on one clock, by
 one function, on the same tokens.
 

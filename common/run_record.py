@@ -22,6 +22,7 @@ from shutil import which
 import torch
 
 from common.console import write_text
+from common.machine import cpu_name
 from common.runtime import Runtime
 from common.shards import read_manifest
 
@@ -38,7 +39,7 @@ def write_run_record(folder: Path, constants: dict, start_step: int, fingerprint
         return
     # Folders of other projects' shards have no manifest.
     manifest = read_manifest(constants["data_dir"]) or {}
-    device = platform.processor() or "cpu"
+    device = cpu_name()
     if rt.device.type == "cuda":
         device = torch.cuda.get_device_name()
 

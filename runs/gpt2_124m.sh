@@ -11,7 +11,7 @@
 # docs/cluster.md.
 #
 # Needs 20 GB of disk for the shards and about 10 GB for checkpoints. With the default B=64, it
-# needs about 29 GB of memory per GPU (computed, not measured; README.md lists smaller values of B).
+# needs about 28 GB of memory per GPU (computed, not measured; README.md lists smaller values of B).
 # B * 1024 * the number of GPUs must divide 524,288.
 #
 # Expected cost of training: 10.7 hours on one H100 or 1.35 hours on eight, 27 dollars either way at
