@@ -18,9 +18,9 @@ that decay to a tenth:
     build-nanogpt  the loop of build-nanogpt's train_gpt2.py, in a copy with other constants
 
 nanoGPT trains in float32 on CPUs. build-nanogpt's bfloat16 is replaced by the dtype that this
-project chooses for the hardware. --compile counts for all but build-nanogpt, which
-does not compile. bench/timed_run.py says how each run is timed and evaluated: on one clock, by
-one function, on the same tokens.
+project chooses for the hardware. --compile counts for all but build-nanogpt, which does not
+compile. bench/timed_run.py says how each run is timed and evaluated: on one clock, by one function,
+on the same tokens.
 
     grid     every candidate at every learning rate, with the first seed, for its most steps. If
              the best rate is the lowest or highest tried so far, half or double that rate is tried
