@@ -265,7 +265,7 @@ def test_an_existing_run_is_not_overwritten(folder, whole, tmp_path):
     with pytest.raises(UserError, match="dropout=0.1, not 0.2"):
         run(folder, whole, resume=True, dropout=0.2)
     save_model(tmp_path / "other.pt", vocab_size=280)
-    with pytest.raises(UserError, match="holds a run with weights="):
+    with pytest.raises(UserError, match="the model of --init_from has changed"):
         run(folder, whole, resume=True, init_from=str(tmp_path / "other.pt"))
 
 

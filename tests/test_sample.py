@@ -274,11 +274,15 @@ def test_ctrl_c_stops_the_text_but_not_the_program(model):
     os.close(inside)
     screen = ""
 
-    def wait_for(text: str):
+    def wait_for(text: str, again: bytes = b""):
+        """Read the screen until the text appears; type `again` every five seconds."""
         nonlocal screen
-        deadline = time.monotonic() + 60
+        start = pressed = time.monotonic()
         while text not in screen:
-            assert time.monotonic() < deadline and process.poll() is None, screen
+            assert time.monotonic() < start + 60 and process.poll() is None, screen
+            if again and time.monotonic() > pressed + 5:
+                os.write(terminal, again)
+                pressed = time.monotonic()
             if select.select([terminal], [], [], 1)[0]:
                 screen += os.read(terminal, 4096).decode("utf-8", "replace")
         screen = screen.split(text, 1)[1]
@@ -286,16 +290,17 @@ def test_ctrl_c_stops_the_text_but_not_the_program(model):
     try:
         wait_for("/seed 1")
         wait_for("> ")
-        # Python loses a Ctrl-C between the display of the prompt and its wait for a key.
+        # Python loses a Ctrl-C between the display of the prompt and its wait for a key. Then one
+        # presses it again.
         time.sleep(0.3)
         os.write(terminal, b"a half-typed pro\x03")
-        wait_for("(stopped")
+        wait_for("(stopped", again=b"\x03")
         wait_for("> ")
         os.write(terminal, b"import\n")
         wait_for("import")
         time.sleep(0.3)  # the text has no end
         os.write(terminal, b"\x03")
-        wait_for("(stopped")
+        wait_for("(stopped", again=b"\x03")
         wait_for("> ")
         os.write(terminal, b"/max_tokens 3\n")
         wait_for("/max_tokens 3   /seed 2")
