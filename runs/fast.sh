@@ -30,6 +30,7 @@ run torchrun --standalone --nproc_per_node="$GPUS" train_gpt2.py --log_dir $LOG 
     --max_steps 4768 --warmup_steps 95 --max_lr 1.8e-3 "${FAST[@]}" \
     --lr_decay linear --min_lr 0 "$@"
 
-run torchrun --standalone --nproc_per_node="$GPUS" evaluate.py --models $LOG/model_final.pt
-
 run python plot.py $LOG
+
+# Last, because it fails if one of the benchmarks can't be downloaded.
+run torchrun --standalone --nproc_per_node="$GPUS" evaluate.py --models $LOG/model_final.pt

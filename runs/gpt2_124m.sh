@@ -28,6 +28,7 @@ run python fineweb.py
 
 run torchrun --standalone --nproc_per_node="$GPUS" train_gpt2.py --resume "$@"
 
-run torchrun --standalone --nproc_per_node="$GPUS" evaluate.py
-
 run python plot.py
+
+# Last, because it fails if one of the benchmarks can't be downloaded.
+run torchrun --standalone --nproc_per_node="$GPUS" evaluate.py
