@@ -115,8 +115,7 @@ FIELDS = {
 
 
 def main(config: Config):
-    if config.save_predictions:
-        check_output(config.save_predictions)
+    check_output(config.save_predictions)
     rt = runtime.start(config.device, config.dtype)
     # Read the data before the model: a wrong folder is then reported at once.
     core_tasks = load_on_all_ranks(lambda: load(config.data, config.limit), rt)

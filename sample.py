@@ -110,8 +110,7 @@ def main(config: Config):
     """Draw the samples, or answer the lines of the terminal."""
     # Before the model is loaded: a missing file should show at once.
     prompts = [] if config.interactive else read_prompts(config)
-    if config.out:
-        check_output(config.out)
+    check_output(config.out)
     rt = runtime.start(config.device, config.dtype)
     model, enc = load_model(config.model)
     model.to(rt.device).eval()

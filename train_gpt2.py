@@ -103,8 +103,8 @@ class Config:
     resume: bool = False
     seed: int = 1337  # seed of weights, data order, dropout and samples
     device: str = "auto"  # cuda, mps or cpu; auto = the first available of these
-    # dtype of the model's matrix products; auto = bfloat16 where the hardware is fast at it, else
-    # float16 on older NVIDIA GPUs, or float32. Muon always takes bfloat16 where that is fast
+    # dtype of the model's matrix products; auto = bfloat16 where the hardware is fast at it,
+    # float16 on older NVIDIA GPUs, float32 elsewhere. Muon takes bfloat16 wherever that is fast
     dtype: Dtype = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on GPUs only
     timeout: float = 600  # seconds that a process waits for another one before it gives up
@@ -606,14 +606,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
     folder = Path(config.log_dir)
     loaded, loaded_from = None, None
     if resume:
-        loaded, loaded_from = checkpoint.load_newest(folder, rt.print)
-        # A run whose checkpoints are all damaged is for its owner to remove.
-        if not loaded and checkpoint.candidates(folder):
-            raise UserError(
-                f"no checkpoint in {folder} is valid: remove them to start from scratch"
-            )
-        if not loaded:
-            rt.print(f"no checkpoint in {folder}: starting from scratch")
+        loaded, loaded_from = find_checkpoint(folder, rt)
     if loaded and loaded_from:
         check_agreement(config, fingerprint, loaded, loaded_from)
     model = set_up_model(config, enc, shards, loaded, loaded_from, free, rt)
@@ -659,6 +652,19 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
         max_steps=max_steps,
         last_saved=loaded_from,
     )
+
+
+def find_checkpoint(folder: Path, rt: Runtime) -> tuple[dict | None, Path | None]:
+    """The checkpoint to resume from and its path; (None, None) if there is none yet.
+
+    Raises UserError if all checkpoints are damaged: a new run would overwrite what may be saved.
+    """
+    loaded, path = checkpoint.load_newest(folder, rt.print)
+    if not loaded and checkpoint.candidates(folder):
+        raise UserError(f"no checkpoint in {folder} is valid: remove them to start from scratch")
+    if not loaded:
+        rt.print(f"no checkpoint in {folder}: starting from scratch")
+    return loaded, path
 
 
 def set_up_optimizer(config: Config, model: GPT, rt: Runtime) -> Optimizer:

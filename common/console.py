@@ -313,13 +313,18 @@ def write_atomically(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def check_output(path: str | Path):
-    """Raise UserError if there can be no such file: before the work whose result it is to hold."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} for {path.name}: make it first")
+def check_output(path: str | None):
+    """Raise UserError if no file can be written there, before the work whose result it is to hold.
+
+    None is allowed: there is nothing to write.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: name a file")
+    if not file.parent.is_dir():
+        raise UserError(f"there is no folder {file.parent} for {file.name}: make it first")
 
 
 def cannot_write(path: str | Path, error: BaseException) -> str:

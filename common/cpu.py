@@ -125,7 +125,7 @@ def for_scoring(model: GPT, rt: Runtime, num_tokens: int) -> GPT:
 
     The model itself on GPUs, and on CPUs where it would be no faster: an AMD EPYC with AVX2 gains
     nothing, one with AVX512_BF16 scores twice as fast in float32 and 1.1 times as fast in bf16
-    (bench/README.md). Processors with AMX were not measured.
+    (bench/README.md). With AMX, only the copy was measured.
     """
     if rt.device.type != "cpu" or not has_fast_bf16(rt.device) or not can_pack(rt.device, rt.dtype):
         return model

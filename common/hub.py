@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from common.console import Progress, UserError, say
+from common.console import Progress, UserError, cannot_write, say
 
 # Globs for `download`. A large model has several files of weights, and an index that lists them.
 WEIGHTS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -245,7 +245,7 @@ def explain(error: Exception, what: str) -> Exception:
     # The disk, or the network. Both have errors from the system, with an errno.
     is_network = isinstance(error, (ConnectionError, TimeoutError))
     if isinstance(error, OSError) and error.errno and not is_network:
-        return OSError(f"{what} can't be written ({error.strerror}): make room, then run again")
+        return OSError(cannot_write(what, error))
     if constants.is_offline_mode():
         return OSError(f"{what} can't be downloaded: HF_HUB_OFFLINE is set")
     if is_connection_error(error) or is_temporary(error):

@@ -175,9 +175,9 @@ def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> 
         check_launcher()
         end_with_launcher()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        # DDP imports this module, whose functions have the process group of that moment as a
-        # default argument. Imported now, while there is none, it does not keep the group alive
-        # after the run. gloo's threads end with the group, and a rank whose threads outlive the
+        # DDP imports this module. Its functions have a default argument: the process group at the
+        # time of the import, which they keep alive after the run. So import it before the group
+        # exists. gloo's threads end with the group, and a rank whose threads outlive the
         # interpreter may abort although its work is done.
         from torch.distributed.nn import functional  # noqa: F401
 

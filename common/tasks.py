@@ -133,8 +133,7 @@ def run(config, benchmark: Benchmark) -> list[Metric] | None:
 
     # Read the data before the model: a wrong file is then reported at once.
     check_at_least(config, 1, "limit")
-    if config.save_predictions:
-        check_output(config.save_predictions)
+    check_output(config.save_predictions)
     rt = runtime.start(config.device, config.dtype)
     examples = load_on_all_ranks(lambda: benchmark.load(config.data, config.limit), rt)
     model, enc = load_model(config.model)
