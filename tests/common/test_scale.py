@@ -57,18 +57,33 @@ def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint
     assert losses(tmp_path / "log") == pytest.approx(losses(two_processes), abs=1e-4)
 
 
-# Trains, and prints the names of gloo's threads that are left when `main` is done.
+# Trains, and prints the names of gloo's threads that are left when `main` is done. A thread that has
+# been joined may stay in /proc for a moment, and vanish while it is read.
 GLOO_THREADS = """
 import sys
+import time
 from pathlib import Path
 
 import tyro
 
 import train_gpt2
 
+
+def gloo_threads():
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        try:
+            names.append(path.read_text().strip())
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return [name for name in names if "gloo" in name]
+
+
 train_gpt2.main(tyro.cli(train_gpt2.Config))
-names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-sys.stdout.write(f"threads left: {[name for name in names if 'gloo' in name]}\\n")
+deadline = time.monotonic() + 5
+while gloo_threads() and time.monotonic() < deadline:
+    time.sleep(0.01)
+sys.stdout.write(f"threads left: {gloo_threads()}\\n")
 """
 
 
