@@ -6,12 +6,14 @@ from any function; `CandidateProcess.candidates` are run and timed in another pr
 
 import functools
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -158,14 +160,22 @@ def run_in_new_process(function: Callable, *args) -> Any:
         return pool.apply(function, args)
 
 
+# What libgomp does unless common/before_torch.py tells it otherwise: for the processes of others.
+LIBGOMP_DEFAULT = {"GOMP_SPINCOUNT": "300000"}
+
+
 class CandidateProcess:
     """A process that keeps the candidates made by `make(*args)`, a function that returns a dict of
-    names and functions. It lives until the `with` block ends."""
+    names and functions. It lives until the `with` block ends. `env` are environment variables that
+    it has beside those of this process."""
 
-    def __init__(self, make: Callable[..., dict[str, Callable]], *args):
+    def __init__(
+        self, make: Callable[..., dict[str, Callable]], *args, env: dict[str, str] | None = None
+    ):
         # One worker, so that all calls reach the process that holds the candidates.
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        names = self.pool.submit(make_candidates, make, *args).result()
+        with patch.dict(os.environ, env or {}):
+            names = self.pool.submit(make_candidates, make, *args).result()
         # Calling a candidate sends its name to the process, and returns the seconds it took.
         self.candidates: dict[str, Candidate] = {
             name: functools.partial(self.run, name) for name in names

@@ -128,6 +128,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.measure import LIBGOMP_DEFAULT
 from bench.timed_run import Job
 from common.console import checksum, write_atomically, write_text
 from common.optim import Diverged
@@ -333,7 +334,8 @@ def make_run(config: Config, rt: Runtime, shape: GPTConfig, point: Point) -> Run
     folder.mkdir(parents=True, exist_ok=True)
     job = make_job(config, rt, shape, point, folder)
     write_text(folder / "job.json", json.dumps(asdict(job), indent=1) + "\n")
-    return Run(point.name, ["bench/timed_run.py", folder / "job.json"], folder / "output.txt")
+    env = {} if job.is_ours else LIBGOMP_DEFAULT
+    return Run(point.name, ["bench/timed_run.py", folder / "job.json"], folder / "output.txt", env)
 
 
 def make_job(config: Config, rt: Runtime, shape: GPTConfig, point: Point, folder: Path) -> Job:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from bench import measure, peers
-from bench.measure import DTYPE_NAMES, ROOFLINE, CandidateProcess, Figure, fastest
+from bench.measure import (
+    DTYPE_NAMES,
+    LIBGOMP_DEFAULT,
+    ROOFLINE,
+    CandidateProcess,
+    Figure,
+    fastest,
+)
 from common import runtime
 from common.console import Progress, UserError
 from common.cpu import PackedLinear, can_pack
@@ -65,7 +72,10 @@ def train(config, rt: Runtime) -> list[Figure]:
             candidates = {}
             # One process per implementation, and one for the roofline.
             for name in peers.names_of_peers(scripts):
-                process = CandidateProcess(make_steps, name, workload, scripts, config.device)
+                env = {} if name == peers.ThisProject.name else LIBGOMP_DEFAULT
+                process = CandidateProcess(
+                    make_steps, name, workload, scripts, config.device, env=env
+                )
                 candidates |= stack.enter_context(process).candidates
             process = CandidateProcess(make_matrix_products, workload, config.device)
             candidates |= stack.enter_context(process).candidates

@@ -7,10 +7,12 @@ section of its own in the order of imports.
 import os
 
 # libgomp, which runs torch's loops on CPUs, lets a thread that has finished its part wait in a busy
-# loop: 300,000 rounds, some milliseconds, before it sleeps. On a busy machine that takes the core
-# from the very thread it waits for. 1,000 rounds make a step next to other programs up to 2.4 times
-# faster; on an idle machine they cost 1 to 4%, with --compile up to 10% (docs/log.md, 2026-11-25
-# and 26). The processes that a script starts inherit the setting. OMP_WAIT_POLICY means the same;
-# whoever sets it knows why.
+# loop for some rounds before it sleeps. By default these are 300,000 rounds, some milliseconds: on
+# a busy machine that takes the core from the very thread it waits for, and a step takes 2 to 4
+# times as long. With 1,000 rounds, threads sleep and wake between small operations: on an idle
+# machine, training took up to 1.16 and generation up to 1.5 times as long as with 10,000. With
+# 10,000, an idle machine is almost as fast as by default, and a busy one takes 1.2 to 1.5 times as
+# long as with 1,000 (docs/log.md, 2026-11-29). The processes that a script starts inherit the
+# setting. OMP_WAIT_POLICY means the same; whoever sets it knows why.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class Run:
     name: str  # the key of its result in results.json
     argv: list  # a script of this repository and its flags
     log: Path  # file that its output is appended to
+    env: dict[str, str] = field(default_factory=dict)  # further environment variables
 
     @property
     def folder(self) -> Path:
@@ -311,7 +312,7 @@ class CommandPool:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | env,
+                env=os.environ | env | run.env,
                 # In its own session it does not receive the terminal's Ctrl-C: only we stop it.
                 start_new_session=True,
             )

@@ -1,6 +1,7 @@
 """The benchmark on tiny models: that every row runs what it names. No times are tested."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -124,6 +125,18 @@ def test_training_and_memory_in_processes_of_their_own(folder):
     # Bytes, not kilobytes: importing torch alone takes more than 100 MB.
     assert all(100 < figure["value"] < 10_000 for figure in memory.values())
     assert memory[ThisProject.name]["ratio"] == 1
+
+
+def spin_count() -> dict:
+    return {os.environ["GOMP_SPINCOUNT"]: float}
+
+
+@pytest.mark.slow
+def test_the_process_of_another_project_has_libgomps_default():
+    with measure.CandidateProcess(spin_count, env=measure.LIBGOMP_DEFAULT) as process:
+        assert list(process.candidates) == ["300000"]
+    with measure.CandidateProcess(spin_count) as process:
+        assert list(process.candidates) != ["300000"]
 
 
 def test_a_script_is_loaded_without_running_it(folder):

@@ -13,7 +13,14 @@ from conftest import ROOT, command, ok
 
 import train_gpt2
 from bench import time_to_loss
-from bench.time_to_loss import Point, first_crossing, make_job, nanogpt_flags, write_tokens
+from bench.time_to_loss import (
+    Point,
+    first_crossing,
+    make_job,
+    make_run,
+    nanogpt_flags,
+    write_tokens,
+)
 from bench.timed_run import Job, Meter, adapt
 from common.console import UserError, parse_flags
 from common.runtime import Runtime
@@ -158,6 +165,15 @@ def test_nanogpt_makes_as_many_updates_as_the_others(data_dir, tmp_path):
     assert "--max_iters=49" in flags
     assert "--gradient_accumulation_steps=4" in flags
     assert "--compile=False" in flags
+
+
+def test_other_projects_run_with_libgomps_default(data_dir, tmp_path, monkeypatch):
+    config = small_config(data_dir, tmp_path)
+    shape = config.gpt_config(block_size=8, vocab_size=shards_tokenizer(data_dir).n_vocab)
+    scripts = {name: tmp_path / f"{name}.py" for name in ("fast", "nanogpt")}
+    monkeypatch.setattr(time_to_loss, "find_scripts", lambda config: scripts)
+    env = {name: make_run(config, CPU, shape, Point(name, 1e-3, 1.0, 1)).env for name in scripts}
+    assert env == {"fast": {}, "nanogpt": {"GOMP_SPINCOUNT": "300000"}}
 
 
 def test_a_script_without_a_constant_is_another_version(tmp_path):

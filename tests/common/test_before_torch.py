@@ -48,8 +48,8 @@ def test_every_script_that_loads_torch_makes_the_settings_first():
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     found = dict(line.split(" ", 1) for line in result.stdout.splitlines())
     assert set(found) == set(scripts), result.stderr
-    assert found["train_gpt2"] == found["sample"] == found["experiments.norm_study"] == "1000"
-    assert set(found.values()) == {"1000", "torch is not needed"}
+    assert found["train_gpt2"] == found["sample"] == found["experiments.norm_study"] == "10000"
+    assert set(found.values()) == {"10000", "torch is not needed"}
 
 
 def spin_count(*command, **settings) -> set[str]:
@@ -77,8 +77,8 @@ for library in pathlib.Path(folder).parent.glob("torch*/lib*/libgomp*.so*"):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "1000"),
-        (dict(OMP_NUM_THREADS="2"), "1000"),  # says nothing about waiting
+        ({}, "10000"),
+        (dict(OMP_NUM_THREADS="2"), "10000"),  # says nothing about waiting
         (dict(GOMP_SPINCOUNT="77"), "77"),
         (dict(OMP_WAIT_POLICY="PASSIVE"), "0"),
     ],
@@ -93,4 +93,4 @@ def test_workers_of_torchrun_too(tmp_path):
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LOAD_LIBGOMP}")
     counts = spin_count("-m", "torch.distributed.run", "--nproc_per_node=2", script)
     # The launcher itself, which computes nothing, has libgomp's default.
-    assert "1000" in counts
+    assert "10000" in counts

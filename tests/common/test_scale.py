@@ -57,8 +57,8 @@ def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint
     assert losses(tmp_path / "log") == pytest.approx(losses(two_processes), abs=1e-4)
 
 
-# Trains, and prints the names of gloo's threads that are left when `main` is done. A thread that has
-# been joined may stay in /proc for a moment, and vanish while it is read.
+# Trains, and prints the names of gloo's threads that are left when `main` is done. A thread that
+# has been joined may stay in /proc for a moment, and vanish while it is read.
 GLOO_THREADS = """
 import sys
 import time
