@@ -8,11 +8,11 @@ import os
 
 # libgomp, which runs torch's loops on CPUs, lets a thread that has finished its part wait in a busy
 # loop for some rounds before it sleeps. By default these are 300,000 rounds, some milliseconds: on
-# a busy machine that takes the core from the very thread it waits for, and a step takes 2 to 4
-# times as long. With 1,000 rounds, threads sleep and wake between small operations: on an idle
-# machine, training took up to 1.16 and generation up to 1.5 times as long as with 10,000. With
-# 10,000, an idle machine is almost as fast as by default, and a busy one takes 1.2 to 1.5 times as
-# long as with 1,000 (docs/log.md, 2026-11-29). The processes that a script starts inherit the
-# setting. OMP_WAIT_POLICY means the same; whoever sets it knows why.
+# a busy machine that takes the core from the very thread it waits for, and a step takes up to 4
+# times as long. With few rounds, threads sleep and wake between small operations: with 1,000, an
+# idle machine took 1.1 to 1.2 times as long for training, and 1.2 to 1.5 times for generation, as
+# with 10,000. With 10,000 it is almost as fast as by default, and a busy machine takes 1.2 to 1.5
+# times as long as with 1,000 (docs/log.md, 2026-11-29). The processes that a script starts inherit
+# the setting. OMP_WAIT_POLICY means the same; whoever sets it knows why.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
