@@ -293,9 +293,7 @@ def train_step(
     # Without clipping, the norm is still worth its time: it shows a run that becomes unstable.
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    # Clipping multiplies all gradients, mostly by 1. A CPU knows the norm and can leave that out; a
-    # GPU would have to wait for it.
-    if grad_clip and (rt.device.type != "cpu" or not grad_norm <= grad_clip):
+    if grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
     scaler.step(optimizer)
     scaler.update()
