@@ -4,6 +4,7 @@ A stage that computes calls `start(device, dtype)` first. Under `torchrun` this 
 ranks: with NCCL on GPUs, with Gloo on CPUs.
 """
 
+import atexit
 import hashlib
 import os
 import signal
@@ -182,6 +183,12 @@ def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> 
         from torch.distributed.nn import functional  # noqa: F401
 
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        if backend == "gloo":
+            # gloo's threads end with the last reference to the group. That of DDP, in C++, holds
+            # Python's lock while it waits for them, and a thread that is about to free a tensor
+            # waits for the lock: a deadlock. A reference in Python releases the lock first, so
+            # this one is the last: `clear` drops it at exit, when the model is gone.
+            atexit.register([dist.group.WORLD].clear)
 
     return Runtime(chosen, choose_dtype(chosen, dtype), rank, local_rank, world_size)
 

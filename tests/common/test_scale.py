@@ -57,16 +57,15 @@ def test_a_sharded_optimizer_draws_the_same_curve_and_writes_the_same_checkpoint
     assert losses(tmp_path / "log") == pytest.approx(losses(two_processes), abs=1e-4)
 
 
-# Trains, and prints the names of gloo's threads that are left when `main` is done. A thread that
-# has been joined may stay in /proc for a moment, and vanish while it is read.
+# Trains, and prints the names of gloo's threads that are left at exit. A thread that has been
+# joined may stay in /proc for a moment, and vanish while it is read.
 GLOO_THREADS = """
+import atexit
 import sys
 import time
 from pathlib import Path
 
 import tyro
-
-import train_gpt2
 
 
 def gloo_threads():
@@ -79,11 +78,17 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 
 
+@atexit.register  # before the imports below, hence called after their functions
+def report():
+    deadline = time.monotonic() + 5
+    while gloo_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sys.stdout.write(f"threads left: {gloo_threads()}\\n")
+
+
+import train_gpt2
+
 train_gpt2.main(tyro.cli(train_gpt2.Config))
-deadline = time.monotonic() + 5
-while gloo_threads() and time.monotonic() < deadline:
-    time.sleep(0.01)
-sys.stdout.write(f"threads left: {gloo_threads()}\\n")
 """
 
 
