@@ -564,7 +564,7 @@ def start(config: Config) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if config.shard_optimizer:
-        # Before the ranks are joined, for the reason that runtime.start gives. It takes a second.
+        # Before the ranks are joined, for the reason that runtime.join gives. It takes a second.
         from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: F401
     rt = runtime.start(config.device, config.dtype, config.timeout)
     # Activation checkpointing says that memory matters more than time.
@@ -655,7 +655,7 @@ def set_up(config: Config, resume: bool, rt: Runtime) -> Run:
 
 
 def find_checkpoint(folder: Path, rt: Runtime) -> tuple[dict | None, Path | None]:
-    """The checkpoint to resume from and its path; (None, None) if there is none yet.
+    """The checkpoint to resume from and its path; (None, None) if the folder has none.
 
     Raises UserError if all checkpoints are damaged: a new run would overwrite what may be saved.
     """

@@ -160,7 +160,8 @@ def run_in_new_process(function: Callable, *args) -> Any:
         return pool.apply(function, args)
 
 
-# What libgomp does unless common/before_torch.py tells it otherwise: for the processes of others.
+# What libgomp does unless common/before_torch.py tells it otherwise: for the other projects, which
+# would otherwise inherit our setting.
 LIBGOMP_DEFAULT = {"GOMP_SPINCOUNT": "300000"}
 
 
@@ -174,6 +175,7 @@ class CandidateProcess:
     ):
         # One worker, so that all calls reach the process that holds the candidates.
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        # The process starts with the first task, and takes the environment of that moment.
         with patch.dict(os.environ, env or {}):
             names = self.pool.submit(make_candidates, make, *args).result()
         # Calling a candidate sends its name to the process, and returns the seconds it took.

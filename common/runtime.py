@@ -173,24 +173,28 @@ def start(device: str = "auto", dtype: Dtype = "auto", timeout: float = 600) -> 
 
     # A process that calls `start` twice joins the others only once.
     if world_size > 1 and not dist.is_initialized():
-        check_launcher()
-        end_with_launcher()
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        # DDP imports this module. Its functions have a default argument: the process group at the
-        # time of the import, which they keep alive after the run. So import it before the group
-        # exists. gloo's threads end with the group, and a rank whose threads outlive the
-        # interpreter may abort although its work is done.
-        from torch.distributed.nn import functional  # noqa: F401
-
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        if backend == "gloo":
-            # gloo's threads end with the last reference to the group. That of DDP, in C++, holds
-            # Python's lock while it waits for them, and a thread that is about to free a tensor
-            # waits for the lock: a deadlock. A reference in Python releases the lock first, so
-            # this one is the last: `clear` drops it at exit, when the model is gone.
-            atexit.register([dist.group.WORLD].clear)
+        join(chosen, timeout)
 
     return Runtime(chosen, choose_dtype(chosen, dtype), rank, local_rank, world_size)
+
+
+def join(device: torch.device, timeout: float):
+    """Join the other ranks, by NCCL on GPUs and by gloo on CPUs. `timeout` as in `start`."""
+    check_launcher()
+    end_with_launcher()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # gloo's threads end with the last reference to the process group. A rank whose threads outlive
+    # the interpreter may abort although its work is done. DDP imports this module, whose functions
+    # keep the group of that moment as a default argument: import it while there is none.
+    from torch.distributed.nn import functional  # noqa: F401
+
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    if backend == "gloo":
+        # DDP's reference, in C++, holds Python's lock while it waits for the threads, and a thread
+        # that is about to free a tensor waits for the lock: a deadlock. A reference in Python
+        # releases the lock first, so the last one is this: `clear` drops it at exit, when the model
+        # is gone.
+        atexit.register([dist.group.WORLD].clear)
 
 
 def leave():

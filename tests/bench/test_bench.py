@@ -128,6 +128,7 @@ def test_training_and_memory_in_processes_of_their_own(folder):
 
 
 def spin_count() -> dict:
+    """A candidate with the number of rounds that its process waits as its name."""
     return {os.environ["GOMP_SPINCOUNT"]: float}
 
 
