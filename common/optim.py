@@ -116,7 +116,7 @@ def make_adamw(
     ]
     options = dict(lr=lr, betas=betas, eps=eps, fused=True)
     if sharded:
-        # The import takes a second. runtime.join says why scripts do it before they call it.
+        # It takes a second. runtime.join says why scripts import it before the ranks are joined.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
